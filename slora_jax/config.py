@@ -1,0 +1,121 @@
+"""Everything a launch decides, as frozen values; a YAML file or command-line flags hold the same fields.
+
+Unknown keys are refused, so a mistyped option cannot vanish. Derived numbers (pages that fit, bucket sizes)
+belong to the runtime objects and are never written back here.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from slora_jax.errors import InvalidRequest
+
+PAGE_SIZE = 16
+"""Token rows per page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
+
+
+class _Frozen(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolConfig(_Frozen):
+    """Size of the unified pool that holds the KV cache and adapter weights alike.
+
+    Attributes:
+      memory_fraction: share of the device memory still free after loading the weights, used when neither
+        ``pages`` nor ``gigabytes`` is given. On the CPU it is a share of the free host memory, of which the
+        pool then takes at most 2 GiB.
+      gigabytes: the pool's size in GiB.
+      pages: the pool's size in pages of 16 token rows (one of them is the trash page).
+    """
+
+    memory_fraction: float = pydantic.Field(0.9, gt=0, le=1)
+    gigabytes: float | None = pydantic.Field(None, gt=0)
+    pages: int | None = pydantic.Field(None, ge=2)
+
+
+class SchedulerConfig(_Frozen):
+    """Limits of one engine step and of the queue.
+
+    Attributes:
+      max_batch_tokens: most tokens of one step, prefill and decode together: the prefill chunk.
+      max_sequences: most sequences of one step.
+      max_waiting: most requests waiting; one more is refused (HTTP 429).
+      prefix_cache: keep finished prompts' pages, to be found by (adapter content hash, tokens).
+    """
+
+    max_batch_tokens: int = pydantic.Field(512, ge=16)
+    max_sequences: int = pydantic.Field(256, ge=1)
+    max_waiting: int = pydantic.Field(100_000, ge=1)
+    prefix_cache: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _budget_covers_sequences(self):
+        if self.max_batch_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences ({self.max_sequences}): "
+                "a step decodes one token of every running sequence"
+            )
+        return self
+
+
+class EngineConfig(_Frozen):
+    """One engine: a base model, its adapters, and how much of the machine it takes.
+
+    Attributes:
+      model: a local Hugging Face folder, a Hugging Face id, ``demo`` (the embedded SmolLM2-135M-Instruct) or,
+        with ``dummy``, the YAML file of a shape in ``configs/``.
+      served_name: the base model's name in the API; None takes the folder's or id's last part.
+      dummy: draw random weights of the shape on the device instead of loading any.
+      adapters: adapter name to PEFT folder or Hugging Face id.
+      adapter_dirs: folders each of whose subfolders is a PEFT adapter, registered under the subfolder's name.
+      dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
+      max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
+      checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
+      pool, scheduler: see there.
+      seed: seeds dummy weights and requests that bring no seed.
+    """
+
+    model: str = "demo"
+    served_name: str | None = None
+    dummy: bool = False
+    adapters: dict[str, str] = {}
+    adapter_dirs: tuple[str, ...] = ()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = pydantic.Field(None, ge=1)
+    checkpoint_cache: str | None = "~/.cache/slora-jax/checkpoints"
+    pool: PoolConfig = PoolConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    seed: int = 0
+
+
+def build_config(fields: dict[str, Any]) -> EngineConfig:
+    """Validates plain fields (from YAML, flags or keyword arguments).
+
+    Raises:
+      InvalidRequest: an unknown key or a bad value; the message lists each by its path.
+    """
+    try:
+        return EngineConfig(**fields)
+    except pydantic.ValidationError as e:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']} (got {p['input']!r})" for p in e.errors())
+        raise InvalidRequest(f"invalid configuration: {problems}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+      InvalidRequest: no such file, not YAML, or not a mapping at the top.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise InvalidRequest(f"cannot read config {path}: {e.strerror}") from None
+    except yaml.YAMLError as e:
+        raise InvalidRequest(f"config {path} is not valid YAML: {e}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"config {path} must hold a mapping of fields, got {type(fields).__name__}")
+    return fields
