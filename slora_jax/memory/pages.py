@@ -1,0 +1,181 @@
+"""Who owns which page of the unified pool: KV cache and adapter weights alike. Host only, no JAX.
+
+A page is in one of three states::
+
+    free   -- nothing worth keeping -->  allocate()  --> used
+    used   -- held by `refs` owners;     release()   --> free, or cached if its block has a key
+    cached -- kept under a key, no owner: acquire(key) --> used;  or evicted --> free, whenever allocate() needs room
+
+What is kept under a key is a *block*: a group of pages that lives and dies together. A full page of a prompt's KV
+is a block of one page; an adapter is a block of all its pages. Neither kind has a reserved share, and there is one
+eviction order for both: the block unused for longest goes first.
+
+Page 0 is the trash page: padding lanes write there, and it is never handed out.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from slora_jax.errors import PoolMisuse
+
+TRASH_PAGE = 0
+
+
+@dataclass(slots=True)
+class _Block:
+    """Pages kept under one key. ``refs`` counts owners; 0 means cached."""
+
+    pages: tuple[int, ...]
+    refs: int
+
+
+class PageAllocator:
+    """Allocates, shares and evicts the pages ``1 .. num_pages - 1``.
+
+    A page is owned either privately (from ``allocate`` until ``release`` or ``publish``) or through the block it was
+    published in (``publish``, ``acquire`` ... ``release_block``).
+    """
+
+    def __init__(self, num_pages: int):
+        if num_pages < 2:
+            raise ValueError(f"num_pages must be at least 2 (one is the trash page), got {num_pages}")
+        self.num_pages = num_pages
+        # Popped from the end: low page numbers first, which keeps small tests readable.
+        self._free = list(range(num_pages - 1, TRASH_PAGE, -1))
+        self._private: set[int] = set()
+        self._blocks: dict[Hashable, _Block] = {}
+        self._cold: OrderedDict[Hashable, None] = OrderedDict()
+        self._num_cached = 0
+        self.num_evictions = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages of blocks without an owner: available, at the price of losing their content."""
+        return self._num_cached
+
+    @property
+    def num_used(self) -> int:
+        return self.total - self.num_free - self.num_cached
+
+    @property
+    def total(self) -> int:
+        """All pages that can be handed out."""
+        return self.num_pages - 1
+
+    @property
+    def num_available(self) -> int:
+        """Most pages that ``allocate`` could give now."""
+        return len(self._free) + self._num_cached
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Takes ``count`` pages for one owner, evicting cached blocks, coldest first, where free pages run out.
+
+        All or nothing: None, and nothing is evicted, if there are not that many.
+        """
+        if count < 0:
+            raise PoolMisuse(f"cannot allocate {count} pages")
+        if count > self.num_available:
+            return None
+        while len(self._free) < count:
+            self._evict_coldest()
+        split = len(self._free) - count
+        pages = self._free[split:][::-1]
+        del self._free[split:]
+        self._private.update(pages)
+        return pages
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Gives back privately owned pages.
+
+        Raises:
+          PoolMisuse: a page is not privately owned (given back twice, published, or never handed out).
+        """
+        for page in pages:
+            if page not in self._private:
+                raise PoolMisuse(f"page {page} was released but is not privately owned")
+            self._private.remove(page)
+            self._free.append(page)
+
+    def publish(self, key: Hashable, pages: Sequence[int]) -> bool:
+        """Turns privately owned pages into a block under ``key``, still owned once by the caller.
+
+        Returns:
+          False, changing nothing, if the key already names a block (two sequences computed the same prompt page).
+        """
+        if key in self._blocks:
+            return False
+        missing = [page for page in pages if page not in self._private]
+        if missing or not pages:
+            raise PoolMisuse(f"pages {missing or pages} were published but are not privately owned")
+        self._private.difference_update(pages)
+        self._blocks[key] = _Block(tuple(pages), refs=1)
+        return True
+
+    def lookup(self, key: Hashable) -> tuple[int, ...] | None:
+        """Pages of the block under ``key``, or None. Changes nothing."""
+        block = self._blocks.get(key)
+        return block.pages if block else None
+
+    def is_cached(self, key: Hashable) -> bool:
+        """Whether the block exists and has no owner, so that acquiring it takes pages from ``num_available``."""
+        return key in self._cold
+
+    def acquire(self, key: Hashable) -> tuple[int, ...] | None:
+        """Becomes one more owner of the block under ``key``; None if there is none."""
+        block = self._blocks.get(key)
+        if block is None:
+            return None
+        if block.refs == 0:
+            del self._cold[key]
+            self._num_cached -= len(block.pages)
+        block.refs += 1
+        return block.pages
+
+    def release_block(self, key: Hashable) -> None:
+        """Gives up one ownership of a block. Without owners it is cached, as the warmest.
+
+        Raises:
+          PoolMisuse: no such block, or nobody owns it.
+        """
+        block = self._blocks.get(key)
+        if block is None or block.refs == 0:
+            raise PoolMisuse(f"block {key!r} was released but has no owner")
+        block.refs -= 1
+        if block.refs == 0:
+            self._cold[key] = None
+            self._num_cached += len(block.pages)
+
+    def discard(self, key: Hashable) -> bool:
+        """Evicts the block under ``key`` if it is cached; says whether it did."""
+        if key not in self._cold:
+            return False
+        self._drop(key)
+        return True
+
+    def check_integrity(self) -> None:
+        """Asserts that every page is owned exactly once and that the counts add up."""
+        in_blocks = [page for block in self._blocks.values() for page in block.pages]
+        everywhere = [*self._free, *self._private, *in_blocks]
+        assert len(everywhere) == len(set(everywhere)) == self.total, "a page is lost or owned twice"
+        assert set(everywhere) == set(range(TRASH_PAGE + 1, self.num_pages)), "a page number is out of range"
+        cold = {key for key, block in self._blocks.items() if block.refs == 0}
+        assert cold == set(self._cold), "a block without owners is not in the eviction order"
+        assert self._num_cached == sum(len(self._blocks[key].pages) for key in cold)
+        used = len(self._private) + sum(len(b.pages) for b in self._blocks.values() if b.refs)
+        assert self.num_free + self.num_cached + used == self.total
+
+    def _evict_coldest(self) -> None:
+        self._drop(next(iter(self._cold)))
+        self.num_evictions += 1
+
+    def _drop(self, key: Hashable) -> None:
+        del self._cold[key]
+        block = self._blocks.pop(key)
+        assert block.refs == 0
+        self._num_cached -= len(block.pages)
+        self._free.extend(block.pages)
