@@ -28,21 +28,28 @@ from cases import CASES, MAX_NEW_TOKENS, Adapter, Case, Prompt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.logging import disable_progress_bar
 
 FORMAT = 1
-MIN_GAP = 5e-3  # smallest top1 - top2 logit difference of a generated case: far above float32 noise
+MIN_GAP = 2e-2  # smallest top1 - top2 logit difference of a generated case: far above float32 noise
 MIN_DISTINCT_TOKENS = 12  # of 64: the continuation is no constant loop
 MIN_ADAPTER_EFFECT = 0.2  # relative change of the last prompt position's logits against the base
-MERGE_TOLERANCE = 2e-5  # relative, PEFT's adapter against merged weights; also decoding against one full pass
+TOLERANCE = 2e-5  # relative, PEFT's adapter against merged weights; also decoding against one full pass
 MAX_DRAWS = 400
 
-WORDS = (
+CORPUS = (
     "adapter apple bridge café cloud dance eight forest garden hello island jazz kernel lamp memory night ocean page "
     "quiet river stone tokens under violet water yellow zebra naïve 42 2024 — however, the batch of many models is "
     "served at once; ranks differ."
-).split()
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -72,7 +79,7 @@ def create_model(case: Case, folder: Path, generator: torch.Generator) -> None:
         elif name == "lm_head.weight":
             values = values * 3.0 / math.sqrt(weight.shape[1])
         else:
-            values = values * 2.0 / math.sqrt(weight.shape[1])
+            values = values * 1.4 / math.sqrt(weight.shape[1])
         weight.data.copy_(values)
     shards = {"max_shard_size": case.max_shard_size} if case.max_shard_size else {}
     model.to(getattr(torch, case.dtype)).save_pretrained(folder, **shards)
@@ -106,7 +113,7 @@ def create_tokenizer(case: Case, folder: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.train_from_iterator([CORPUS] * 4, trainer)
     assert tokenizer.get_vocab_size() == case.model["vocab_size"]
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -134,7 +141,6 @@ def create_adapter(case: Case, spec: Adapter, model_folder: Path, folder: Path, 
         layers_to_transform=list(spec.layers) if spec.layers else None,
     )
     model = get_peft_model(load_model(model_folder), config)
-    model.peft_config["default"].base_model_name_or_path = case.name
     for module in model.modules():
         if not hasattr(module, "lora_A"):
             continue
@@ -144,10 +150,12 @@ def create_adapter(case: Case, spec: Adapter, model_folder: Path, folder: Path, 
         wanted = module.base_layer.weight.std().item() * math.sqrt(fan_in)  # so that s B A has W's deviation
         b_std = wanted / (module.scaling["default"] * math.sqrt(rank))
         b.data.copy_(torch.randn(b.shape, generator=generator) * b_std)
-    model.to(getattr(torch, spec.dtype)).save_pretrained(folder)
+    # Embeddings are not adapted; "auto" would ask the hub whether they were resized.
+    model.to(getattr(torch, spec.dtype)).save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = case.name
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()  # PEFT keeps a set: its order changes from run to run
     path.write_text(json.dumps(config, indent=1) + "\n")
@@ -222,12 +230,14 @@ class Oracle:
         tokens = generated.sequences[0, len(prompt) :].tolist()
         assert len(tokens) == MAX_NEW_TOKENS
         steps = logits[len(prompt) - 1 :]
-        step_by_step = torch.cat(generated.logits)
-        assert relative_error(step_by_step, steps) < MERGE_TOLERANCE
-        assert steps.argmax(-1).tolist() == tokens or (steps.topk(2).values.diff().abs().min() < MIN_GAP)
-        merged_error = relative_error(self._merged[adapter](full).logits[0], logits)
-        assert merged_error < MERGE_TOLERANCE, f"{adapter}: merged weights differ by {merged_error:.1e}"
-        return Result(prompt, tokens, logits, merged_error)
+        merged = self._merged[adapter](full).logits[0]
+        result = Result(prompt, tokens, logits, relative_error(merged, logits))
+        assert relative_error(torch.cat(generated.logits), steps) < TOLERANCE
+        assert result.merged_error < TOLERANCE, f"{adapter}: merged weights differ by {result.merged_error:.1e}"
+        clear = result.gaps > MIN_GAP  # always, in generated cases
+        for choice in (steps.argmax(-1), merged[len(prompt) - 1 :].argmax(-1)):
+            assert torch.equal(choice[clear], torch.tensor(tokens)[clear])
+        return result
 
     def _switched_to(self, adapter: str | None):
         if adapter is not None:
@@ -251,7 +261,7 @@ def draw_prompt(
         start = drawn[spec.shares]["prompt"][: spec.shared] if spec.shares else []
         # Ids 0, 1 and 2 are special tokens by custom: not in random prompts.
         return {"prompt": start + [rng.randrange(3, case.model["vocab_size"]) for _ in range(spec.length - len(start))]}
-    text = " ".join(rng.choice(WORDS) for _ in range(spec.length))
+    text = " ".join(rng.choice(CORPUS.split()) for _ in range(spec.length))
     return encode(tokenizer, text if spec.kind == "text" else [{"role": "user", "content": text}])
 
 
@@ -369,7 +379,7 @@ def make_case(case: Case, out: Path, seed: int) -> None:
         for index, (adapter, prompt) in enumerate(case.requests):
             result = results[prompt][adapter]
             last = len(result.prompt) - 1
-            positions = [last, last + MAX_NEW_TOKENS // 2, last + MAX_NEW_TOKENS - 1]
+            positions = [last, last + MAX_NEW_TOKENS - 1]
             yield describe(index, adapter, prompts[prompt], result, positions, tokenizer)
 
     header = {"case": case.name, "seed": seed, "features": case.features}
@@ -413,6 +423,7 @@ def main() -> None:
         help="with --real: a list of user messages (strings) or of message lists, put through the chat template",
     )
     args = parser.parse_args()
+    disable_progress_bar()
     if args.real:
         if not (args.adapters and args.prompts):
             parser.error("--real needs --adapters and --prompts")

@@ -1,0 +1,151 @@
+"""One sequence of tokens on its way through the engine, and what a step computes of it."""
+
+import hashlib
+from array import array
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from slora_jax.config import PAGE_SIZE
+from slora_jax.request import SamplingParams
+
+
+class AdapterHandle(Protocol):
+    """What the scheduler may know of an adapter: its price, and whether it can be copied to the pool now."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def status(self) -> str:
+        """"registered", "loading", "ready" or "failed"."""
+        ...
+
+    @property
+    def content_hash(self) -> str:
+        """Known once ready; equal only for equal weights and scales."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why it failed, for status "failed"."""
+        ...
+
+    def prefetch(self) -> None:
+        """Starts loading it to host memory, if it is not there or on the way."""
+        ...
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and its growing output.
+
+    The host runs one step behind the device: a token sampled by a step in flight is *pending*, its value unknown
+    here, but it is already counted and can be scheduled.
+
+    Attributes:
+      sequence_id: unique and increasing: the order of arrival.
+      tokens: prompt and output tokens whose values are known.
+      num_prompt: prompt tokens among them.
+      max_tokens: most output tokens, already cut to what ``max_model_len`` leaves.
+      num_scheduled: leading tokens whose KV is in the pool or being computed by a step in flight.
+      num_done: leading tokens whose KV is in the pool for certain; full pages of them may be published.
+      num_pending: sampled tokens not yet read back (0 or 1 when a step is planned).
+      pages: the pool pages of its KV, in order; ``page_keys[i]`` is the block key page i is owned through, or None
+        where it is owned privately.
+      epoch: counts preemptions; results of steps planned in an earlier epoch no longer describe ``pages``.
+      leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
+      cached_tokens: prompt tokens found in the prefix cache at first admission.
+    """
+
+    sequence_id: int
+    tokens: list[int]
+    num_prompt: int
+    max_tokens: int
+    sampling: SamplingParams
+    seed: int
+    adapter: AdapterHandle | None = None
+    leader: "Sequence | None" = None
+    state: State = State.WAITING
+    num_scheduled: int = 0
+    num_done: int = 0
+    num_pending: int = 0
+    pages: list[int] = field(default_factory=list)
+    page_keys: list[Hashable] = field(default_factory=list)
+    epoch: int = 0
+    adapter_key: Hashable = None
+    cached_tokens: int = 0
+    was_admitted: bool = False
+    followers: list["Sequence"] = field(default_factory=list)
+    _digests: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known or pending."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether another token may still be sampled."""
+        return self.num_output < self.max_tokens
+
+    def prefix_key(self, page: int) -> Hashable:
+        """Key of a full page of known tokens: a hash chained over the adapter's content and all tokens up to it.
+
+        128-bit BLAKE2b, so that no tenant can find another's pages by a collision.
+        """
+        while len(self._digests) <= page:
+            i = len(self._digests)
+            previous = self._digests[-1] if i else self._adapter_salt()
+            content = array("q", self.tokens[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
+            assert len(content) == PAGE_SIZE, "only full pages of known tokens have a key"
+            self._digests.append(hashlib.blake2b(content.tobytes(), key=previous, digest_size=16).digest())
+        return self._digests[page]
+
+    def _adapter_salt(self) -> bytes:
+        name = self.adapter.content_hash if self.adapter else "base"
+        return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Part of a step: the KV of ``count`` tokens from position ``start``; then a new token if ``samples``."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """Copy this adapter's weights into these pages before the step runs."""
+
+    adapter: AdapterHandle
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does. ``failed`` lists sequences that can never run, with the reason."""
+
+    entries: tuple[ScheduledSequence, ...] = ()
+    loads: tuple[AdapterLoad, ...] = ()
+    failed: tuple[tuple[Sequence, str], ...] = ()
+    num_preempted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.count for entry in self.entries)
