@@ -1,0 +1,1 @@
+"""The base model: a pure function of parameters, a ragged batch and the pool. Knows nothing of requests."""

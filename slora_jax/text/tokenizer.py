@@ -249,10 +249,8 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
         return functools.partial(_byte_level, _byte_level_table())
     if kinds and kinds <= _SENTENCEPIECE_DECODERS:
         return functools.partial(_sentencepiece, "ByteFallback" in kinds)
-    if not kinds:
-        return str.encode
     raise UnsupportedModel(
-        f"tokenizer.json: decoder {' + '.join(sorted(kinds))} is not supported; supported are ByteLevel and those "
+        f"tokenizer.json: decoder {' + '.join(sorted(kinds)) or 'null'} is not supported; supported are ByteLevel and those "
         "of SentencePiece (Metaspace, or Replace + ByteFallback + Fuse + Strip)"
     )
 

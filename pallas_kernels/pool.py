@@ -1,0 +1,28 @@
+"""What every kernel knows of the unified pool, and the argument checks they share."""
+
+import jax
+import jax.numpy as jnp
+
+PAGE_SIZE = 16
+"""Rows in a page."""
+
+
+def check_pool(pool: jax.Array, layer: int, width: int | None = None) -> None:
+    """Raises ValueError unless ``pool`` is ``[layers, 2, pages * PAGE_SIZE, W]`` and has this layer."""
+    if pool.ndim != 4 or pool.shape[1] != 2 or pool.shape[2] % PAGE_SIZE or width not in (None, pool.shape[3]):
+        raise ValueError(f"pool must be [layers, 2, pages * {PAGE_SIZE}, {width or 'W'}], got {pool.shape}")
+    if not 0 <= layer < pool.shape[0]:
+        raise ValueError(f"layer must be in [0, {pool.shape[0]}), got {layer}")
+
+
+def expect_rank(name: str, array: jax.Array, rank: int) -> tuple[int, ...]:
+    """Returns the shape; raises ValueError unless it has ``rank`` axes."""
+    if array.ndim != rank:
+        raise ValueError(f"{name} must have {rank} axes, got shape {array.shape}")
+    return array.shape
+
+
+def expect_int32(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``array`` is int32 of this shape."""
+    if array.shape != shape or array.dtype != jnp.int32:
+        raise ValueError(f"{name} must be int32 {shape}, got {array.dtype} {array.shape}")

@@ -1,0 +1,536 @@
+"""OpenAI's JSON to ``Request`` and back, for ``/v1/completions`` and ``/v1/chat/completions``.
+
+A field that would change the answer and is not computed here is refused by name; so is a field nobody knows.
+Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``,
+``ignore_eos`` and ``return_token_ids``.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+
+from slora_jax.engine.engine import Engine
+from slora_jax.errors import InvalidRequest, UnknownAdapter
+from slora_jax.request import MAX_LOGPROBS, Completion, Delta, Request, RequestOutput, SamplingParams, TokenLogprob
+from slora_jax.text.tokenizer import Tokenizer
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot hold."""
+
+_LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+"""Fields that describe the caller and never change the answer: taken and ignored."""
+
+_COMPLETION_DEFAULTS = {"suffix": ("",), "logit_bias": ({},)}
+_CHAT_DEFAULTS = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""OpenAI's fields that are not computed here, each with the values (besides null) that change nothing."""
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_MESSAGE_DEFAULTS = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request, understood.
+
+    Attributes:
+      model: the name the client used; it is sent back.
+      requests: one per prompt.
+      echo: the prompts' texts, to be put before the answers; empty if not asked for.
+    """
+
+    model: str
+    requests: tuple[Request, ...]
+    stream: bool = False
+    include_usage: bool = False
+    return_token_ids: bool = False
+    echo: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return self.requests[0].sampling.n
+
+    @property
+    def logprobs(self) -> int | None:
+        return self.requests[0].sampling.logprobs
+
+
+class _Body(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Generate(_Body):
+    """Fields of both endpoints. Ranges are checked by ``SamplingParams``."""
+
+    model: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: Annotated[list[str], pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    n: int = 1
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+    return_token_ids: bool = False
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_k=0 if self.top_k == -1 else self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            logprobs=logprobs,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            n=self.n,
+        )
+
+
+class _CompletionBody(_Generate):
+    prompt: Any
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+
+
+class _ChatBody(_Generate):
+    messages: Any
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+def parse_completion(body: Any, engine: Engine) -> Call:
+    """Understands the body of ``POST /v1/completions``.
+
+    Raises:
+      InvalidRequest: with the field at fault in ``param``.
+      UnknownAdapter: ``model`` names neither the base model nor an adapter.
+    """
+    fields = _validated(_CompletionBody, body, _COMPLETION_DEFAULTS)
+    adapter = resolve_model(fields.model, engine)
+    if fields.best_of is not None and fields.best_of != fields.n:
+        raise InvalidRequest(f"best_of ({fields.best_of}) must equal n ({fields.n}): nothing is ranked here", "best_of")
+    if fields.echo and fields.logprobs is not None:
+        raise InvalidRequest("echo with logprobs is not supported: prompts are not scored", "echo")
+    prompts = _completion_prompts(fields.prompt, engine)
+    requests = []
+    for prompt in prompts:
+        room = _room(prompt, engine, "prompt")
+        max_tokens = min(16, room) if fields.max_tokens is None else fields.max_tokens
+        requests.append(Request(prompt, adapter, fields.sampling(max_tokens, fields.logprobs)))
+    echo: tuple[str, ...] = ()
+    if fields.echo:
+        tokenizer = _tokenizer(engine, "echo")
+        texts = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
+        echo = tuple(
+            text if isinstance(text, str) else tokenizer.decode(prompt)
+            for text, prompt in zip(texts if len(texts) == len(prompts) else prompts, prompts, strict=True)
+        )
+    return _call(fields, tuple(requests), echo)
+
+
+def parse_chat(body: Any, engine: Engine) -> Call:
+    """Understands the body of ``POST /v1/chat/completions``; raises as ``parse_completion``."""
+    fields = _validated(_ChatBody, body, _CHAT_DEFAULTS)
+    adapter = resolve_model(fields.model, engine)
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    if fields.top_logprobs is not None and not 0 <= fields.top_logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {fields.top_logprobs}", "top_logprobs"
+        )
+    messages = read_messages(fields.messages)
+    prompt = tuple(_tokenizer(engine, "messages").encode_chat(messages))
+    room = _room(prompt, engine, "messages")
+    limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    return _call(fields, (Request(prompt, adapter, fields.sampling(room if limit is None else limit, logprobs)),))
+
+
+def resolve_model(name: str, engine: Engine) -> str | None:
+    """The adapter that ``name`` asks for: ``base`` is None, ``adapter`` or ``base:adapter`` the adapter.
+
+    Raises:
+      UnknownAdapter: neither.
+    """
+    if name == engine.model_name:
+        return None
+    adapters = engine.adapters()
+    for candidate in (name, name.removeprefix(f"{engine.model_name}:")):
+        if candidate in adapters:
+            return candidate
+    raise UnknownAdapter(f"the model {name!r} does not exist; GET /v1/models lists the base model and its adapters")
+
+
+def read_messages(messages: Any) -> list[dict[str, str]]:
+    """Chat messages with their text parts joined, ready for a chat template.
+
+    Raises:
+      InvalidRequest: not a list of messages, or something other than text in one.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest(f"messages must be a non-empty list of messages, got {_shown(messages)}", "messages")
+    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _read_message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"{where} must be an object with role and content, got {_shown(message)}", where)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; got {_shown(role)}", f"{where}.role")
+    read = {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{where}.content")}
+    for name, value in message.items():
+        if name in ("role", "content") or value is None:
+            continue
+        if name == "name":
+            if not isinstance(value, str):
+                raise InvalidRequest(f"{where}.name must be a string, got {_shown(value)}", f"{where}.name")
+            read["name"] = value
+        elif name not in _MESSAGE_DEFAULTS:
+            raise InvalidRequest(f"{where}.{name} is not a known field", f"{where}.{name}")
+        elif value not in _MESSAGE_DEFAULTS[name]:
+            raise InvalidRequest(f"{where}.{name} is not supported; leave it out", f"{where}.{name}")
+    return read
+
+
+def _read_content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where} must be a string or a list of text parts, got {_shown(content)}", where)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest(
+                f'{where}[{i}] must be {{"type": "text", "text": ...}}; other parts are not supported, '
+                f"got {_shown(part)}",
+                f"{where}[{i}]",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...] = ()) -> Call:
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+    options = fields.stream_options or _StreamOptions()
+    return Call(fields.model, requests, fields.stream, options.include_usage, fields.return_token_ids, echo)
+
+
+def _validated[B: _Body](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
+    """Drops what changes nothing, refuses what cannot be done, and checks the types of the rest."""
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {_shown(body)}")
+    fields = {}
+    for name, value in body.items():
+        if value is None or name in _LABELS:
+            continue
+        if name not in defaults:
+            fields[name] = value
+        elif value not in defaults[name]:
+            raise InvalidRequest(f"{name}={_shown(value)} is not supported by this server; leave it out", name)
+    try:
+        return kind(**fields)
+    except pydantic.ValidationError as e:
+        raise _first_problem(e) from None
+
+
+def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
+    problems = error.errors(include_url=False, include_context=False)
+    unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
+    if unknown:
+        names = ", ".join(unknown)
+        return InvalidRequest(f"unknown field{'s' if len(unknown) > 1 else ''}: {names}", unknown[0])
+    problem = problems[0]
+    field = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "missing":
+        return InvalidRequest(f"{field} is missing", field)
+    return InvalidRequest(f"{field}: {problem['msg']}, got {_shown(problem['input'])}", field)
+
+
+def _completion_prompts(prompt: Any, engine: Engine) -> list[tuple[int, ...]]:
+    """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
+    if isinstance(prompt, str):
+        return [_text_prompt(prompt, engine)]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(p, str) for p in prompt):
+            return [_text_prompt(p, engine) for p in prompt]
+        if all(type(p) is int for p in prompt):
+            return [_checked_ids(prompt, engine)]
+        if all(isinstance(p, list) and all(type(i) is int for i in p) for p in prompt):
+            return [_checked_ids(p, engine) for p in prompt]
+    raise InvalidRequest(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids; "
+        f"got {_shown(prompt)}",
+        "prompt",
+    )
+
+
+def _text_prompt(text: str, engine: Engine) -> tuple[int, ...]:
+    tokenizer = _tokenizer(engine, "prompt")
+    ids = tokenizer.encode(text)
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    return _checked_ids(ids, engine)
+
+
+def _checked_ids(ids: Sequence[int], engine: Engine) -> tuple[int, ...]:
+    if not ids:
+        raise InvalidRequest("prompt is empty; send at least one token", "prompt")
+    vocabulary = engine.model_config.vocab_size
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        bad = next(i for i in ids if not 0 <= i < vocabulary)
+        raise InvalidRequest(f"prompt: token id {bad} is outside the vocabulary [0, {vocabulary})", "prompt")
+    return tuple(ids)
+
+
+def _tokenizer(engine: Engine, param: str) -> Tokenizer:
+    if engine.tokenizer is None:
+        raise InvalidRequest("this model has no tokenizer (dummy weights): send token ids to /v1/completions", param)
+    return engine.tokenizer
+
+
+def _room(prompt: Sequence[int], engine: Engine, param: str) -> int:
+    """Tokens left for the answer: at least one."""
+    room = engine.max_model_len - len(prompt)
+    if room < 1:
+        raise PromptTooLong(
+            f"this model's context is {engine.max_model_len} tokens and the prompt has {len(prompt)}; "
+            "shorten it so that at least one token is left for the answer",
+            param,
+        )
+    return room
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Reply:
+    """Writes one answer in OpenAI's shape: ``whole``, or chunks for a stream in the order ``opening``,
+    ``chunk`` for each delta, ``usage_chunk``.
+
+    Choices are numbered over prompts, then completions: ``prompt_index * n + completion_index``.
+    """
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, call: Call, tokenizer: Tokenizer | None):
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
+        self._call = call
+        self._tokenizer = tokenizer
+        self._head = {"id": self.id, "created": int(time.time()), "model": call.model}
+        self._stream_usage = {"usage": None} if call.include_usage else {}
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        n = self._call.n
+        choices = [
+            self._whole_choice(i * n + completion.index, i, completion, output)
+            for i, output in enumerate(outputs)
+            for completion in output.completions
+        ]
+        usage = _usage(
+            sum(len(o.prompt_token_ids) for o in outputs),
+            sum(len(c.token_ids) for o in outputs for c in o.completions),
+            sum(o.cached_tokens for o in outputs),
+        )
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What every choice begins with, before its first token."""
+        return []
+
+    def chunk(self, prompt_index: int, delta: Delta) -> dict[str, Any] | None:
+        """One piece of one choice; None if there is nothing to say yet."""
+        silent = not delta.text and not delta.logprobs and delta.finish_reason is None
+        if silent and self._tokenizer is not None and not self._call.return_token_ids:
+            return None
+        choice = self._chunk_choice(prompt_index * self._call.n + delta.index, delta)
+        if self._call.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return self._chunk([choice])
+
+    def usage_chunk(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+        return self._chunk([]) | {"usage": _usage(prompt_tokens, completion_tokens, cached_tokens)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_object, "choices": choices, **self._stream_usage}
+
+    def _whole_choice(
+        self, index: int, prompt_index: int, completion: Completion, output: RequestOutput
+    ) -> dict[str, Any]:
+        choice = self._answer(index, prompt_index, completion)
+        if self._call.return_token_ids:
+            choice["token_ids"] = list(completion.token_ids)
+            choice["prompt_token_ids"] = list(output.prompt_token_ids)
+        return choice
+
+    def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _text(self, token_id: int) -> str:
+        """A token as text; one that is only a part of a character is written by its bytes, to stay distinct."""
+        if self._tokenizer is None:
+            return f"token_id:{token_id}"
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+
+
+class CompletionReply(Reply):
+    """``/v1/completions``."""
+
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, call: Call, tokenizer: Tokenizer | None):
+        super().__init__(call, tokenizer)
+        self._offsets: dict[int, int] = {}  # characters of each choice's tokens already reported
+
+    def opening(self) -> list[dict[str, Any]]:
+        n = self._call.n
+        return [
+            self._chunk([{"index": i * n + k, "text": text, "logprobs": None, "finish_reason": None}])
+            for i, text in enumerate(self._call.echo)
+            for k in range(n)
+        ]
+
+    def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+        before = self._call.echo[prompt_index] if self._call.echo else ""
+        return {
+            "index": index,
+            "text": before + completion.text,
+            "logprobs": None if completion.logprobs is None else self._logprobs(index, completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        }
+
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": delta.text,
+            "logprobs": self._logprobs(index, delta.logprobs) if delta.logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _logprobs(self, index: int, tokens: Iterable[TokenLogprob]) -> dict[str, list]:
+        shape: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            text = self._text(token.token_id)
+            top = {self._text(i): _finite(p) for i, p in token.top}
+            offset = self._offsets.get(index, 0)
+            shape["tokens"].append(text)
+            shape["token_logprobs"].append(_finite(token.logprob))
+            shape["top_logprobs"].append(top | {text: _finite(token.logprob)})
+            shape["text_offset"].append(offset)
+            self._offsets[index] = offset + len(text)
+        return shape
+
+
+class ChatReply(Reply):
+    """``/v1/chat/completions``."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self) -> list[dict[str, Any]]:
+        start = {"role": "assistant", "content": ""}
+        return [
+            self._chunk([{"index": i, "delta": start, "logprobs": None, "finish_reason": None}])
+            for i in range(self._call.n)
+        ]
+
+    def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": None if completion.logprobs is None else self._logprobs(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        }
+
+    def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"content": delta.text} if delta.text or delta.finish_reason is None else {},
+            "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _logprobs(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+        content = [
+            self._token(t.token_id, t.logprob) | {"top_logprobs": [self._token(i, p) for i, p in t.top]}
+            for t in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
+        return {"token": self._text(token_id), "logprob": _finite(logprob), "bytes": data}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
