@@ -10,14 +10,16 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 
-from slora_jax.engine.engine import Engine
 from slora_jax.errors import InvalidRequest, UnknownAdapter
 from slora_jax.request import MAX_LOGPROBS, Completion, Delta, Request, RequestOutput, SamplingParams, TokenLogprob
 from slora_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from slora_jax.engine.engine import Engine
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot hold."""
@@ -144,7 +146,7 @@ class _ChatBody(_Generate):
     top_logprobs: int | None = None
 
 
-def parse_completion(body: Any, engine: Engine) -> Call:
+def parse_completion(body: Any, engine: "Engine") -> Call:
     """Understands the body of ``POST /v1/completions``.
 
     Raises:
@@ -163,18 +165,11 @@ def parse_completion(body: Any, engine: Engine) -> Call:
         room = _room(prompt, engine, "prompt")
         max_tokens = min(16, room) if fields.max_tokens is None else fields.max_tokens
         requests.append(Request(prompt, adapter, fields.sampling(max_tokens, fields.logprobs)))
-    echo: tuple[str, ...] = ()
-    if fields.echo:
-        tokenizer = _tokenizer(engine, "echo")
-        texts = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
-        echo = tuple(
-            text if isinstance(text, str) else tokenizer.decode(prompt)
-            for text, prompt in zip(texts if len(texts) == len(prompts) else prompts, prompts, strict=True)
-        )
+    echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
     return _call(fields, tuple(requests), echo)
 
 
-def parse_chat(body: Any, engine: Engine) -> Call:
+def parse_chat(body: Any, engine: "Engine") -> Call:
     """Understands the body of ``POST /v1/chat/completions``; raises as ``parse_completion``."""
     fields = _validated(_ChatBody, body, _CHAT_DEFAULTS)
     adapter = resolve_model(fields.model, engine)
@@ -192,7 +187,7 @@ def parse_chat(body: Any, engine: Engine) -> Call:
     return _call(fields, (Request(prompt, adapter, fields.sampling(room if limit is None else limit, logprobs)),))
 
 
-def resolve_model(name: str, engine: Engine) -> str | None:
+def resolve_model(name: str, engine: "Engine") -> str | None:
     """The adapter that ``name`` asks for: ``base`` is None, ``adapter`` or ``base:adapter`` the adapter.
 
     Raises:
@@ -294,7 +289,7 @@ def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field}: {problem['msg']}, got {_shown(problem['input'])}", field)
 
 
-def _completion_prompts(prompt: Any, engine: Engine) -> list[tuple[int, ...]]:
+def _completion_prompts(prompt: Any, engine: "Engine") -> list[tuple[int, ...]]:
     """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
     if isinstance(prompt, str):
         return [_text_prompt(prompt, engine)]
@@ -312,7 +307,16 @@ def _completion_prompts(prompt: Any, engine: Engine) -> list[tuple[int, ...]]:
     )
 
 
-def _text_prompt(text: str, engine: Engine) -> tuple[int, ...]:
+def _prompt_texts(sent: Any, prompts: Sequence[tuple[int, ...]], engine: "Engine") -> tuple[str, ...]:
+    if isinstance(sent, str):
+        return (sent,)
+    if isinstance(sent[0], str):
+        return tuple(sent)
+    tokenizer = _tokenizer(engine, "echo")
+    return tuple(tokenizer.decode(prompt) for prompt in prompts)
+
+
+def _text_prompt(text: str, engine: "Engine") -> tuple[int, ...]:
     tokenizer = _tokenizer(engine, "prompt")
     ids = tokenizer.encode(text)
     if not ids and tokenizer.bos_token_id is not None:
@@ -320,7 +324,7 @@ def _text_prompt(text: str, engine: Engine) -> tuple[int, ...]:
     return _checked_ids(ids, engine)
 
 
-def _checked_ids(ids: Sequence[int], engine: Engine) -> tuple[int, ...]:
+def _checked_ids(ids: Sequence[int], engine: "Engine") -> tuple[int, ...]:
     if not ids:
         raise InvalidRequest("prompt is empty; send at least one token", "prompt")
     vocabulary = engine.model_config.vocab_size
@@ -330,13 +334,13 @@ def _checked_ids(ids: Sequence[int], engine: Engine) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _tokenizer(engine: Engine, param: str) -> Tokenizer:
+def _tokenizer(engine: "Engine", param: str) -> Tokenizer:
     if engine.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer (dummy weights): send token ids to /v1/completions", param)
     return engine.tokenizer
 
 
-def _room(prompt: Sequence[int], engine: Engine, param: str) -> int:
+def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:
     """Tokens left for the answer: at least one."""
     room = engine.max_model_len - len(prompt)
     if room < 1:

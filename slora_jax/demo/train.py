@@ -191,7 +191,7 @@ def train_adapter(name: str, config: TrainConfig, open_answered: list[Example]) 
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     seconds = time.monotonic() - started
 
     folder = config.out / name

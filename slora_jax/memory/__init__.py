@@ -1,0 +1,4 @@
+"""The unified pool: its arithmetic (``layout``), its host accounting (``pages``) and its device array (``pool``).
+
+``layout`` and ``pages`` import no JAX.
+"""

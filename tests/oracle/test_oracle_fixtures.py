@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-MIN_GAP = 0.02
+MIN_GAP = 0.01
 MAX_BYTES = 600_000
 
 

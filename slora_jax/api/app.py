@@ -1,0 +1,260 @@
+"""The HTTP routes. This package alone knows status codes: ``_ERRORS`` gives each exception its own."""
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flask
+from werkzeug.exceptions import HTTPException
+
+from slora_jax.api.deltas import ClientGone, GenerationFailed, raise_failure, submit_all, wait_all, watch, without_failure
+from slora_jax.api.openai import (
+    Call,
+    ChatReply,
+    CompletionReply,
+    PromptTooLong,
+    Reply,
+    parse_chat,
+    parse_completion,
+)
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+
+if TYPE_CHECKING:
+    from slora_jax.engine.engine import Engine, Generation
+
+RETRY_AFTER_SECONDS = 1
+OWNER = "slora-jax"
+
+_log = logging.getLogger(__name__)
+
+
+class _Forbidden(Exception):
+    """The server was started without this route's permission."""
+
+
+class _Rule(NamedTuple):
+    error: type[Exception]
+    status: int
+    kind: str
+    code: str | None = None
+
+
+_ERRORS = (
+    _Rule(PromptTooLong, 400, "invalid_request_error", "context_length_exceeded"),
+    _Rule(InvalidRequest, 400, "invalid_request_error"),
+    _Rule(BadAdapter, 400, "invalid_request_error", "bad_adapter"),
+    _Rule(_Forbidden, 403, "permission_error", "adapter_loading_not_allowed"),
+    _Rule(UnknownAdapter, 404, "invalid_request_error", "model_not_found"),
+    _Rule(Overloaded, 429, "rate_limit_error", "engine_overloaded"),
+    _Rule(EngineStopped, 503, "service_unavailable_error", "engine_stopped"),
+    _Rule(GenerationFailed, 500, "server_error", "generation_failed"),
+)
+_UNEXPECTED = _Rule(Exception, 500, "server_error", "internal_error")
+
+
+def create_app(
+    engine: "Engine",
+    *,
+    allow_adapter_loading: bool = False,
+    max_streams: int = 512,
+    max_body_bytes: int = 32 * 2**20,
+) -> flask.Flask:
+    """Builds the WSGI application around a running engine.
+
+    Args:
+      allow_adapter_loading: let clients register adapters from this machine's folders.
+      max_streams: most requests answered at a time; one more gets 429. The server needs a thread for each,
+        and a few more so that the refusals and ``/health`` are answered too.
+      max_body_bytes: larger bodies get 413.
+    """
+    app = flask.Flask("slora_jax")
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    slots = threading.BoundedSemaphore(max_streams)
+    started = int(time.time())
+
+    @app.post("/v1/completions")
+    def completions():
+        return _generate(engine, slots, parse_completion, CompletionReply)
+
+    @app.post("/v1/chat/completions")
+    def chat_completions():
+        return _generate(engine, slots, parse_chat, ChatReply)
+
+    @app.get("/v1/models")
+    def models():
+        cards = [_base_card(engine, started), *(_adapter_card(engine, a) for a in engine.adapters().values())]
+        return _json({"object": "list", "data": cards})
+
+    @app.get("/v1/models/<path:name>")
+    def model(name: str):
+        if name == engine.model_name:
+            return _json(_base_card(engine, started))
+        adapter = engine.adapters().get(name)
+        if adapter is None:
+            raise UnknownAdapter(f"the model {name!r} does not exist")
+        return _json(_adapter_card(engine, adapter))
+
+    @app.get("/health")
+    def health():
+        return _json({"status": "ok", **engine.stats()})
+
+    @app.post("/v1/load_lora_adapter")
+    def load_lora_adapter():
+        name, path = _adapter_fields("lora_name", "lora_path")
+        return _json(_adapter_card(engine, engine.register_adapter(name, path)))
+
+    @app.post("/v1/unload_lora_adapter")
+    def unload_lora_adapter():
+        (name,) = _adapter_fields("lora_name")
+        engine.unregister_adapter(name)
+        return _json({"id": name, "object": "model", "deleted": True})
+
+    def _adapter_fields(*names: str) -> list[str]:
+        if not allow_adapter_loading:
+            raise _Forbidden("this server does not load adapters on request; start it with --allow-adapter-loading")
+        body = _json_body()
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        if unknown := [name for name in body if name not in names]:
+            raise InvalidRequest(f"unknown field: {unknown[0]}", unknown[0])
+        for name in names:
+            if not isinstance(body.get(name), str) or not body[name]:
+                raise InvalidRequest(f"{name} must be a non-empty string", name)
+        return [body[name] for name in names]
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException):
+        status = error.code or 500
+        message = f"{flask.request.method} {flask.request.path}: {error.description}"
+        response = _json(_error_body(message, "invalid_request_error" if status < 500 else "server_error"), status)
+        if allow := error.get_response().headers.get("Allow"):
+            response.headers["Allow"] = allow
+        return response
+
+    @app.errorhandler(Exception)
+    def any_error(error: Exception):
+        rule = _rule(error)
+        response = _json(_error_of(error, rule), rule.status)
+        if rule.status == 429:
+            response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        return response
+
+    return app
+
+
+def error_body(message: str, status: int) -> bytes:
+    """An error in OpenAI's shape, for failures before any route is reached."""
+    return _dumps(_error_body(message, "invalid_request_error" if status < 500 else "server_error"))
+
+
+def _generate(
+    engine: "Engine",
+    slots: threading.BoundedSemaphore,
+    parse: Callable[[Any, "Engine"], Call],
+    reply_type: type[Reply],
+) -> flask.Response:
+    with contextlib.ExitStack() as cleanup:
+        if not slots.acquire(blocking=False):
+            raise Overloaded("all of this server's streams are taken; try again later")
+        cleanup.callback(slots.release)
+        call = parse(_json_body(), engine)
+        reply = reply_type(call, engine.tokenizer)
+        generations = submit_all(engine, call.requests)
+        for generation in generations:
+            cleanup.callback(generation.cancel)
+        gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        if not call.stream:
+            try:
+                return _json(reply.whole(wait_all(generations, gone)))
+            except ClientGone:
+                return flask.Response(status=499)  # nobody reads it
+        response = flask.Response(_events(call, reply, generations, gone), mimetype="text/event-stream")
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"
+        # Runs when the stream has ended, failed, or was dropped before its first event.
+        response.call_on_close(cleanup.pop_all().close)
+        return response
+
+
+def _events(call: Call, reply: Reply, generations: Sequence["Generation"], gone: Callable[[], bool]) -> Iterator[bytes]:
+    """The server-sent events of one stream. Errors cannot change the status any more, so they are events."""
+    completion_tokens = 0
+    try:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        for index, deltas in watch(generations, gone):
+            completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+            chunks = [chunk for delta in deltas if (chunk := reply.chunk(index, without_failure(delta))) is not None]
+            if chunks:
+                yield b"".join(map(_event, chunks))
+            for delta in deltas:
+                raise_failure(delta)
+        if call.include_usage:
+            prompt_tokens = sum(len(g.prompt_token_ids) for g in generations)
+            cached_tokens = sum(g.cached_tokens for g in generations)
+            yield _event(reply.usage_chunk(prompt_tokens, completion_tokens, cached_tokens))
+        yield b"data: [DONE]\n\n"
+    except ClientGone:
+        return
+    except Exception as error:
+        yield _event(_error_of(error, _rule(error)))
+
+
+def _rule(error: Exception) -> _Rule:
+    for rule in _ERRORS:
+        if isinstance(error, rule.error):
+            return rule
+    _log.error("unexpected error while serving a request", exc_info=error)
+    return _UNEXPECTED
+
+
+def _error_of(error: Exception, rule: _Rule) -> dict[str, Any]:
+    message = "internal server error; see the server's log" if rule is _UNEXPECTED else str(error)
+    param = getattr(error, "param", None) or ("model" if rule.error is UnknownAdapter else None)
+    return _error_body(message, rule.kind, param, rule.code)
+
+
+def _error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _json_body() -> Any:
+    try:
+        return json.loads(flask.request.get_data())
+    except (ValueError, RecursionError) as e:
+        raise InvalidRequest(f"the body is not valid JSON: {e}") from None
+
+
+def _base_card(engine: "Engine", created: int) -> dict[str, Any]:
+    return _card(engine, engine.model_name, created) | {"parent": None}
+
+
+def _adapter_card(engine: "Engine", adapter) -> dict[str, Any]:
+    return _card(engine, adapter.name, int(adapter.created)) | {"parent": engine.model_name, "rank": adapter.rank}
+
+
+def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "root": engine.model_name,
+        "max_model_len": engine.max_model_len,
+    }
+
+
+def _json(value: Any, status: int = 200) -> flask.Response:
+    return flask.Response(_dumps(value), status=status, mimetype="application/json")
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + _dumps(value) + b"\n\n"
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

@@ -1,0 +1,122 @@
+"""Reading what running generations produce, without losing sight of who waits for it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from slora_jax.errors import EngineStopped, SLoRAError
+from slora_jax.request import Completion, Delta, Request, RequestOutput
+
+if TYPE_CHECKING:
+    from slora_jax.engine.engine import Engine, Generation
+
+POLL_SECONDS = 0.5
+"""How long a client that went away may go unnoticed while its request produces nothing."""
+
+_SWEEP_SECONDS = 0.01
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class GenerationFailed(SLoRAError):
+    """The engine gave a sequence up; the message says why."""
+
+
+def submit_all(engine: "Engine", requests: Sequence[Request]) -> list["Generation"]:
+    """Submits every request or, when one is refused, none."""
+    with contextlib.ExitStack() as cancel_on_error:
+        generations = []
+        for request in requests:
+            generation = engine.submit(request)
+            cancel_on_error.callback(generation.cancel)
+            generations.append(generation)
+        cancel_on_error.pop_all()
+    return generations
+
+
+def watch(generations: Sequence["Generation"], gone: Callable[[], bool]) -> Iterator[tuple[int, list[Delta]]]:
+    """Yields (generation's index, its new deltas, one per sequence) until all have ended.
+
+    Deltas that piled up while the reader was busy are merged, so a slow reader falls behind in time but not
+    in work.
+
+    Raises:
+      ClientGone: ``gone()`` turned true.
+    """
+    open_sequences = {i: generation.request.sampling.n for i, generation in enumerate(generations)}
+    wait = POLL_SECONDS if len(generations) == 1 else _SWEEP_SECONDS
+    while open_sequences:
+        nothing = True
+        for i in list(open_sequences):
+            generation = generations[i]
+            ended = generation.finished  # read first: what was produced before it turned true is then in the queue
+            deltas = _take(generation, 0 if ended or not nothing else wait / len(open_sequences))
+            if deltas:
+                nothing = False
+                open_sequences[i] -= sum(delta.finish_reason is not None for delta in deltas)
+                yield i, deltas
+            if open_sequences[i] <= 0 or (ended and not deltas):
+                del open_sequences[i]
+        if nothing and gone():
+            raise ClientGone
+
+
+def wait_all(generations: Sequence["Generation"], gone: Callable[[], bool]) -> list[RequestOutput]:
+    """Waits for all to end.
+
+    Raises:
+      ClientGone: ``gone()`` turned true.
+      GenerationFailed, EngineStopped: a sequence ended with an error.
+    """
+    outputs = []
+    for generation in generations:
+        while True:
+            try:
+                outputs.append(generation.result(timeout=POLL_SECONDS))
+                break
+            except TimeoutError:
+                if gone():
+                    raise ClientGone from None
+    for output in outputs:
+        for completion in output.completions:
+            raise_failure(completion)
+    return outputs
+
+
+def raise_failure(ended: Delta | Completion) -> None:
+    """Raises if this sequence ended otherwise than by its own sampling parameters."""
+    if ended.finish_reason == "error":
+        raise GenerationFailed(ended.error or "generation failed")
+    if ended.finish_reason == "abort":
+        raise EngineStopped(ended.error or "the request was aborted")
+
+
+def without_failure(delta: Delta) -> Delta:
+    """What the delta brought, less the news that its sequence failed; see ``raise_failure``."""
+    failed = delta.finish_reason in ("error", "abort")
+    return dataclasses.replace(delta, finish_reason=None) if failed else delta
+
+
+def _take(generation: "Generation", timeout: float) -> list[Delta]:
+    """The next delta and all that wait behind it, merged by sequence."""
+    delta = generation.next_delta(timeout)
+    merged: dict[int, Delta] = {}
+    while delta is not None:
+        earlier = merged.get(delta.index)
+        merged[delta.index] = delta if earlier is None else _joined(earlier, delta)
+        delta = generation.next_delta(0)
+    return list(merged.values())
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return Delta(
+        index=first.index,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        finish_reason=second.finish_reason,
+        error=second.error,
+    )

@@ -1,0 +1,433 @@
+"""The engine: requests in, tokens out. Owns the scheduler, the adapter store, the pool and the runner."""
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from slora_jax.adapters.peft import resolve_adapter_path
+from slora_jax.adapters.store import AdapterInfo, AdapterStore
+from slora_jax.config import EngineConfig, PoolConfig, read_yaml
+from slora_jax.engine.batch import AdapterSlice, Buckets
+from slora_jax.engine.generation import Generation, OutputText
+from slora_jax.engine.runner import Runner, StepInFlight
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
+from slora_jax.memory.layout import PoolLayout
+from slora_jax.memory.pages import PageAllocator
+from slora_jax.memory.pool import UnifiedPool
+from slora_jax.model.checkpoint import load_or_restore
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.weights import dummy_params, resolve_model
+from slora_jax.request import Request
+from slora_jax.scheduler.scheduler import Scheduler
+from slora_jax.scheduler.sequence import Sequence, StepPlan
+from slora_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MAX_CPU_POOL_BYTES = 2 * 2**30
+_IDLE_WAIT_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Where a sequence's tokens go."""
+
+    generation: Generation
+    output: OutputText
+
+
+class Engine:
+    """Serves requests for one base model and any number of its adapters. Thread-safe.
+
+    Either call ``start`` and let a background thread run steps, or call ``step`` yourself until it returns False.
+
+    Attributes:
+      model_name: the base model's served name.
+      model_config: its shape.
+      max_model_len: longest sequence, prompt and output, in tokens.
+      tokenizer: None for dummy models.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        params: dict,
+        tokenizer: Tokenizer | None,
+        model_name: str,
+    ):
+        dtype = jax.tree.leaves(params)[0].dtype
+        self.config = config
+        self.model_name = model_name
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        layout = PoolLayout.for_model(model_config)
+        num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize))
+        self._pages = PageAllocator(num_pages)
+        limit = config.max_model_len or model_config.max_position_embeddings
+        self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * 16)
+        self._pool = UnifiedPool(layout, num_pages, dtype)
+        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake)
+        self._scheduler = Scheduler(config.scheduler, self._pages)
+        self._runner = Runner(
+            model_config, params, self._pool, _buckets(config), config.scheduler.max_sequences, self.max_model_len
+        )
+        self._in_flight: tuple[StepPlan, StepInFlight | None] | None = None
+        self._answers: dict[int, _Answer] = {}
+        self._sequence_ids = itertools.count()
+        self._seeds = np.random.default_rng(config.seed)
+        self._lock = threading.Lock()
+        self._submitted: deque[list[tuple[Sequence, _Answer]]] = deque()
+        self._cancelled: deque[Generation] = deque()
+        self._num_unadmitted = 0
+        self._wake_event = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closed: str | None = None
+        self._counts = dict.fromkeys(
+            ("steps", "prefill_tokens", "decode_tokens", "adapter_loads", "preemptions", "cached_tokens"), 0
+        )
+
+    @classmethod
+    def create(cls, config: EngineConfig, progress: bool = True) -> "Engine":
+        """Loads the base model and registers the configured adapters.
+
+        Raises:
+          UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
+        """
+        dtype = _dtype(config)
+        if config.dummy:
+            model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
+            params = dummy_params(model_config, dtype, config.seed)
+            tokenizer = None
+            name = Path(config.model).stem
+        else:
+            folder = resolve_model(config.model)
+            model_config = ModelConfig.from_folder(folder)
+            tokenizer = Tokenizer.from_folder(folder)
+            cache = Path(config.checkpoint_cache).expanduser() if config.checkpoint_cache else None
+            params, provenance = load_or_restore(folder, model_config, dtype, cache, progress=progress)
+            logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
+            name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
+        engine = cls(config, model_config, params, tokenizer, config.served_name or name)
+        try:
+            for adapter, path in config.adapters.items():
+                engine.register_adapter(adapter, path)
+            for directory in config.adapter_dirs:
+                engine.register_adapter_dir(directory)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    # Adapters
+
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """A snapshot of the registered adapters by name."""
+        return self._store.infos()
+
+    def register_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Makes an adapter available under a name; its weights are loaded when first asked for.
+
+        Args:
+          path: a PEFT folder or a Hugging Face id.
+
+        Raises:
+          BadAdapter: it cannot be served exactly as trained, or the name is the base model's; nothing changes.
+        """
+        if name == self.model_name:
+            raise BadAdapter(f"adapter name {name!r} is the base model's; choose another")
+        return self._store.register(name, resolve_adapter_path(path))
+
+    def register_adapter_dir(self, directory: str) -> None:
+        """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
+        infos, refused = self._store.register_dir(Path(directory))
+        logger.info("registered %d adapters of %s", len(infos), directory)
+        for name, reason in refused.items():
+            logger.warning("adapter %s refused: %s", name, reason)
+
+    def unregister_adapter(self, name: str) -> None:
+        """Forgets an adapter's name; requests already submitted are still answered.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+        """
+        self._store.unregister(name)
+
+    # Requests
+
+    def submit(self, request: Request) -> Generation:
+        """Queues a request and returns at once.
+
+        Raises:
+          InvalidRequest: the prompt is empty, has an unknown token, or cannot fit the context or the pool.
+          UnknownAdapter: ``request.adapter`` is not registered.
+          Overloaded: too many requests are waiting.
+          EngineStopped: the engine is closed.
+        """
+        adapter = self._store.get(request.adapter) if request.adapter is not None else None
+        max_tokens = self._check_prompt(request, adapter)
+        generation = Generation(request, self._cancel)
+        sampling = request.sampling
+        with self._lock:
+            if self._closed:
+                raise EngineStopped(self._closed)
+            waiting = self._scheduler.num_waiting + self._num_unadmitted
+            if waiting + sampling.n > self.config.scheduler.max_waiting:
+                raise Overloaded(
+                    f"{waiting} sequences are waiting and at most {self.config.scheduler.max_waiting} may; try again later"
+                )
+            seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
+            leader = None
+            group = []
+            for index in range(sampling.n):
+                sequence = Sequence(
+                    sequence_id=next(self._sequence_ids),
+                    tokens=list(request.prompt),
+                    num_prompt=len(request.prompt),
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    seed=seed + index,
+                    adapter=adapter,
+                    leader=leader,
+                )
+                leader = leader or sequence
+                eos = self.model_config.eos_token_ids
+                output = OutputText(request, index, max_tokens, eos, self.tokenizer)
+                generation.sequences.append(sequence)
+                group.append((sequence, _Answer(generation, output)))
+            self._submitted.append(group)
+            self._num_unadmitted += len(group)
+        self._wake()
+        return generation
+
+    def _check_prompt(self, request: Request, adapter) -> int:
+        """Returns how many tokens may be generated."""
+        length, vocab = len(request.prompt), self.model_config.vocab_size
+        if length == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
+        if length >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {length} tokens, but the context holds {self.max_model_len} including the output; "
+                "shorten the prompt",
+                "prompt",
+            )
+        if not (0 <= min(request.prompt) and max(request.prompt) < vocab):
+            raise InvalidRequest(f"prompt token ids must be in [0, {vocab})", "prompt")
+        if request.sampling.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids", "stop")
+        max_tokens = min(request.sampling.max_tokens, self.max_model_len - length)
+        pages = self._scheduler.pages_needed(length + max_tokens, adapter)
+        if pages > self._pages.total:
+            raise InvalidRequest(
+                f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}; "
+                "lower max_tokens or start the server with a larger pool",
+                "max_tokens",
+            )
+        return max_tokens
+
+    def _cancel(self, generation: Generation) -> None:
+        self._cancelled.append(generation)
+        self._wake()
+
+    # The loop
+
+    def step(self) -> bool:
+        """Plans and starts one step while the previous one runs, then takes the previous one's tokens.
+
+        Not thread-safe: for whoever runs the loop.
+
+        Returns:
+          Whether anything was done; False means that nothing can go on until a request or an adapter arrives.
+        """
+        self._take_submitted()
+        self._take_cancelled()
+        plan = self._scheduler.plan()
+        for sequence, reason in plan.failed:
+            self._end(sequence, "error", reason)
+        previous, self._in_flight = self._in_flight, self._launch(plan)
+        if previous is not None:
+            self._commit(*previous)
+        return previous is not None or self._in_flight is not None or bool(plan.failed)
+
+    def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
+        for load in plan.loads:
+            self._pool.write_adapter(load.adapter.host().packed, load.pages)
+        self._counts["adapter_loads"] += len(plan.loads)
+        self._counts["preemptions"] += plan.num_preempted
+        if not plan.entries:
+            return None
+        self._counts["steps"] += 1
+        for entry in plan.entries:
+            prefill = max(0, min(entry.start + entry.count, entry.sequence.num_prompt) - entry.start)
+            self._counts["prefill_tokens"] += prefill
+            self._counts["decode_tokens"] += entry.count - prefill
+        return plan, self._runner.run(plan.entries, self._adapter_slices(plan))
+
+    def _adapter_slices(self, plan: StepPlan) -> dict[object, AdapterSlice]:
+        slices = {}
+        for entry in plan.entries:
+            sequence = entry.sequence
+            if sequence.adapter is not None and sequence.adapter_key not in slices:
+                header = sequence.adapter.header
+                slices[sequence.adapter_key] = AdapterSlice(
+                    pages=self._scheduler.adapter_pages(sequence),
+                    ranks=header.layout.ranks,
+                    start_a=header.layout.start_a,
+                    start_b=header.layout.start_b,
+                    scales=header.scales,
+                )
+        return slices
+
+    def _commit(self, plan: StepPlan, step: StepInFlight) -> None:
+        tokens, logprobs = step.read()
+        ended = []
+        for row, entry in enumerate(step.entries):
+            if not entry.samples:
+                continue
+            sequence = entry.sequence
+            sequence.num_pending -= 1
+            answer = self._answers.get(sequence.sequence_id)
+            if answer is None:
+                # It ended while this step was running.
+                continue
+            token = int(tokens[row])
+            sequence.tokens.append(token)
+            if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
+                answer.generation.cached_tokens = sequence.cached_tokens
+                self._counts["cached_tokens"] += sequence.cached_tokens
+            delta = answer.output.push(token, logprobs[row])
+            answer.generation.put(delta)
+            if delta.finish_reason is not None:
+                ended.append(sequence)
+        self._scheduler.commit(plan)
+        for sequence in ended:
+            self._forget(sequence)
+
+    def _end(self, sequence: Sequence, reason, error: str | None = None) -> None:
+        answer = self._answers.get(sequence.sequence_id)
+        if answer is not None:
+            answer.generation.put(answer.output.end(reason, error))
+        self._forget(sequence)
+
+    def _take_submitted(self) -> None:
+        while self._submitted:
+            group = self._submitted.popleft()
+            for sequence, answer in group:
+                self._answers[sequence.sequence_id] = answer
+                self._scheduler.add(sequence)
+            with self._lock:
+                self._num_unadmitted -= len(group)
+
+    def _take_cancelled(self) -> None:
+        while self._cancelled:
+            generation = self._cancelled.popleft()
+            for sequence in generation.sequences:
+                if sequence.sequence_id in self._answers:
+                    self._end(sequence, "abort", "cancelled by the caller")
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self._answers.pop(sequence.sequence_id, None)
+
+    def start(self) -> None:
+        """Runs steps in a background thread until ``close``."""
+        if self._thread is not None:
+            raise EngineStopped("the engine was already started")
+        self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops the loop and ends all requests with "abort". Idempotent."""
+        with self._lock:
+            self._closed = self._closed or "the engine was closed"
+        self._wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._end_all("abort", self._closed)
+        self._store.close()
+
+    def _loop(self) -> None:
+        try:
+            while not self._closed:
+                if not self.step():
+                    # The timeout is a safety net only: submit, cancel, close and adapters that get ready all wake.
+                    self._wake_event.wait(_IDLE_WAIT_SECONDS)
+                    self._wake_event.clear()
+        except Exception as e:
+            logger.exception("the engine loop failed")
+            with self._lock:
+                self._closed = f"the engine failed: {type(e).__name__}: {e}"
+            self._end_all("error", self._closed)
+
+    def _end_all(self, reason, error: str) -> None:
+        self._take_submitted()
+        for answer in list(self._answers.values()):
+            answer.generation.put(answer.output.end(reason, error))
+        self._answers.clear()
+
+    def _wake(self) -> None:
+        self._wake_event.set()
+
+    # Observation
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the background loop is alive and answers requests."""
+        return self._closed is None and self._thread is not None and self._thread.is_alive()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the start, and the current load."""
+        return {
+            **self._counts,
+            "running": self._scheduler.num_running,
+            "waiting": self._scheduler.num_waiting + self._num_unadmitted,
+            "pages_total": self._pages.total,
+            "pages_used": self._pages.num_used,
+            "pages_cached": self._pages.num_cached,
+            "pages_free": self._pages.num_free,
+            "evictions": self._pages.num_evictions,
+        }
+
+    def check_integrity(self) -> None:
+        """Asserts that every page of the pool is owned exactly once."""
+        self._pages.check_integrity()
+
+
+def _dtype(config: EngineConfig) -> jnp.dtype:
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.dtype)
+
+
+def _num_pages(config: PoolConfig, page_bytes: int) -> int:
+    if config.pages is not None:
+        return config.pages
+    if config.gigabytes is not None:
+        budget = config.gigabytes * 2**30
+    elif jax.default_backend() == "cpu":
+        budget = min(config.memory_fraction * psutil.virtual_memory().available, _MAX_CPU_POOL_BYTES)
+    else:
+        memory = jax.devices()[0].memory_stats()
+        budget = config.memory_fraction * (memory["bytes_limit"] - memory["bytes_in_use"])
+    pages = int(budget // page_bytes)
+    if pages < 2:
+        raise InvalidRequest(
+            f"the pool's {budget / 2**30:.2f} GiB hold {pages} pages of {page_bytes} bytes, and at least 2 are needed; "
+            "raise pool.gigabytes"
+        )
+    return pages
+
+
+def _buckets(config: EngineConfig) -> Buckets:
+    # Compiling takes seconds a shape on a CPU, and a padded step costs little there for the small models it can run.
+    return Buckets.geometric(config.scheduler.max_batch_tokens, ratio=4 if jax.default_backend() == "cpu" else 2)

@@ -1,0 +1,132 @@
+"""A submitted request, as its caller sees it, and the turning of tokens into text."""
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+from slora_jax.request import Completion, Delta, FinishReason, Request, RequestOutput, TokenLogprob
+from slora_jax.scheduler.sequence import Sequence
+from slora_jax.text.stop import StopMatcher
+from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
+
+
+class Generation:
+    """One submitted request. Iterate over it for deltas as they come, or ask for the ``result``; not both at once.
+
+    Attributes:
+      request: as submitted.
+      prompt_token_ids: the prompt.
+      cached_tokens: prompt tokens found in the prefix cache; known with the first delta.
+      sequences: for the engine.
+    """
+
+    def __init__(self, request: Request, on_cancel: Callable[["Generation"], None]):
+        self.request = request
+        self.prompt_token_ids = request.prompt
+        self.cached_tokens = 0
+        self.sequences: list[Sequence] = []
+        self._on_cancel = on_cancel
+        self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self._unfinished = request.sampling.n
+        self._seen: list[Delta] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last delta of every sequence has been taken."""
+        return self._unfinished == 0
+
+    def next_delta(self, timeout: float | None = None) -> Delta | None:
+        """Waits for the next delta of any of the n sequences; None after ``timeout`` seconds, or once finished."""
+        if self.finished:
+            return None
+        try:
+            delta = self._deltas.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        self._unfinished -= delta.finish_reason is not None
+        self._seen.append(delta)
+        return delta
+
+    def __iter__(self) -> Iterator[Delta]:
+        while (delta := self.next_delta()) is not None:
+            yield delta
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Waits for all sequences, whichever deltas were taken before.
+
+        Raises:
+          TimeoutError: not finished after ``timeout`` seconds; the request goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.finished:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if self.next_delta(left) is None:
+                raise TimeoutError(f"request {self.request.request_id!r} is not finished after {timeout} s")
+        return RequestOutput(
+            request_id=self.request.request_id,
+            adapter=self.request.adapter,
+            prompt_token_ids=self.prompt_token_ids,
+            completions=tuple(self._completion(i) for i in range(self.request.sampling.n)),
+            cached_tokens=self.cached_tokens,
+        )
+
+    def cancel(self) -> None:
+        """Asks the engine to stop and free the request's pages soon. Its sequences end with "abort". Idempotent."""
+        if not self.finished:
+            self._on_cancel(self)
+
+    def put(self, delta: Delta) -> None:
+        """For the engine: hands a delta to the caller."""
+        self._deltas.put(delta)
+
+    def _completion(self, index: int) -> Completion:
+        deltas = [d for d in self._seen if d.index == index]
+        wants_logprobs = self.request.sampling.logprobs is not None
+        return Completion(
+            index=index,
+            text="".join(d.text for d in deltas),
+            token_ids=tuple(t for d in deltas for t in d.token_ids),
+            finish_reason=deltas[-1].finish_reason,
+            logprobs=tuple(p for d in deltas for p in d.logprobs) if wants_logprobs else None,
+            error=deltas[-1].error,
+        )
+
+
+class OutputText:
+    """Turns one sequence's tokens into deltas: text, and whether it ends here."""
+
+    def __init__(self, request: Request, index: int, max_tokens: int, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None):
+        sampling = request.sampling
+        self._index = index
+        self._max_tokens = max_tokens
+        self._ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_token_ids)
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
+        self._matcher = StopMatcher(sampling.stop)
+        self._num_tokens = 0
+
+    def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
+        """Takes the next token. The delta's ``finish_reason`` says whether it was the last."""
+        self._num_tokens += 1
+        text, reason = "", None
+        if token in self._ends:
+            text, reason = self._flush(), "stop"
+        elif self._decoder is not None:
+            text, stopped = self._matcher.push(self._decoder.push(token))
+            reason = "stop" if stopped else None
+        if reason is None and self._num_tokens >= self._max_tokens:
+            tail, stopped = self._flush_matched()
+            text, reason = text + tail, "stop" if stopped else "length"
+        return Delta(self._index, text, (token,), (logprob,) if logprob else (), reason)
+
+    def end(self, reason: FinishReason, error: str | None = None) -> Delta:
+        """A last delta without a token."""
+        return Delta(self._index, self._flush(), finish_reason=reason, error=error)
+
+    def _flush(self) -> str:
+        return self._flush_matched()[0]
+
+    def _flush_matched(self) -> tuple[str, bool]:
+        text, stopped = self._matcher.push(self._decoder.flush()) if self._decoder else ("", False)
+        return text + ("" if stopped else self._matcher.flush()), stopped
+
+

@@ -1,0 +1,197 @@
+"""Logits to tokens, on the device, each sequence by its own rules; see ``SamplingParams`` for the distribution."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from slora_jax.request import MAX_LOGPROBS
+from slora_jax.scheduler.sequence import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerShape:
+    """Which work a step's sampler does: the compiled sampler's key. What nobody in the batch asked for is left out.
+
+    Attributes:
+      sequences: padded S.
+      random: some sequence has a temperature above 0.
+      filtered: some sequence has top_k, top_p or min_p, which need the vocabulary sorted.
+      history: padded tokens of history that penalties count, 0 without penalties.
+      logprobs: some sequence wants log-probabilities.
+    """
+
+    sequences: int
+    random: bool
+    filtered: bool
+    history: int
+    logprobs: bool
+
+
+@partial(struct.dataclass, frozen=True)
+class SamplerInputs:
+    """Per-sequence rules, ``[S]`` each.
+
+    Attributes:
+      last_token: int32 index of the sequence's last token among the step's.
+      position: int32 number of tokens before the one sampled; with ``seed`` it makes the random draw.
+      seed: ``[S, 2]`` uint32, high and low half.
+      temperature, top_p, min_p, repetition, presence, frequency: float32.
+      top_k: int32, 0 for all.
+      history: ``[S, H]`` int32 prompt and output tokens, negative ones as in ``BatchShape.unpack``, padded with the
+        vocabulary size; ``[S, 0]`` without penalties.
+      num_prompt: int32 prompt tokens at the front of ``history``.
+    """
+
+    last_token: jax.Array
+    position: jax.Array
+    seed: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    history: jax.Array
+    num_prompt: jax.Array
+
+
+@partial(struct.dataclass, frozen=True)
+class Sampled:
+    """What one step sampled. ``top_*`` and ``logprob`` are None unless asked for.
+
+    Attributes:
+      tokens: ``[N]`` int32, N the most sequences any step has, so that the next step's shape does not depend on S.
+      logprob: ``[S]`` float32 of the sampled token, before penalties and temperature.
+      top_tokens, top_logprobs: ``[S, MAX_LOGPROBS]``, most likely first.
+    """
+
+    tokens: jax.Array
+    logprob: jax.Array | None
+    top_tokens: jax.Array | None
+    top_logprobs: jax.Array | None
+
+
+def build_sampler_inputs(
+    entries: Seq[ScheduledSequence],
+    last_tokens: np.ndarray,
+    pending_rows: dict[int, int],
+    num_sequences: int,
+    vocab_size: int,
+) -> tuple[SamplerShape, SamplerInputs]:
+    """Gathers the rules of the entries that sample, in row order, padded to ``num_sequences`` with greedy rows.
+
+    Args:
+      last_tokens: ``[len(entries)]`` index of each entry's last token in the batch.
+      pending_rows: as in ``build_batch``.
+    """
+    rules = [e.sequence.sampling for e in entries if e.samples]
+    longest = max((e.sequence.num_tokens for e in entries if e.samples and e.sequence.sampling.uses_penalties), default=0)
+    shape = SamplerShape(
+        sequences=num_sequences,
+        random=any(r.temperature > 0 for r in rules),
+        filtered=any(r.temperature > 0 and (r.top_k or r.top_p < 1 or r.min_p > 0) for r in rules),
+        history=1 << (longest - 1).bit_length() if longest else 0,
+        logprobs=any(r.logprobs is not None for r in rules),
+    )
+    ints = {name: np.zeros(num_sequences, np.int32) for name in ("last_token", "position", "top_k", "num_prompt")}
+    floats = {
+        name: np.full(num_sequences, default, np.float32)
+        for name, default in (
+            ("temperature", 0), ("top_p", 1), ("min_p", 0), ("repetition", 1), ("presence", 0), ("frequency", 0)
+        )
+    }  # fmt: skip
+    seed = np.zeros((num_sequences, 2), np.uint32)
+    history = np.full((num_sequences, shape.history), vocab_size, np.int32)
+    ints["last_token"][: len(entries)] = last_tokens
+    for row, entry in enumerate(entries):
+        if not entry.samples:
+            continue
+        sequence, rule = entry.sequence, entry.sequence.sampling
+        position = entry.start + entry.count
+        ints["position"][row] = position
+        ints["top_k"][row] = rule.top_k
+        floats["temperature"][row] = rule.temperature
+        floats["top_p"][row] = rule.top_p
+        floats["min_p"][row] = rule.min_p
+        seed[row] = divmod(sequence.seed % 2**64, 2**32)
+        if rule.uses_penalties:
+            floats["repetition"][row] = rule.repetition_penalty
+            floats["presence"][row] = rule.presence_penalty
+            floats["frequency"][row] = rule.frequency_penalty
+            ints["num_prompt"][row] = sequence.num_prompt
+            known = sequence.tokens[:position]
+            history[row, : len(known)] = known
+            if len(known) < position:
+                history[row, len(known)] = -1 - pending_rows[sequence.sequence_id]
+    return shape, SamplerInputs(**ints, **floats, seed=seed, history=history)
+
+
+def sample(
+    logits: jax.Array, inputs: SamplerInputs, previous_tokens: jax.Array, shape: SamplerShape, num_tokens_out: int
+) -> Sampled:
+    """Samples one token a row.
+
+    Args:
+      logits: ``[S, V]`` float32.
+      previous_tokens: ``[N]`` int32 of the previous step.
+      num_tokens_out: N of ``Sampled.tokens``.
+    """
+    num_sequences, _ = logits.shape
+    scores = logits
+    if shape.history:
+        scores = _penalize(scores, inputs, previous_tokens)
+    tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if shape.random:
+        drawn = _draw(scores, inputs, shape.filtered)
+        tokens = jnp.where(inputs.temperature > 0, drawn, tokens)
+    logprob = top_tokens = top_logprobs = None
+    if shape.logprobs:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        logprob = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+        top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    out = jnp.zeros(num_tokens_out, jnp.int32).at[:num_sequences].set(tokens)
+    return Sampled(out, logprob, top_tokens, top_logprobs)
+
+
+def _penalize(logits, inputs, previous_tokens):
+    num_sequences, vocab_size = logits.shape
+    history = jnp.where(inputs.history < 0, previous_tokens[jnp.maximum(-1 - inputs.history, 0)], inputs.history)
+    in_output = jnp.arange(history.shape[1]) >= inputs.num_prompt[:, None]
+    row = jnp.arange(num_sequences)[:, None]
+    none = jnp.zeros(logits.shape, jnp.float32)
+    seen = none.at[row, history].add(1.0, mode="drop") > 0
+    count = none.at[row, history].add(in_output.astype(jnp.float32), mode="drop")
+    repeated = jnp.where(logits > 0, logits / inputs.repetition[:, None], logits * inputs.repetition[:, None])
+    logits = jnp.where(seen, repeated, logits)
+    return logits - inputs.presence[:, None] * (count > 0) - inputs.frequency[:, None] * count
+
+
+def _draw(logits, inputs, filtered):
+    """Gumbel-max draw. The noise depends on seed, position and token only: filters and batch do not shift it."""
+    logits = logits / jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+
+    def noise(seed, position):
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position), (logits.shape[1],))
+
+    gumbel = jax.vmap(noise)(inputs.seed, inputs.position)
+    if not filtered:
+        return jnp.argmax(logits + gumbel, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    ranked = jnp.take_along_axis(logits, order, axis=1)
+    place = jnp.arange(logits.shape[1])
+    top_k = jnp.where(inputs.top_k > 0, inputs.top_k, logits.shape[1])[:, None]
+    ranked = jnp.where(place < top_k, ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    keep = (before < inputs.top_p[:, None]) & (probability >= inputs.min_p[:, None] * probability[:, :1])
+    # The most likely token always stays, whatever rounding says.
+    ranked = jnp.where(keep | (place == 0), ranked, -jnp.inf)
+    choice = jnp.argmax(ranked + jnp.take_along_axis(gumbel, order, axis=1), axis=-1)
+    return jnp.take_along_axis(order, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
