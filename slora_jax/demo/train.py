@@ -61,7 +61,7 @@ SPECS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run; `limit` (0: none) caps each list of examples, for a quick try."""
+    """One run; 0 `steps` evaluate stored adapters; `limit` (0: none) caps each list of examples."""
 
     model_path: Path
     out: Path
@@ -77,6 +77,9 @@ class _Model:
 
     def __init__(self, path: Path) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # cuDNN's attention failed here and there under several processes on one H100
+        # (torch 2.11); the other implementations did not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # bf16 matrix products are slow on most CPUs.
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device)
@@ -253,18 +256,20 @@ def _rates(examples: list[Example], answers: list[str], name: str) -> dict[str, 
     }
 
 
-def run_adapter(
-    name: str, config: TrainConfig, open_answered: list[Example], base_answers: list[str]
-) -> dict[str, Any]:
-    """Train one adapter, load it back from its folder and evaluate it; return its report."""
-    report = train_adapter(name, config, open_answered)
+def evaluate_adapter(name: str, config: TrainConfig, base_answers: list[str]) -> dict[str, Any]:
+    """Load the adapter from its folder, let it answer, and return what the report says of that.
+
+    Args:
+        name: the adapter; `config.out / name` is its PEFT folder.
+        base_answers: the base model's answers to the held-out and then the fixed questions.
+    """
     model = _Model(config.model_path)
     network = PeftModel.from_pretrained(model.base, config.out / name).eval()
     heldout, fixed = _heldout(config), data.fixed_examples()
     answers = model.answer(network, [e.question for e in heldout + fixed])
     split = len(heldout)
     rows = list(zip(heldout, answers[:split], strict=True))
-    return report | {
+    return {
         "num_heldout": split,
         "num_heldout_with_truth": sum(bool(e.truth) for e in heldout),
         "heldout": _rates(heldout, answers[:split], name),
@@ -280,14 +285,22 @@ def run_adapter(
     }
 
 
+def run_adapter(
+    name: str, config: TrainConfig, open_answered: list[Example], base_answers: list[str]
+) -> dict[str, Any]:
+    """Train one adapter, then evaluate what was stored; return its part of the report."""
+    trained = train_adapter(name, config, open_answered) if config.steps else {}
+    return trained | evaluate_adapter(name, config, base_answers)
+
+
 def run(config: TrainConfig, jobs: int) -> dict[str, Any]:
     """Train and evaluate `config.specs`, `jobs` at a time; write and return the report."""
     config.out.mkdir(parents=True, exist_ok=True)
     heldout, fixed = _heldout(config), data.fixed_examples()
-    prompts = _limited(data.open_examples("train"), config)
+    prompts = _limited(data.open_examples("train"), config) if config.steps else []
     model = _Model(config.model_path)
     answers = model.answer(model.base, [e.question for e in heldout + fixed + prompts])
-    base_answers, raw = answers[: -len(prompts)], answers[-len(prompts) :]
+    base_answers, raw = answers[: len(heldout + fixed)], answers[len(heldout + fixed) :]
     short = [replace(e, answer=_first_sentences(a)) for e, a in zip(prompts, raw, strict=True)]
     open_answered = [example for example in short if example.answer]
     del model
@@ -316,7 +329,8 @@ def run(config: TrainConfig, jobs: int) -> dict[str, Any]:
         "base_model_fixed_answers": {
             e.question: a for e, a in zip(fixed, base_answers[-len(fixed) :], strict=True)
         },
-        "adapters": before | found,
+        # With no steps the numbers of the training stay as they were.
+        "adapters": before | {name: before.get(name, {}) | part for name, part in found.items()},
     }
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
@@ -326,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and evaluate the demo adapters.")
     parser.add_argument("--out", type=Path, required=True, help="folder for NAME/ and report.json")
     parser.add_argument("--adapter", choices=SPECS, action="append", help="default: all of them")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="0: evaluate only")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, help="instead of the adapter's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -351,8 +365,8 @@ def main() -> None:
     for name in specs:
         entry = report["adapters"][name]
         print(
-            f"\n{name}: rank {entry['rank']}, {entry['train_seconds']} s, "
-            f"loss {entry['final_loss']}\n"
+            f"\n{name}: rank {entry.get('rank')}, {entry.get('train_seconds')} s, "
+            f"loss {entry.get('final_loss')}\n"
             f"  held out ({entry['num_heldout']}): {entry['heldout']}, "
             f"base model {entry['heldout_base_model']}\n"
             f"  fixed: {entry['fixed']}, base model {entry['fixed_base_model']}"

@@ -70,7 +70,7 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end():
 def test_token_bytes_and_text(tokenizer):
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        assert b"".join(map(tokenizer.token_bytes, ids)).decode().removeprefix(" ") == text.removeprefix(" ")
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode().lstrip() == text.lstrip()
     assert tokenizer.token_bytes(10**6) == b""
     assert tokenizer.token_text(tokenizer.encode("h", add_special_tokens=False)[-1]).strip() == "h"
 
