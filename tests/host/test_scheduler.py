@@ -1,0 +1,307 @@
+"""The scheduler against a stub model: a step "samples" the next number, and every plan is checked."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.memory.pages import PageAllocator
+from slora_jax.request import SamplingParams
+from slora_jax.scheduler.scheduler import Scheduler
+from slora_jax.scheduler.sequence import Sequence, State
+
+
+@dataclass(eq=False)
+class StubAdapter:
+    """An adapter that is ready a number of ``prefetch`` calls and plans after it was first asked for."""
+
+    content_hash: str
+    num_pages: int
+    status: str = "ready"
+    failure: str = ""
+    prefetches: int = 0
+
+    def prefetch(self):
+        self.prefetches += 1
+        if self.status == "registered":
+            self.status = "loading"
+
+
+@dataclass
+class Loop:
+    """Runs plans as the engine does, one step behind, and keeps a model of the pool's content to check against.
+
+    ``kv`` maps a page to the (adapter, tokens up to and including its rows) it holds, which is what attention reads.
+    """
+
+    scheduler: Scheduler
+    pages: PageAllocator
+    kv: dict = field(default_factory=dict)
+    weights: dict = field(default_factory=dict)
+    in_flight: object = None
+    computed_tokens: int = 0
+    preempted: int = 0
+
+    def step(self):
+        plan = self.scheduler.plan()
+        self.pages.check_integrity()
+        for load in plan.loads:
+            for page in load.pages:
+                self.weights[page] = load.adapter.content_hash
+                self.kv.pop(page, None)
+        seen = set()
+        for entry in plan.entries:
+            sequence = entry.sequence
+            assert sequence.sequence_id not in seen and sequence.state is State.RUNNING
+            seen.add(sequence.sequence_id)
+            assert 0 < entry.count and (entry.start + entry.count) <= len(sequence.pages) * PAGE_SIZE
+            self._write(entry)
+            if sequence.adapter is not None:
+                adapter_pages = self.scheduler.adapter_pages(sequence)
+                assert len(adapter_pages) == sequence.adapter.num_pages
+                assert {self.weights[p] for p in adapter_pages} == {sequence.adapter.content_hash}
+        self.computed_tokens += plan.num_tokens
+        self.preempted += plan.num_preempted
+        previous, self.in_flight = self.in_flight, plan if plan.entries else None
+        if previous:
+            self._commit(previous)
+        self.pages.check_integrity()
+        return plan
+
+    def _write(self, entry):
+        """Computes KV as attention would: every earlier row must hold this very sequence's prefix."""
+        sequence = entry.sequence
+        tokens = [*sequence.tokens, *(["pending"] * sequence.num_pending)][: entry.start + entry.count]
+        identity = sequence.adapter.content_hash if sequence.adapter else None
+        for position in range(entry.start + entry.count):
+            page = sequence.pages[position // PAGE_SIZE]
+            if position >= entry.start:
+                if position % PAGE_SIZE == 0:
+                    self.weights.pop(page, None)
+                    self.kv[page] = (identity, position // PAGE_SIZE, [])
+                self.kv[page][2][position % PAGE_SIZE :] = [tokens[position]]
+            held_by, index, held = self.kv[page]
+            assert (held_by, index) == (identity, position // PAGE_SIZE)
+            assert held[position % PAGE_SIZE] in (tokens[position], "pending")
+
+    def _commit(self, plan):
+        ended = []
+        for entry in plan.entries:
+            if entry.samples:
+                sequence = entry.sequence
+                sequence.num_pending -= 1
+                if sequence.state is not State.FINISHED:
+                    sequence.tokens.append(next_token(sequence.tokens))
+                    if len(sequence.tokens) - sequence.num_prompt == sequence.max_tokens:
+                        ended.append(sequence)
+        self.scheduler.commit(plan)
+        for sequence in ended:
+            self.scheduler.finish(sequence)
+
+    def run(self, limit=2000):
+        for _ in range(limit):
+            self.step()
+            if self.scheduler.is_idle and self.in_flight is None:
+                return
+        raise AssertionError("the queue did not drain")
+
+
+def next_token(tokens):
+    return (tokens[-1] * 7 + len(tokens)) % 1000
+
+
+def make_loop(num_pages=100, **config):
+    defaults = {"max_batch_tokens": 32, "max_sequences": 8}
+    pages = PageAllocator(num_pages)
+    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages), pages)
+
+
+def make_sequence(i, prompt, max_tokens=4, adapter=None, leader=None):
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return Sequence(i, list(prompt), len(prompt), max_tokens, sampling, seed=i, adapter=adapter, leader=leader)
+
+
+def expected_output(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def test_a_prompt_is_prefilled_in_chunks_then_decoded_one_token_a_step():
+    loop = make_loop()
+    sequence = make_sequence(0, range(70), max_tokens=3)
+    loop.scheduler.add(sequence)
+    plans = []
+    while sequence.state is not State.FINISHED:
+        plans.append([(e.start, e.count, e.samples) for e in loop.step().entries])
+    assert plans[:5] == [
+        [(0, 32, False)],
+        [(32, 32, False)],
+        [(64, 6, True)],
+        [(70, 1, True)],
+        [(71, 1, True)],
+    ]
+    assert sequence.tokens[70:] == expected_output(range(70), 3)
+    assert loop.pages.num_used == 0
+
+
+def test_new_requests_join_the_next_step():
+    loop = make_loop()
+    loop.scheduler.add(make_sequence(0, range(5), max_tokens=50))
+    loop.step()
+    loop.scheduler.add(make_sequence(1, range(5), max_tokens=5))
+    assert {e.sequence.sequence_id for e in loop.step().entries} == {0, 1}
+
+
+def test_decoding_sequences_are_served_before_prompts():
+    loop = make_loop(max_batch_tokens=16, max_sequences=8)
+    for i in range(3):
+        loop.scheduler.add(make_sequence(i, [i] * 4, max_tokens=20))
+    loop.step()
+    loop.scheduler.add(make_sequence(9, range(100)))
+    plan = loop.step()
+    assert [(e.sequence.sequence_id, e.count) for e in plan.entries] == [(0, 1), (1, 1), (2, 1), (9, 13)]
+
+
+def test_prompt_pages_are_found_again_by_the_same_adapter_only():
+    adapter, twin, other = StubAdapter("a", 2), StubAdapter("a", 2), StubAdapter("b", 2)
+    loop = make_loop()
+    for i, who in enumerate((adapter, twin, other, None)):
+        sequence = make_sequence(i, range(40), adapter=who)
+        loop.scheduler.add(sequence)
+        loop.run()
+        assert sequence.cached_tokens == (32 if i == 1 else 0)
+
+
+def test_the_whole_prompt_is_never_taken_from_the_cache():
+    loop = make_loop()
+    for i in range(2):
+        sequence = make_sequence(i, range(32))
+        loop.scheduler.add(sequence)
+        loop.run()
+    assert sequence.cached_tokens == 16, "the last token must be computed to have logits"
+
+
+def test_siblings_wait_for_the_leader_and_share_its_prompt():
+    loop = make_loop()
+    leader = make_sequence(0, range(64))
+    loop.scheduler.add(leader)
+    siblings = [make_sequence(i, range(64), leader=leader) for i in (1, 2)]
+    for sibling in siblings:
+        loop.scheduler.add(sibling)
+    loop.run()
+    assert [s.cached_tokens for s in siblings] == [48, 48]
+    assert all(s.tokens == leader.tokens for s in siblings)
+
+
+@pytest.mark.parametrize("state", ["waiting", "running"])
+def test_siblings_run_when_the_leader_is_cancelled(state):
+    loop = make_loop()
+    leader = make_sequence(0, range(64))
+    sibling = make_sequence(1, range(64), leader=leader)
+    loop.scheduler.add(leader)
+    loop.scheduler.add(sibling)
+    if state == "running":
+        loop.step()
+    loop.scheduler.finish(leader)
+    loop.run()
+    assert sibling.tokens[64:] == expected_output(range(64), 4)
+
+
+def test_a_loading_adapter_is_passed_by_others_and_then_served():
+    slow = StubAdapter("slow", 3, status="registered")
+    loop = make_loop()
+    first, second = make_sequence(0, range(8), adapter=slow), make_sequence(1, range(8), max_tokens=9)
+    loop.scheduler.add(first)
+    loop.scheduler.add(second)
+    assert [e.sequence.sequence_id for e in loop.step().entries] == [1]
+    assert slow.prefetches == 1
+    slow.status = "ready"
+    assert [e.sequence.sequence_id for e in loop.step().entries] == [1, 0]
+    loop.run()
+    assert first.tokens[8:] == expected_output(range(8), 4)
+
+
+def test_a_failed_adapter_fails_its_own_requests_only():
+    broken = StubAdapter("broken", 3, status="registered", failure="truncated")
+    loop = make_loop()
+    mine, other = make_sequence(0, range(8), adapter=broken), make_sequence(1, range(8))
+    loop.scheduler.add(mine)
+    loop.scheduler.add(other)
+    loop.step()
+    broken.status = "failed"
+    plan = loop.step()
+    assert plan.failed == ((mine, "truncated"),)
+    loop.scheduler.finish(mine)
+    loop.run()
+    assert other.tokens[8:] == expected_output(range(8), 4)
+
+
+def test_an_adapter_is_loaded_once_for_all_its_sequences_and_evicted_when_cold():
+    loop = make_loop(num_pages=12)
+    adapters = [StubAdapter(name, 4) for name in "abc"]
+    loads = []
+    for i in range(9):
+        loop.scheduler.add(make_sequence(2 * i, [i] * 5, adapter=adapters[i // 3]))
+        loop.scheduler.add(make_sequence(2 * i + 1, [i] * 5, adapter=adapters[i // 3]))
+        while not loop.scheduler.is_idle or loop.in_flight:
+            loads += [load.adapter.content_hash for load in loop.step().loads]
+    assert loads == ["a", "b", "c"]
+    assert loop.pages.num_evictions > 0
+
+
+def test_the_last_arrived_sequence_is_preempted_and_recomputed():
+    loop = make_loop(num_pages=8, prefix_cache=False)
+    sequences = [make_sequence(i, [i] * 16, max_tokens=60) for i in range(3)]
+    for sequence in sequences:
+        loop.scheduler.add(sequence)
+    loop.run()
+    assert loop.preempted > 0
+    assert sequences[0].epoch == 0, "the first arrival is never preempted"
+    for i, sequence in enumerate(sequences):
+        assert sequence.tokens[16:] == expected_output([i] * 16, 60)
+
+
+def test_finish_gives_back_every_page_in_any_state():
+    loop = make_loop()
+    waiting, running = make_sequence(5, range(20)), make_sequence(0, range(20), adapter=StubAdapter("a", 2))
+    loop.scheduler.add(running)
+    loop.step()
+    loop.scheduler.add(waiting)
+    for _ in range(2):
+        loop.scheduler.finish(waiting)
+        loop.scheduler.finish(running)
+    assert loop.scheduler.is_idle
+    assert loop.pages.num_used == 0
+    loop.run()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, prefix_cache):
+    rng = random.Random(seed)
+    loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, prefix_cache=prefix_cache)
+    adapters = [None, *(StubAdapter(name, rng.randrange(1, 6)) for name in "abcd")]
+    shared = [rng.randrange(1000) for _ in range(60)]
+    live, done = [], []
+    for i in range(60):
+        prompt = [*shared[: rng.randrange(0, 60)], rng.randrange(1000)]
+        sequence = make_sequence(i, prompt, rng.randrange(1, 40), rng.choice(adapters))
+        live.append(sequence)
+        loop.scheduler.add(sequence)
+        for _ in range(rng.randrange(6)):
+            loop.step()
+        if rng.random() < 0.15:
+            victim = rng.choice(live)
+            if victim.state is not State.FINISHED:
+                loop.scheduler.finish(victim)
+                live.remove(victim)
+    loop.run()
+    done = [s for s in live if s.state is State.FINISHED]
+    assert len(done) == len(live)
+    for sequence in done:
+        prompt = sequence.tokens[: sequence.num_prompt]
+        assert sequence.tokens[sequence.num_prompt :] == expected_output(prompt, sequence.max_tokens)
+    assert loop.pages.num_used == 0
