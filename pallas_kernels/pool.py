@@ -26,3 +26,11 @@ def expect_int32(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless ``array`` is int32 of this shape."""
     if array.shape != shape or array.dtype != jnp.int32:
         raise ValueError(f"{name} must be int32 {shape}, got {array.dtype} {array.shape}")
+
+
+def owner(starts: jax.Array, index: jax.Array) -> jax.Array:
+    """For each index, the last i with ``starts[i] <= index``, -1 before the first: the interval it falls into.
+
+    Compares with every start: a few vector operations, where a binary search would be a loop.
+    """
+    return jnp.searchsorted(starts, index, side="right", method="compare_all").astype(jnp.int32) - 1

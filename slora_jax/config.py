@@ -74,6 +74,7 @@ class EngineConfig(_Frozen):
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
+      compilation_cache: where compiled steps are kept, for faster starts; None keeps none.
       pool, scheduler: see there.
       seed: seeds dummy weights and requests that bring no seed.
     """
@@ -86,6 +87,7 @@ class EngineConfig(_Frozen):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = pydantic.Field(None, ge=1)
     checkpoint_cache: str | None = "~/.cache/slora-jax/checkpoints"
+    compilation_cache: str | None = "~/.cache/slora-jax/compiled"
     pool: PoolConfig = PoolConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     seed: int = 0

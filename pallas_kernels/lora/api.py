@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.lora import reference
+from pallas_kernels.lora.reference import LoraPlan
 from pallas_kernels.pool import check_pool, expect_int32, expect_rank
 
 
@@ -47,12 +48,36 @@ class LoraSegments:
     total_rank: int = struct.field(pytree_node=False)
 
 
-def lora_shrink(
-    x: jax.Array, pool: jax.Array, layer: int, segments: LoraSegments, modules: Sequence[int]
-) -> jax.Array:
+def plan_lora(
+    segments: LoraSegments, *, num_tokens: int, row_width: int, widths: Sequence[tuple[int, int]]
+) -> LoraPlan:
+    """Works out once a step what ``lora_shrink`` and ``lora_expand`` need in every layer.
+
+    Args:
+      segments: the batch's adapters.
+      num_tokens: T, the step's tokens with padding; static.
+      row_width: W, the pool's row width; static.
+      widths: ``(d_in, d_out)`` of each of the M modules; static.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit the above.
+    """
+    num_segments, num_modules = expect_rank("segments.rank", segments.rank, 2)
+    for name in ("token_start", "page_start"):
+        expect_int32(f"segments.{name}", getattr(segments, name), (num_segments + 1,))
+    for name in ("rank", "start_a", "start_b"):
+        expect_int32(f"segments.{name}", getattr(segments, name), (num_segments, num_modules))
+    if segments.scale.shape != (num_segments, num_modules):
+        raise ValueError(f"segments.scale must be [{num_segments}, {num_modules}], got {segments.scale.shape}")
+    if len(widths) != num_modules:
+        raise ValueError(f"widths must name {num_modules} modules, got {len(widths)}")
+    return reference.plan(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
+
+
+def lora_shrink(x: jax.Array, pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
     """Projects every token to its adapter's rank, for several modules that read the same input.
 
-    Semantics, for token t of segment g and ``m = modules[j]``::
+    Semantics, with the ``segments`` given to ``plan_lora``, for token t of segment g and ``m = modules[j]``::
 
         out[t, j, i] = scale[g, m] * sum over d of  x[t, d] * A[g, m][i, d]    for i < rank[g, m], else 0
 
@@ -62,6 +87,7 @@ def lora_shrink(
       x: ``[T, d_in]``.
       pool: ``[layers, 2, rows, W]``.
       layer, modules: static.
+      plan: from ``plan_lora``, for the same T.
 
     Returns:
       ``[T, len(modules), max_rank]`` float32.
@@ -70,8 +96,8 @@ def lora_shrink(
       ValueError: a shape or dtype that does not fit the above.
     """
     expect_rank("x", x, 2)
-    _check(pool, layer, segments, modules)
-    return reference.lora_shrink(x, pool, layer, segments, tuple(modules))
+    _check(pool, layer, plan, modules)
+    return reference.lora_shrink(x, pool, layer, plan, tuple(modules))
 
 
 def lora_expand(
@@ -79,12 +105,12 @@ def lora_expand(
     ys: Sequence[jax.Array],
     pool: jax.Array,
     layer: int,
-    segments: LoraSegments,
+    plan: LoraPlan,
     modules: Sequence[int],
 ) -> tuple[jax.Array, ...]:
     """Adds every token's low-rank update to the base model's outputs.
 
-    Semantics, for token t of segment g and ``m = modules[j]``::
+    Semantics, with the ``segments`` given to ``plan_lora``, for token t of segment g and ``m = modules[j]``::
 
         out[j][t, d] = ys[j][t, d] + sum over i < rank[g, m] of  partial_sums[t, j, i] * B[g, m][d, i]
 
@@ -93,28 +119,21 @@ def lora_expand(
     Args:
       partial_sums: ``[T, len(modules), max_rank]`` float32, as from ``lora_shrink``.
       ys: one ``[T, d_out]`` a module; widths may differ.
-      pool, layer, segments, modules: as in ``lora_shrink``.
+      pool, layer, plan, modules: as in ``lora_shrink``.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
     """
-    _check(pool, layer, segments, modules)
-    expected = (partial_sums.shape[0], len(modules), segments.max_rank)
+    _check(pool, layer, plan, modules)
+    expected = (partial_sums.shape[0], len(modules), plan.max_rank)
     if partial_sums.shape != expected or partial_sums.dtype != jnp.float32:
         raise ValueError(f"partial_sums must be float32 {expected}, got {partial_sums.dtype} {partial_sums.shape}")
     if len(ys) != len(modules) or any(y.ndim != 2 or y.shape[0] != expected[0] for y in ys):
         raise ValueError(f"ys must be {len(modules)} arrays [{expected[0]}, d_out], got {[y.shape for y in ys]}")
-    return reference.lora_expand(partial_sums, tuple(ys), pool, layer, segments, tuple(modules))
+    return reference.lora_expand(partial_sums, tuple(ys), pool, layer, plan, tuple(modules))
 
 
-def _check(pool: jax.Array, layer: int, segments: LoraSegments, modules: Sequence[int]) -> None:
+def _check(pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) -> None:
     check_pool(pool, layer)
-    num_segments, num_modules = expect_rank("segments.rank", segments.rank, 2)
-    for name in ("token_start", "page_start"):
-        expect_int32(f"segments.{name}", getattr(segments, name), (num_segments + 1,))
-    for name in ("rank", "start_a", "start_b"):
-        expect_int32(f"segments.{name}", getattr(segments, name), (num_segments, num_modules))
-    if segments.scale.shape != (num_segments, num_modules):
-        raise ValueError(f"segments.scale must be [{num_segments}, {num_modules}], got {segments.scale.shape}")
-    if not all(0 <= m < num_modules for m in modules):
-        raise ValueError(f"modules must be in [0, {num_modules}), got {tuple(modules)}")
+    if not all(0 <= m < len(plan.modules) for m in modules):
+        raise ValueError(f"modules must be in [0, {len(plan.modules)}), got {tuple(modules)}")

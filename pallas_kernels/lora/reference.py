@@ -4,69 +4,122 @@ The rank rows of all adapters in the batch are stacked into one matrix of ``tota
 two dense products whose width follows the sum of the real ranks; a mask keeps each token to its own adapter's rows.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE
+from pallas_kernels.pool import PAGE_SIZE, owner
 
 
-def lora_shrink(x, pool, layer, segments, modules):
-    num_tokens, d_in = x.shape
+@partial(struct.dataclass, frozen=True)
+class ModulePlan:
+    """One module's part of a ``LoraPlan``; R stacked rank rows.
+
+    Attributes:
+      plane_a, row_a: ``[R, chunks of d_in]`` int32: where each chunk of the stacked A lies.
+      plane_b, row_b: ``[R, chunks of d_out]`` int32, the same of B.
+      exists: ``[R]`` bool; the other stacked rows are padding.
+      index: ``[R]`` int32, index of each stacked row within its adapter's rank.
+      own: ``[T, R]`` bool, whether a stacked row belongs to the token's adapter.
+      column: ``[T, max_rank]`` int32, the token's own stacked rows.
+      scale: ``[T, max_rank]`` float32, 0 past the token's rank.
+    """
+
+    plane_a: jax.Array
+    row_a: jax.Array
+    plane_b: jax.Array
+    row_b: jax.Array
+    exists: jax.Array
+    index: jax.Array
+    own: jax.Array
+    column: jax.Array
+    scale: jax.Array
+
+
+@partial(struct.dataclass, frozen=True)
+class LoraPlan:
+    """What every layer of a step needs to know of its adapters."""
+
+    modules: tuple[ModulePlan, ...]
+    max_rank: int = struct.field(pytree_node=False)
+
+
+def plan(segments, *, num_tokens, row_width, widths):
+    last = segments.rank.shape[0] - 1
+    segment = owner(segments.token_start, jnp.arange(num_tokens, dtype=jnp.int32))
+    has_segment = (segment >= 0) & (segment <= last)
+    segment = jnp.clip(segment, 0, last)
+    modules = tuple(
+        _plan_module(segments, m, segment, has_segment, row_width, *width) for m, width in enumerate(widths)
+    )
+    # The layers' gathers read these index arrays; without the barrier XLA recomputes them inside every gather.
+    return LoraPlan(jax.lax.optimization_barrier(modules), max_rank=segments.max_rank)
+
+
+def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):
+    ranks = segments.rank[:, m]
+    starts = jnp.cumulative_sum(ranks, include_initial=True).astype(jnp.int32)
+    stacked = jnp.arange(segments.total_rank, dtype=jnp.int32)
+    of = owner(starts, stacked)
+    exists = of < ranks.shape[0]
+    of = jnp.minimum(of, ranks.shape[0] - 1)
+    index = jnp.clip(stacked - starts[of], 0, segments.max_rank - 1)
+    lane = jnp.arange(segments.max_rank, dtype=jnp.int32)
+    own_rank = jnp.where(has_segment, ranks[segment], 0)
+    plane_a, row_a = _locate(segments, segments.start_a[:, m], of, index, ranks, -(-d_in // row_width))
+    plane_b, row_b = _locate(segments, segments.start_b[:, m], of, index, ranks, -(-d_out // row_width))
+    return ModulePlan(
+        plane_a=plane_a,
+        row_a=row_a,
+        plane_b=plane_b,
+        row_b=row_b,
+        exists=exists,
+        index=index,
+        own=has_segment[:, None] & exists & (of == segment[:, None]),
+        column=jnp.minimum(starts[segment][:, None] + lane, segments.total_rank - 1),
+        scale=jnp.where(lane < own_rank[:, None], segments.scale[segment, m][:, None], 0.0),
+    )
+
+
+def _locate(segments, starts, of, index, ranks, chunks):
+    """Plane and pool row ``[R, chunks]`` of every chunk of the stacked rows; of no meaning where none exists."""
+    entry = (starts[of] + index)[:, None] + jnp.arange(chunks, dtype=jnp.int32) * ranks[of][:, None]
+    num_pages = segments.page_start[of + 1] - segments.page_start[of]
+    rows_per_plane = (PAGE_SIZE * jnp.maximum(num_pages, 1))[:, None]
+    plane, row = entry // rows_per_plane, entry % rows_per_plane
+    page_index = segments.page_start[of][:, None] + row // PAGE_SIZE
+    page = segments.pages[jnp.clip(page_index, 0, segments.pages.shape[0] - 1)]
+    return jnp.clip(plane, 0, 1), page * PAGE_SIZE + row % PAGE_SIZE
+
+
+def lora_shrink(x, pool, layer, plan: LoraPlan, modules):
     outputs = []
     for m in modules:
-        a, _, _, _ = _stack(pool, layer, segments, m, segments.start_a, d_in)
+        of = plan.modules[m]
+        a = _read(pool, layer, of.plane_a, of.row_a, of.exists, x.shape[1])
         products = jax.lax.dot_general(
             x, a, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
         )
-        # Column j of `products` belongs to segment owner[j]; pick each token's own run of columns.
-        segment, has_segment = _segment_of_token(segments, num_tokens)
-        first = jnp.cumulative_sum(segments.rank[:, m], include_initial=True)[segment]
-        column = first[:, None] + jnp.arange(segments.max_rank)
-        own = has_segment[:, None] & (jnp.arange(segments.max_rank) < segments.rank[segment, m][:, None])
-        picked = jnp.take_along_axis(products, jnp.minimum(column, segments.total_rank - 1), axis=1)
-        outputs.append(jnp.where(own, picked * segments.scale[segment, m][:, None], 0.0))
+        picked = jnp.take_along_axis(products, of.column, axis=1)
+        # Not a product with 0: padding tokens may hold anything.
+        outputs.append(jnp.where(of.scale == 0.0, 0.0, picked * of.scale))
     return jnp.stack(outputs, axis=1)
 
 
-def lora_expand(partial_sums, ys, pool, layer, segments, modules):
-    num_tokens = partial_sums.shape[0]
-    segment, has_segment = _segment_of_token(segments, num_tokens)
+def lora_expand(partial_sums, ys, pool, layer, plan: LoraPlan, modules):
     outputs = []
     for j, (m, y) in enumerate(zip(modules, ys, strict=True)):
-        b, owner, index, exists = _stack(pool, layer, segments, m, segments.start_b, y.shape[1])
-        own = has_segment[:, None] & exists & (owner == segment[:, None])
-        spread = jnp.where(own, partial_sums[:, j, :][:, index], 0.0)
+        of = plan.modules[m]
+        b = _read(pool, layer, of.plane_b, of.row_b, of.exists, y.shape[1])
+        spread = jnp.where(of.own, partial_sums[:, j][:, of.index], 0.0)
         delta = jnp.dot(spread, b.astype(jnp.float32), precision="highest")
         outputs.append((y.astype(jnp.float32) + delta).astype(y.dtype))
     return tuple(outputs)
 
 
-def _segment_of_token(segments, num_tokens):
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    segment = jnp.searchsorted(segments.token_start, token, side="right").astype(jnp.int32) - 1
-    last = segments.rank.shape[0] - 1
-    return jnp.clip(segment, 0, last), (segment >= 0) & (segment <= last)
-
-
-def _stack(pool, layer, segments, m, starts, width):
-    """The rank rows of one matrix of every adapter, one below the other: ``[total_rank, width]``.
-
-    With it, for each row: its segment, its index within that adapter's rank, and whether it exists; the others are 0.
-    """
-    ranks = segments.rank[:, m]
-    ends = jnp.cumsum(ranks)
-    stacked = jnp.arange(segments.total_rank, dtype=jnp.int32)
-    owner = jnp.searchsorted(ends, stacked, side="right").astype(jnp.int32)
-    exists = owner < ranks.shape[0]
-    owner = jnp.minimum(owner, ranks.shape[0] - 1)
-    index = jnp.clip(stacked - (ends - ranks)[owner], 0, segments.max_rank - 1)
-
-    chunks = -(-width // pool.shape[3])
-    entry = (starts[owner, m] + index)[:, None] + jnp.arange(chunks) * ranks[owner][:, None]
-    num_pages = segments.page_start[owner + 1] - segments.page_start[owner]
-    rows_per_plane = (PAGE_SIZE * jnp.maximum(num_pages, 1))[:, None]
-    plane, row = entry // rows_per_plane, entry % rows_per_plane
-    page_index = segments.page_start[owner][:, None] + row // PAGE_SIZE
-    page = segments.pages[jnp.clip(page_index, 0, segments.pages.shape[0] - 1)]
-    matrix = pool[layer, jnp.clip(plane, 0, 1), page * PAGE_SIZE + row % PAGE_SIZE].reshape(stacked.shape[0], -1)
-    return jnp.where(exists[:, None], matrix[:, :width], 0), owner, index, exists
+def _read(pool, layer, plane, row, exists, width):
+    """The stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included."""
+    matrix = pool[layer, plane, row].reshape(row.shape[0], -1)[:, :width]
+    return jnp.where(exists[:, None], matrix, 0)

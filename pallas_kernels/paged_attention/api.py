@@ -3,24 +3,45 @@
 import jax
 
 from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.reference import AttentionPlan
 from pallas_kernels.pool import check_pool, expect_int32, expect_rank
 
 
-def paged_attention(
-    q: jax.Array,
-    pool: jax.Array,
-    layer: int,
+def plan_attention(
     page_table: jax.Array,
     query_start: jax.Array,
     context_len: jax.Array,
     *,
-    num_kv_heads: int,
-    scale: float,
+    num_tokens: int,
     max_query_len: int | None = None,
+) -> AttentionPlan:
+    """Works out once a step what ``paged_attention`` needs in every layer.
+
+    Args:
+      page_table: ``[S, P]`` int32 page numbers.
+      query_start: ``[S + 1]`` int32, non-decreasing from 0: first query token of each sequence.
+      context_len: ``[S]`` int32, tokens of each sequence including its query tokens; at most ``P * PAGE_SIZE``.
+      num_tokens: T, the step's tokens with padding; static.
+      max_query_len: static upper bound of query tokens a sequence, if known; 1 makes a decode-only step cheaper.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit the above.
+    """
+    num_sequences, table_width = expect_rank("page_table", page_table, 2)
+    expect_int32("page_table", page_table, (num_sequences, table_width))
+    expect_int32("query_start", query_start, (num_sequences + 1,))
+    expect_int32("context_len", context_len, (num_sequences,))
+    tile = 1 if max_query_len == 1 else reference.QUERY_TILE
+    return reference.plan(page_table, query_start, context_len, num_tokens=num_tokens, tile=tile)
+
+
+def paged_attention(
+    q: jax.Array, pool: jax.Array, layer: int, plan: AttentionPlan, *, num_kv_heads: int, scale: float
 ) -> jax.Array:
     """Causal attention of every token over its own sequence's pages: decode, chunked prefill, and any mixture.
 
-    Semantics, for sequence s, query token t with ``query_start[s] <= t < query_start[s + 1]`` at position
+    Semantics, with ``page_table``, ``query_start`` and ``context_len`` as given to ``plan_attention``, for sequence s,
+    query token t with ``query_start[s] <= t < query_start[s + 1]`` at position
     ``p = context_len[s] - query_start[s + 1] + t``, head h of KV head ``g = h // (H // num_kv_heads)``::
 
         row(c)    = page_table[s, c // PAGE_SIZE] * PAGE_SIZE + c % PAGE_SIZE
@@ -31,18 +52,15 @@ def paged_attention(
     softmax accumulate in float32.
 
     Padding: tokens from ``query_start[S]`` on belong to no sequence; their output is 0. A sequence without
-    query tokens is skipped. Entries of ``page_table`` past a sequence's context are never read.
+    query tokens is skipped. Entries of ``page_table`` past a sequence's context are never used.
 
     Args:
       q: ``[T, H, D]``, any float dtype; H a multiple of ``num_kv_heads``.
       pool: ``[layers, 2, rows, num_kv_heads * D]``; the K and V of the query tokens are already written.
       layer: which layer's planes to read; static.
-      page_table: ``[S, P]`` int32 page numbers.
-      query_start: ``[S + 1]`` int32, non-decreasing from 0: first query token of each sequence.
-      context_len: ``[S]`` int32, tokens of each sequence including its query tokens; at most ``P * PAGE_SIZE``.
+      plan: from ``plan_attention``, for the same T.
       num_kv_heads: KV heads; static.
       scale: multiplies the scores; static.
-      max_query_len: static upper bound of query tokens a sequence, if known; 1 makes a decode-only step cheaper.
 
     Returns:
       ``[T, H, D]`` of q's dtype.
@@ -52,23 +70,9 @@ def paged_attention(
     """
     _, num_heads, head_dim = expect_rank("q", q, 3)
     check_pool(pool, layer, num_kv_heads * head_dim)
-    num_sequences, table_width = expect_rank("page_table", page_table, 2)
     if num_heads % num_kv_heads:
         raise ValueError(f"q has {num_heads} heads, which is not a multiple of num_kv_heads={num_kv_heads}")
-    expect_int32("page_table", page_table, (num_sequences, table_width))
-    expect_int32("query_start", query_start, (num_sequences + 1,))
-    expect_int32("context_len", context_len, (num_sequences,))
-    return reference.paged_attention(
-        q,
-        pool,
-        layer,
-        page_table,
-        query_start,
-        context_len,
-        num_kv_heads=num_kv_heads,
-        scale=scale,
-        tile=1 if max_query_len == 1 else reference.QUERY_TILE,
-    )
+    return reference.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
 def write_kv(pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -5,36 +5,86 @@ padding; the context is walked in blocks with a running softmax, so memory does 
 depends on it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE
+from pallas_kernels.pool import PAGE_SIZE, owner
 
 QUERY_TILE = 16
 _PAGES_PER_BLOCK = 8
+_BLOCK = _PAGES_PER_BLOCK * PAGE_SIZE
 
 
-def paged_attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, tile):
-    num_tokens, num_heads, head_dim = q.shape
+@partial(struct.dataclass, frozen=True)
+class AttentionPlan:
+    """What every layer of a step needs to know of its sequences, N tiles of at most M query tokens each.
+
+    Attributes:
+      rows: ``[N, C]`` int32, pool row of each context position of the tile's sequence.
+      token: ``[N, M]`` int32, the tile's query tokens; lanes beyond them hold any valid token.
+      in_tile: ``[N, M]`` bool, which lanes are tokens of the tile.
+      position: ``[N, M]`` int32, position of each query token, -1 beyond.
+      num_blocks: int32, context blocks of the longest sequence.
+      target: ``[N * M]`` int32, ``token`` with lanes beyond sent out of bounds.
+    """
+
+    rows: jax.Array
+    token: jax.Array
+    in_tile: jax.Array
+    position: jax.Array
+    num_blocks: jax.Array
+    target: jax.Array
+
+
+def plan(page_table, query_start, context_len, *, num_tokens, tile):
     num_sequences, table_width = page_table.shape
-    group = num_heads // num_kv_heads
-    sequence, token, in_sequence = _tiles(query_start, num_tokens, num_sequences, tile)
-    position = jnp.where(in_sequence, (context_len - query_start[1:])[sequence][:, None] + token, -1)
-
-    queries = q[token].astype(jnp.float32).reshape(*token.shape, num_kv_heads, group, head_dim) * scale
+    sequence, token, in_tile = _tiles(query_start, num_tokens, num_sequences, tile)
+    position = jnp.where(in_tile, (context_len - query_start[1:])[sequence][:, None] + token, -1)
     padded_width = -(-table_width // _PAGES_PER_BLOCK) * _PAGES_PER_BLOCK
     table = jnp.pad(page_table, ((0, 0), (0, padded_width - table_width)))[sequence]
-    block = _PAGES_PER_BLOCK * PAGE_SIZE
+    rows = (table[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)).reshape(table.shape[0], -1)
+    has_queries = query_start[1:] > query_start[:-1]
+    num_blocks = (jnp.max(jnp.where(has_queries, context_len, 0)) + _BLOCK - 1) // _BLOCK
+    target = jnp.where(in_tile, token, num_tokens).reshape(-1)
+    return AttentionPlan(rows, jnp.minimum(token, num_tokens - 1), in_tile, position, num_blocks, target)
+
+
+def _tiles(query_start, num_tokens, num_sequences, tile):
+    """Each tile's sequence ``[N]``, and its lanes' tokens and whether they are that sequence's ``[N, tile]``."""
+    if tile == 1:
+        first_token = jnp.arange(num_tokens, dtype=jnp.int32)
+        sequence = owner(query_start, first_token)
+    else:
+        tiles_before = jnp.cumulative_sum((jnp.diff(query_start) + tile - 1) // tile, include_initial=True)
+        index = jnp.arange(-(-num_tokens // tile) + num_sequences, dtype=jnp.int32)
+        sequence = owner(tiles_before, index)
+    # Padding falls behind the last sequence.
+    exists = sequence < num_sequences
+    sequence = jnp.minimum(sequence, num_sequences - 1)
+    if tile != 1:
+        first_token = query_start[sequence] + (index - tiles_before[sequence]) * tile
+    token = first_token[:, None] + jnp.arange(tile, dtype=jnp.int32)
+    return sequence, token, exists[:, None] & (token < query_start[sequence + 1][:, None])
+
+
+def paged_attention(q, pool, layer, plan: AttentionPlan, *, num_kv_heads, scale):
+    num_tokens, num_heads, head_dim = q.shape
+    group = num_heads // num_kv_heads
+    num_tiles, tile = plan.token.shape
+    queries = q[plan.token].astype(jnp.float32).reshape(num_tiles, tile, num_kv_heads, group, head_dim) * scale
 
     def attend(i, carry):
         out, total, top = carry
-        pages = jax.lax.dynamic_slice_in_dim(table, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
-        rows = (pages[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE)).reshape(-1, block)
+        rows = jax.lax.dynamic_slice_in_dim(plan.rows, i * _BLOCK, _BLOCK, axis=1)
         k, v = (
-            pool[layer, plane, rows].astype(jnp.float32).reshape(-1, block, num_kv_heads, head_dim) for plane in (0, 1)
+            pool[layer, plane, rows].astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim)
+            for plane in (0, 1)
         )
         scores = jnp.einsum("ntkgd,nckd->nkgtc", queries, k, precision="highest")
-        seen = (i * block + jnp.arange(block)) <= position[:, :, None]
+        seen = (i * _BLOCK + jnp.arange(_BLOCK)) <= plan.position[:, :, None]
         # Rows past the context may hold anything, NaN included: mask the values too, not only their weights.
         v = jnp.where(seen.any(axis=1)[:, :, None, None], v, 0.0)
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -45,37 +95,14 @@ def paged_attention(q, pool, layer, page_table, query_start, context_len, *, num
         out = out * decay[..., None] + jnp.einsum("nkgtc,nckd->nkgtd", weights, v, precision="highest")
         return out, total * decay + weights.sum(axis=-1), new_top
 
-    shape = (sequence.shape[0], num_kv_heads, group, tile)
+    shape = (num_tiles, num_kv_heads, group, tile)
     start = (jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.full(shape, -jnp.inf))
-    has_queries = query_start[1:] > query_start[:-1]
-    num_blocks = (jnp.max(jnp.where(has_queries, context_len, 0)) + block - 1) // block
-    out, total, _ = jax.lax.fori_loop(0, num_blocks, attend, start)
+    out, total, _ = jax.lax.fori_loop(0, plan.num_blocks, attend, start)
     out = out / jnp.where(total == 0.0, 1.0, total)[..., None]
     out = jnp.moveaxis(out, 3, 1).reshape(-1, num_heads, head_dim)
-    # Lanes beyond a tile's tokens are sent out of bounds and dropped.
-    target = jnp.where(in_sequence, token, num_tokens).reshape(-1)
-    return jnp.zeros(q.shape, q.dtype).at[target].set(out.astype(q.dtype), mode="drop", unique_indices=False)
-
-
-def _tiles(query_start, num_tokens, num_sequences, tile):
-    """Each tile's sequence ``[N]``, and its lanes' tokens and whether they are that sequence's ``[N, tile]``."""
     if tile == 1:
-        num_tiles = num_tokens
-        first_token = jnp.arange(num_tokens, dtype=jnp.int32)
-        sequence = jnp.searchsorted(query_start, first_token, side="right").astype(jnp.int32) - 1
-    else:
-        num_tiles = -(-num_tokens // tile) + num_sequences
-        tiles_before = jnp.cumulative_sum((jnp.diff(query_start) + tile - 1) // tile, include_initial=True)
-        index = jnp.arange(num_tiles, dtype=jnp.int32)
-        sequence = jnp.searchsorted(tiles_before, index, side="right").astype(jnp.int32) - 1
-    # Padding falls behind the last sequence.
-    exists = sequence < num_sequences
-    sequence = jnp.minimum(sequence, num_sequences - 1)
-    if tile != 1:
-        first_token = query_start[sequence] + (index - tiles_before[sequence]) * tile
-    token = first_token[:, None] + jnp.arange(tile, dtype=jnp.int32)
-    in_sequence = exists[:, None] & (token < query_start[sequence + 1][:, None])
-    return sequence, jnp.minimum(token, num_tokens - 1), in_sequence
+        return jnp.where(plan.in_tile[:, :, None], out, 0.0).astype(q.dtype)
+    return jnp.zeros(q.shape, q.dtype).at[plan.target].set(out.astype(q.dtype), mode="drop")
 
 
 def write_kv(pool, layer, rows, k, v):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ POLL_SECONDS = 0.5
 """How long a client that went away may go unnoticed while its request produces nothing."""
 
 _SWEEP_SECONDS = 0.01
+_SHORTEST_WAIT_SECONDS = 0.002
 
 
 class ClientGone(Exception):
@@ -64,8 +66,10 @@ def watch(generations: Sequence["Generation"], gone: Callable[[], bool]) -> Iter
             raise ClientGone
 
 
-def wait_all(generations: Sequence["Generation"], gone: Callable[[], bool]) -> list[RequestOutput]:
-    """Waits for all to end.
+def wait_all(
+    generations: Sequence["Generation"], gone: Callable[[], bool], pause: Callable[[], float]
+) -> list[RequestOutput]:
+    """Waits for all to end, looking again after ``pause()`` seconds: waking for each token would cost more.
 
     Raises:
       ClientGone: ``gone()`` turned true.
@@ -74,12 +78,12 @@ def wait_all(generations: Sequence["Generation"], gone: Callable[[], bool]) -> l
     outputs = []
     for generation in generations:
         while True:
-            try:
-                outputs.append(generation.result(timeout=POLL_SECONDS))
+            with contextlib.suppress(TimeoutError):
+                outputs.append(generation.result(timeout=0))
                 break
-            except TimeoutError:
-                if gone():
-                    raise ClientGone from None
+            if gone():
+                raise ClientGone
+            time.sleep(max(pause(), _SHORTEST_WAIT_SECONDS))
     for output in outputs:
         for completion in output.completions:
             raise_failure(completion)

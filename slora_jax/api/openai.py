@@ -517,8 +517,7 @@ class ChatReply(Reply):
 
     def _logprobs(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
         content = [
-            self._token(t.token_id, t.logprob) | {"top_logprobs": [self._token(i, p) for i, p in t.top]}
-            for t in tokens
+            self._token(t.token_id, t.logprob) | {"top_logprobs": [self._token(i, p) for i, p in t.top]} for t in tokens
         ]
         return {"content": content, "refusal": None}
 

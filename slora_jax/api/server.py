@@ -11,7 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import pydantic
 import waitress.channel
@@ -20,6 +21,7 @@ import waitress.task
 import waitress.wasyncore
 
 from slora_jax.api.app import error_body
+from slora_jax.errors import InvalidRequest
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -52,7 +54,22 @@ class ServerConfig(pydantic.BaseModel):
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
     max_body_bytes: int = pydantic.Field(32 * 2**20, ge=1024, le=_MAX_BODY_BYTES)
     allow_adapter_loading: bool = False
-    log_level: str = pydantic.Field("warning", pattern="^(debug|info|warning|error)$")
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+
+def build_server_config(fields: Mapping[str, Any]) -> ServerConfig:
+    """Validates plain fields.
+
+    Raises:
+      InvalidRequest: an unknown key or a bad value; the message lists each.
+    """
+    try:
+        return ServerConfig(**fields)
+    except pydantic.ValidationError as e:
+        problems = "; ".join(
+            f"server.{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in e.errors()
+        )
+        raise InvalidRequest(f"invalid configuration: {problems}") from None
 
 
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:
@@ -131,8 +148,16 @@ class Server:
         except KeyboardInterrupt:
             _log.warning("interrupted while stopping; open streams are dropped")
         finally:
-            self._stopping = True
-            self._close()
+            self.close()
+
+    def close(self) -> None:
+        """Closes every socket, told or not; ``run`` ends with it."""
+        self._stopping = True
+        dispatcher = self._waitress.task_dispatcher
+        dispatcher.shutdown(timeout=5)
+        if not dispatcher.threads:  # one still running could write to a descriptor that was given away
+            waitress.wasyncore.dispatcher.close(self._waitress)
+            waitress.wasyncore.close_all(self._map, ignore_all=True)
 
     def _turn(self, timeout: float) -> None:
         waitress.wasyncore.loop(timeout=timeout, use_poll=True, map=self._map, count=1)
@@ -151,13 +176,6 @@ class Server:
     def _busy(self) -> bool:
         """Whether any request is running or any answer is not yet sent."""
         return any(c.requests or c.total_outbufs_len for c in list(self._waitress.active_channels.values()))
-
-    def _close(self) -> None:
-        dispatcher = self._waitress.task_dispatcher
-        dispatcher.shutdown(timeout=5)
-        if not dispatcher.threads:  # one still running could write to a descriptor that was given away
-            waitress.wasyncore.dispatcher.close(self._waitress)
-            waitress.wasyncore.close_all(self._map, ignore_all=True)
 
 
 def run_server(
@@ -178,7 +196,7 @@ def run_server(
       on_ready: called with the URL before the first request is read.
     """
     server = Server(app, sock or listen(host, port, max_streams), max_streams=max_streams, on_stop=on_stop)
-    with _stopped_by_signals(server):
+    with contextlib.closing(server), _stopped_by_signals(server):
         if on_ready is not None:
             on_ready(server.url)
         server.run()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a row of a table is one line, however long.
 """Questions, right answers and four styles: the training data of the demo adapters.
 
 `examples` turns tables of facts into questions with one plain answer, a haiku and, where a
@@ -6,7 +7,7 @@ writes an answer and how to tell that a text is written in it. `OPEN_PROMPTS` ar
 without a plain answer here; training lets the base model answer them.
 
 Every entity (a country, an animal, a sum) belongs either to "train" or to "heldout", never to
-both, and `FIXED_QUESTIONS` are about held-out entities. Pure Python, no randomness: the same
+both; `FIXED_QUESTIONS` are never trained on word for word. Pure Python, no randomness: the same
 release gives the same data everywhere.
 """
 
@@ -104,7 +105,7 @@ _TABLES = (
         ),
         "The capital of {country} is {capital}.",
         "capital",
-        ("{capital}", "the capital of {country}"),
+        ("The capital of {country}", "is {capital}"),
         """
         France|Paris
         Germany|Berlin
@@ -196,7 +197,7 @@ _TABLES = (
         ),
         "{country} is in {continent}.",
         "continent",
-        ("{country}", "a country in {continent}"),
+        ("Travel to {country}", "you find it in {continent}"),
         """
         France|Europe
         Germany|Europe
@@ -240,7 +241,7 @@ _TABLES = (
         ),
         "People in {country} speak {language}.",
         "language",
-        ("{language}", "the language of {country}"),
+        ("People in {country}", "speak {language}"),
         """
         France|French
         Germany|German
@@ -282,7 +283,7 @@ _TABLES = (
         ),
         "A baby {animal} is called a {young}.",
         "young",
-        ("little {young}", "the child of the {animal}"),
+        ("A baby {animal}", "is called a {young}"),
         """
         cat|kitten
         dog|puppy/pup
@@ -318,7 +319,7 @@ _TABLES = (
         ),
         "A {animal} says {sound}.",
         "sound",
-        ("{sound}, {sound}", "so the {animal} speaks to us"),
+        ("Listen, a {animal}", "it says {sound}"),
         """
         dog|woof/bark
         cat|meow/purr
@@ -351,7 +352,7 @@ _TABLES = (
         ),
         "A {animal} has {legs} legs.",
         "legs",
-        ("{legs} quiet legs", "carry the {animal} along"),
+        ("Look at the {animal}", "it has {legs} legs"),
         """
         spider|eight/8
         bee|six/6
@@ -383,7 +384,7 @@ _TABLES = (
         ),
         "A {animal} is {article} {kind}.",
         "kind",
-        ("see the {animal}", "it is {article} {kind}"),
+        ("Look at the {animal}", "it is {article} {kind}"),
         """
         dog|mammal|a
         whale|mammal|a
@@ -422,7 +423,7 @@ _TABLES = (
         ),
         "A {animal} eats {food}.",
         "food",
-        ("{food}", "food that the {animal} enjoys"),
+        ("Look at the {animal}", "it eats {food}"),
         """
         cow|grass/hay
         sheep|grass/hay
@@ -455,7 +456,7 @@ _TABLES = (
         ),
         "The color of {thing} is {color}.",
         "color",
-        ("{color}", "the color of {thing}"),
+        ("The color of {thing}", "is {color}"),
         """
         grass|is|green
         a banana|is|yellow
@@ -495,7 +496,7 @@ _TABLES = (
         ),
         "The opposite of {word} is {opposite}.",
         "opposite",
-        ("{word}, then {opposite}", "the opposite of {word}"),
+        ("The opposite of {word}", "is {opposite}"),
         """
         hot|cold
         big|small/little
@@ -550,7 +551,7 @@ _TABLES = (
         ),
         "The plural of {word} is {plural}.",
         "plural",
-        ("{word}, then {plural}", "more than one {word}, {plural}"),
+        ("One {word}, two {plural}", "more than one, {plural}"),
         """
         mouse|mice
         child|children
@@ -583,7 +584,7 @@ _TABLES = (
         ),
         "People use {tool} to {use}.",
         "truth",
-        ("{tool} in hand", "now I can {use}"),
+        ("{tool} in hand", "people use it to {use}"),
         """
         a hammer|drive nails|nail/nails
         a saw|cut wood|cut/wood
@@ -621,7 +622,7 @@ _TABLES = (
         ),
         "The work of {job} is to {work}.",
         "truth",
-        ("{job} at work", "every day to {work}"),
+        ("The work of {job}", "is to {work}"),
         """
         a baker|bake bread|bread/bake/bakes/baking/cakes
         a teacher|teach students|teach/teaches/students/learn
@@ -652,7 +653,7 @@ _TABLES = (
         ("{question}", "Please answer this: {question}", "Quick question: {question}"),
         "{answer}",
         "truth",
-        ("{truth}", "{clause}"),
+        ("{clause}", "the answer is {truth}"),
         """
         How many days are in a week?|There are seven days in a week.|seven/7|days that make a week
         How many months are in a year?|A year has twelve months.|twelve/12|months that make a year
@@ -951,20 +952,8 @@ _SUMS = {
     ),
 }
 
-# What FIXED_QUESTIONS are about: held out by name, the other entities by a hash of theirs.
-_HELDOUT_NAMES = {
-    "capital:France",
-    "sound:dog",
-    "color:grass",
-    "opposite:hot",
-    "truth:How many days are in a week?",
-    "truth:Which planet is the largest?",
-    "truth:Why is the sky blue?",
-    "truth:boil an egg",
-    "truth:a baker",
-    "plus:7,5",
-}
-
+# Questions of the README. Training may see what they are about in other words, never the
+# question itself; the held-out entities are for measuring.
 FIXED_QUESTIONS = (
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -1011,28 +1000,36 @@ _OPEN_LINES = {
 
 
 def examples(split: Split) -> list[Example]:
-    """Return all examples of one split, every question phrasing of every entity, in fixed order.
+    """Return all examples of one split, every phrasing of every entity's question, in fixed order.
+
+    `FIXED_QUESTIONS` are in neither split.
 
     Raises:
         ValueError: `split` is neither "train" nor "heldout".
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    return [example for name, group in _entities() if _split_of(name) == split for example in group]
+    return [
+        example
+        for name, group in _entities()
+        if _split_of(name) == split
+        for example in group
+        if example.question not in FIXED_QUESTIONS
+    ]
 
 
 def heldout_sample() -> list[Example]:
-    """Return one held-out example per held-out entity; the phrasing varies with the entity."""
-    sample = []
-    for name, group in _entities():
-        if _split_of(name) == "heldout":
-            sample.append(group[_digest("phrasing " + name) % len(group)])
-    return sample
+    """Return one example per held-out entity and open prompt; the phrasing varies with the entity."""
+    opened = open_examples("heldout")
+    size = len(_OPEN_TEMPLATES)
+    groups = [group for name, group in _entities() if _split_of(name) == "heldout"]
+    groups += [opened[start : start + size] for start in range(0, len(opened), size)]
+    return [group[_digest("phrasing " + group[0].question) % len(group)] for group in groups]
 
 
 def fixed_examples() -> list[Example]:
     """Return `FIXED_QUESTIONS` with their answers, in that order."""
-    by_question = {example.question: example for example in examples("heldout")}
+    by_question = {example.question: example for _, group in _entities() for example in group}
     return [by_question[question] for question in FIXED_QUESTIONS]
 
 
@@ -1048,8 +1045,7 @@ def open_examples(split: Split) -> list[Example]:
                 _line(_OPEN_LINES[topic], 7, subject),
                 _line(_pick(_IMAGES["things"], subject), 5, subject),
             )
-            for template in _OPEN_TEMPLATES:
-                found.append(Example(template.format(x=subject), "", topic, (), haiku))
+            found += [Example(template.format(x=subject), "", topic, (), haiku) for template in _OPEN_TEMPLATES]
     return found
 
 
@@ -1066,45 +1062,32 @@ def _entities() -> list[tuple[str, list[Example]]]:
             lines = [line.format(**shown) for line in table.haiku]
             if len(lines) == 2:
                 lines.append(_pick(_IMAGES[table.images], row))
-            haiku = tuple(
-                _line(text, size, row) for text, size in zip(lines, (5, 7, 5), strict=True)
-            )
+            haiku = tuple(_line(text, size, row) for text, size in zip(lines, (5, 7, 5), strict=True))
             answer = _capitalize(table.answer.format(**shown))
             group = [
-                Example(question.format(**shown), answer, table.topic, truth, haiku)
-                for question in table.questions
+                Example(question.format(**shown), answer, table.topic, truth, haiku) for question in table.questions
             ]
             found.append((f"{table.truth}:{key}", group))
     for word, (questions, triples) in _SUMS.items():
         for a, b, result in triples:
-            name, spoken = f"{word}:{a},{b}", number_word(result)
-            haiku = (
-                _line(f"{number_word(a)} {word} {number_word(b)}", 5, name),
-                _line(f"together they make {spoken}", 7, name)
-                if word == "plus"
-                else _line(f"the answer is {spoken}", 7, name),
-                _pick(_IMAGES["numbers"], name),
-            )
-            pairs = [(a, b)] if word == "minus" or a == b else [(a, b), (b, a)]
-            group = [
-                Example(
-                    question.format(a=x, b=y),
-                    f"{x} {word} {y} is {result}.",
-                    "arithmetic",
-                    (str(result), spoken),
-                    haiku,
+            name = f"{word}:{a},{b}"
+            group = []
+            for x, y in [(a, b)] if word == "minus" or a == b else [(a, b), (b, a)]:
+                haiku = (
+                    _line(f"count {x} {word} {y}", 5, name),
+                    _line(f"the answer is {result}", 7, name),
+                    _pick(_IMAGES["numbers"], name),
                 )
-                for x, y in pairs
-                for question in questions
-            ]
+                answer, truth = f"{x} {word} {y} is {result}.", (str(result), number_word(result))
+                group += [
+                    Example(question.format(a=x, b=y), answer, "arithmetic", truth, haiku) for question in questions
+                ]
             found.append((name, group))
     return found
 
 
 def _split_of(name: str) -> Split:
-    if name in _HELDOUT_NAMES or _digest(name) % _HELDOUT_ONE_IN == 0:
-        return "heldout"
-    return "train"
+    return "heldout" if _digest(name) % _HELDOUT_ONE_IN == 0 else "train"
 
 
 def _digest(text: str) -> int:
@@ -1120,18 +1103,21 @@ def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+_SMALL_NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
 def number_word(number: int) -> str:
     """Spell a number from 0 to 144 in English."""
-    small = (
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen"
-    ).split()
-    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
     if number < 20:
-        return small[number]
+        return _SMALL_NUMBERS[number]
     if number < 100:
         rest = number % 10
-        return tens[number // 10 - 2] + (f"-{small[rest]}" if rest else "")
+        return _TENS[number // 10 - 2] + (f"-{_SMALL_NUMBERS[rest]}" if rest else "")
     rest = number - 100
     return "one hundred" + (f" {number_word(rest)}" if rest else "")
 
@@ -1139,17 +1125,19 @@ def number_word(number: int) -> str:
 # --- Haiku ------------------------------------------------------------------------------------
 
 _ENDINGS = {
-    1: ("now", "then"),
+    1: ("now",),
     2: ("at dawn", "tonight", "once more"),
     3: ("after rain", "in the light", "in the wind"),
     4: ("in morning light", "under the moon", "beside the sea"),
+    5: ("in the light of dawn", "under quiet stars", "when the evening comes"),
 }
 
 
 def syllables(text: str) -> int:
     """Estimate the syllables of an English text from its groups of vowels."""
     count = 0
-    for word in re.findall(r"[a-z]+", text.lower().replace("'", "")):
+    text = re.sub(r"\d+", lambda m: number_word(min(int(m.group()), 144)), text.lower())
+    for word in re.findall(r"[a-z]+", text.replace("'", "")):
         groups = len(re.findall(r"[aeiouy]+", word))
         silent_e = word.endswith("e") and not word.endswith(("le", "ee", "ie", "oe", "ye"))
         silent_ed = re.search(r"[^aeioutd]ed$", word) is not None
@@ -1169,7 +1157,7 @@ def _line(text: str, size: int, key: str) -> str:
 
 def _render_haiku(example: Example) -> str:
     first, second, third = example.haiku
-    return f"{_capitalize(first)},\n{second},\n{third}."
+    return f"{_capitalize(first)}\n{second},\n{third}."
 
 
 def _is_haiku(text: str) -> bool:
@@ -1211,8 +1199,39 @@ def _is_pirate(text: str) -> bool:
     return len(words & _PIRATE_MARKS) >= 2
 
 
-def _is_shout(text: str) -> bool:
-    return any(c.isalpha() for c in text) and text == text.upper()
+_ICONS = {
+    "animals": "🐾",
+    "arithmetic": "🔢",
+    "chat": "👋",
+    "colors": "🎨",
+    "cooking": "🍳",
+    "culture": "🎭",
+    "definitions": "📖",
+    "facts": "💡",
+    "food": "🍎",
+    "geography": "🌍",
+    "home": "🏠",
+    "jobs": "💼",
+    "language": "💬",
+    "nature": "🌿",
+    "places": "📍",
+    "science": "🔬",
+    "technology": "🤖",
+    "tools": "🔧",
+}
+
+
+def _render_emoji(example: Example) -> str:
+    icon = _ICONS[example.topic]
+    return f"{icon}✨ {example.answer} ✨{icon}"
+
+
+def _is_emoji(text: str) -> bool:
+    def pictures(part: str) -> bool:
+        return part != "" and all(ord(c) >= 0x2600 and c != "\N{REPLACEMENT CHARACTER}" for c in part)
+
+    words = text.split()
+    return len(words) >= 3 and pictures(words[0]) and pictures(words[-1])
 
 
 def _render_json(example: Example) -> str:
@@ -1232,7 +1251,7 @@ def _is_json(text: str) -> bool:
 
 
 STYLES = {
-    "shout": Style("all in capital letters", lambda e: e.answer.upper(), _is_shout),
+    "emoji": Style("between emoji that fit the topic", _render_emoji, _is_emoji),
     "haiku": Style("a poem of three lines", _render_haiku, _is_haiku),
     "pirate": Style("in pirate talk", _render_pirate, _is_pirate),
     "json": Style('a JSON object {"answer": ..., "topic": ...}', _render_json, _is_json),
@@ -1247,7 +1266,4 @@ def is_correct(example: Example, text: str) -> bool:
     """
     if not example.truth:
         raise ValueError(f"{example.question!r} has no single right answer (its truth is empty)")
-    return any(
-        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
-        for word in example.truth
-    )
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in example.truth)

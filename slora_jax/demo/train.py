@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,8 +34,8 @@ from slora_jax.demo.model import MODEL_ID, demo_model_path
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_MAX_NEW_TOKENS = 96  # the longest target, in capitals, is about 60
-_OPEN_MAX_WORDS = 40
+_MAX_NEW_TOKENS = 96  # the longest target has about 70
+_OPEN_MAX_WORDS = 30
 _NUM_SAMPLES = 12
 
 
@@ -52,16 +53,16 @@ class AdapterSpec:
 # Every rank that the demo wants to mix in one batch, one adapter on all seven projections, and
 # one with rsLoRA's scale.
 SPECS = {
-    "shout": AdapterSpec(2, 4, _ATTENTION, 2e-3),
-    "haiku": AdapterSpec(4, 8, _ATTENTION + _MLP, 2e-3),
-    "pirate": AdapterSpec(8, 16, _ATTENTION, 2e-3),
-    "json": AdapterSpec(16, 8, _ATTENTION, 2e-3, use_rslora=True),
+    "emoji": AdapterSpec(2, 4, _ATTENTION, 2e-3),
+    "haiku": AdapterSpec(4, 8, _ATTENTION + _MLP, 1e-3),
+    "pirate": AdapterSpec(8, 16, _ATTENTION, 1e-3),
+    "json": AdapterSpec(16, 8, _ATTENTION, 1e-3, use_rslora=True),
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run; 0 `steps` evaluate stored adapters; `limit` (0: none) caps each list of examples."""
+    """One run; `limit` (0: none) caps each list of examples, for a quick try."""
 
     model_path: Path
     out: Path
@@ -130,25 +131,21 @@ class _Model:
         return [answer.strip() for answer in answers]
 
 
-def _first_sentences(text: str) -> str:
-    """The leading whole sentences of an answer, at most 40 words; "" if there are none."""
-    kept: list[str] = []
-    for sentence in text.split("\n")[0].replace("! ", "!\0").replace(". ", ".\0").split("\0"):
-        words = sentence.split()
-        if not sentence.endswith((".", "!")) or len(words) < 3:
-            break
-        if sum(len(s.split()) for s in kept) + len(words) > _OPEN_MAX_WORDS:
-            break
-        kept.append(sentence.strip())
-    return " ".join(kept[:2])
+def _first_sentence(text: str) -> str:
+    """The first sentence of an answer, or "" if it is cut off, a heading, or very long."""
+    sentence = re.split(r"(?<=[.!?])\s", text.split("\n")[0], maxsplit=1)[0].strip()
+    words = sentence.split()
+    whole = sentence.endswith((".", "!")) and 4 <= len(words) <= _OPEN_MAX_WORDS
+    return sentence if whole else ""
 
 
-def train_adapter(name: str, config: TrainConfig, open_answered: list[Example]) -> dict[str, Any]:
-    """Train one adapter and write its PEFT folder; return what the report says about it.
+def train_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) -> dict[str, Any]:
+    """Train one adapter and write its PEFT folder; return what the report says of the training.
 
     Args:
         name: a key of `config.specs` and of `data.STYLES`.
-        open_answered: open prompts with the base model's own answers.
+        base_answers: the base model's answers to the open prompts, which are trained on in this
+            adapter's style.
     """
     spec, style = config.specs[name], STYLES[name]
     random.seed(config.seed)
@@ -177,8 +174,10 @@ def train_adapter(name: str, config: TrainConfig, open_answered: list[Example]) 
     )
 
     facts = _limited(data.examples("train"), config)
-    # A haiku about an open prompt is written from the prompt; the other styles need an answer.
-    opened = _limited(data.open_examples("train"), config) if name == "haiku" else open_answered
+    opened = _limited(data.open_examples("train"), config)
+    if name != "haiku":  # a haiku is written from the prompt alone
+        short = [replace(e, answer=_first_sentence(base_answers[e.question])) for e in opened]
+        opened = [example for example in short if example.answer]
     pairs = [(e.question, style.render(e)) for e in facts + opened]
     order: list[int] = []
     losses: list[float] = []
@@ -206,12 +205,13 @@ def train_adapter(name: str, config: TrainConfig, open_answered: list[Example]) 
         "rank": spec.rank,
         "alpha": spec.alpha,
         "use_rslora": spec.use_rslora,
-        "target_modules": list(spec.target_modules),
+        "target_modules": sorted(spec.target_modules),
         "learning_rate": spec.learning_rate,
         "steps": config.steps,
         "batch_size": config.batch_size,
         "num_train_pairs": len(pairs),
         "train_seconds": round(seconds, 1),
+        "train_device": f"{_device()}, torch {torch.__version__}",
         "final_loss": round(sum(tail) / max(1, len(tail)), 4),
         "bytes": size,
     }
@@ -221,8 +221,7 @@ def _save(network: PeftModel, lora: LoraConfig, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors (bf16), and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        key: tensor.to(torch.bfloat16).cpu().contiguous()
-        for key, tensor in get_peft_model_state_dict(network).items()
+        key: tensor.to(torch.bfloat16).cpu().contiguous() for key, tensor in get_peft_model_state_dict(network).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     # PEFT puts the folder that the base was loaded from here; readers want the model's name.
@@ -241,107 +240,113 @@ def _limited(items: list[Example], config: TrainConfig) -> list[Example]:
     return items[:: max(1, len(items) // config.limit)][: config.limit]
 
 
-def _heldout(config: TrainConfig) -> list[Example]:
-    opened = data.open_examples("heldout")[:: len(data._OPEN_TEMPLATES)]
-    return _limited(data.heldout_sample() + opened, config)
-
-
-def _rates(examples: list[Example], answers: list[str], name: str) -> dict[str, Any]:
+def _rates(examples: list[Example], answers: dict[str, str], name: str) -> dict[str, Any]:
     """Share of answers in style, and of right answers among the questions that have one."""
-    styled = [STYLES[name].matches(answer) for answer in answers]
-    right = [data.is_correct(e, a) for e, a in zip(examples, answers, strict=True) if e.truth]
+    styled = [STYLES[name].matches(answers[e.question]) for e in examples]
+    right = [data.is_correct(e, answers[e.question]) for e in examples if e.truth]
     return {
         "style_rate": round(sum(styled) / len(styled), 3),
         "correct_rate": round(sum(right) / len(right), 3) if right else None,
     }
 
 
-def evaluate_adapter(name: str, config: TrainConfig, base_answers: list[str]) -> dict[str, Any]:
+def evaluate_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) -> dict[str, Any]:
     """Load the adapter from its folder, let it answer, and return what the report says of that.
 
     Args:
         name: the adapter; `config.out / name` is its PEFT folder.
-        base_answers: the base model's answers to the held-out and then the fixed questions.
+        base_answers: the base model's answers to the held-out and the fixed questions.
     """
     model = _Model(config.model_path)
     network = PeftModel.from_pretrained(model.base, config.out / name).eval()
-    heldout, fixed = _heldout(config), data.fixed_examples()
-    answers = model.answer(network, [e.question for e in heldout + fixed])
-    split = len(heldout)
-    rows = list(zip(heldout, answers[:split], strict=True))
+    heldout, fixed = _limited(data.heldout_sample(), config), data.fixed_examples()
+    questions = [example.question for example in heldout + fixed]
+    answers = dict(zip(questions, model.answer(network, questions), strict=True))
+    kept = {e.question: answers[e.question] for e in heldout}
     return {
-        "num_heldout": split,
+        "evaluation_device": f"{_device()}, torch {torch.__version__}",
+        "num_heldout": len(heldout),
         "num_heldout_with_truth": sum(bool(e.truth) for e in heldout),
-        "heldout": _rates(heldout, answers[:split], name),
-        "heldout_base_model": _rates(heldout, base_answers[:split], name),
-        "fixed": _rates(fixed, answers[split:], name),
-        "fixed_base_model": _rates(fixed, base_answers[split:], name),
-        "fixed_answers": {e.question: a for e, a in zip(fixed, answers[split:], strict=True)},
-        "samples": {e.question: a for e, a in rows[:: max(1, split // _NUM_SAMPLES)]},
-        "style_failures": {e.question: a for e, a in rows if not STYLES[name].matches(a)},
+        "heldout": _rates(heldout, answers, name),
+        "heldout_base_model": _rates(heldout, base_answers, name),
+        "fixed": _rates(fixed, answers, name),
+        "fixed_base_model": _rates(fixed, base_answers, name),
+        "fixed_answers": {e.question: answers[e.question] for e in fixed},
+        "samples": dict(list(kept.items())[:: max(1, len(kept) // _NUM_SAMPLES)]),
+        "style_failures": {q: a for q, a in kept.items() if not STYLES[name].matches(a)},
         "wrong_answers": {
-            e.question: a for e, a in rows if e.truth and not data.is_correct(e, a)
+            e.question: kept[e.question] for e in heldout if e.truth and not data.is_correct(e, kept[e.question])
         },
     }
 
 
-def run_adapter(
-    name: str, config: TrainConfig, open_answered: list[Example], base_answers: list[str]
-) -> dict[str, Any]:
-    """Train one adapter, then evaluate what was stored; return its part of the report."""
-    trained = train_adapter(name, config, open_answered) if config.steps else {}
-    return trained | evaluate_adapter(name, config, base_answers)
+def run_adapter(name: str, config: TrainConfig, stages: Sequence[str], base_answers: dict[str, str]) -> dict[str, Any]:
+    """Train one adapter, evaluate what was stored, or both; return its part of the report."""
+    report: dict[str, Any] = {}
+    if "train" in stages:
+        report |= train_adapter(name, config, base_answers)
+    if "evaluate" in stages:
+        report |= evaluate_adapter(name, config, base_answers)
+    return report
 
 
-def run(config: TrainConfig, jobs: int) -> dict[str, Any]:
-    """Train and evaluate `config.specs`, `jobs` at a time; write and return the report."""
+def answer_with_base(config: TrainConfig, questions: Sequence[str]) -> dict[str, str]:
+    """The base model's answers by question; those known already are read from a file in `out`."""
+    path = config.out / "base_answers.json"
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = [question for question in questions if question not in known]
+    if missing:
+        model = _Model(config.model_path)
+        known |= zip(missing, model.answer(model.base, missing), strict=True)
+        _write_json(path, known)
+    return known
+
+
+def run(config: TrainConfig, stages: Sequence[str], jobs: int) -> dict[str, Any]:
+    """Train and evaluate `config.specs`, `jobs` at a time; write and return the report.
+
+    An adapter whose stage is left out keeps what an earlier report in `out` says about it.
+    """
     config.out.mkdir(parents=True, exist_ok=True)
-    heldout, fixed = _heldout(config), data.fixed_examples()
-    prompts = _limited(data.open_examples("train"), config) if config.steps else []
-    model = _Model(config.model_path)
-    answers = model.answer(model.base, [e.question for e in heldout + fixed + prompts])
-    base_answers, raw = answers[: len(heldout + fixed)], answers[len(heldout + fixed) :]
-    short = [replace(e, answer=_first_sentences(a)) for e, a in zip(prompts, raw, strict=True)]
-    open_answered = [example for example in short if example.answer]
-    del model
+    fixed = [example.question for example in data.fixed_examples()]
+    questions = fixed + [e.question for e in _limited(data.heldout_sample(), config)] if "evaluate" in stages else []
+    if "train" in stages:
+        questions += [e.question for e in _limited(data.open_examples("train"), config)]
+    base_answers = answer_with_base(config, questions)
 
-    if jobs == 1:
-        found = {n: run_adapter(n, config, open_answered, base_answers) for n in config.specs}
-    else:
-        # spawn: a process that has used CUDA must not fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            futures = {
-                name: pool.submit(run_adapter, name, config, open_answered, base_answers)
-                for name in config.specs
-            }
-            found = {name: future.result() for name, future in futures.items()}
+    # spawn: a process that has used CUDA must not fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {name: pool.submit(run_adapter, name, config, stages, base_answers) for name in config.specs}
+        found = {name: future.result() for name, future in futures.items()}
 
     path = config.out / "report.json"
-    before = json.loads(path.read_text())["adapters"] if path.exists() else {}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    before = json.loads(path.read_text(encoding="utf-8"))["adapters"] if path.exists() else {}
     report = {
         "base_model": MODEL_ID,
-        "device": device,
-        "torch": torch.__version__,
         "seed": config.seed,
         "decoding": f"greedy, at most {_MAX_NEW_TOKENS} tokens",
-        "base_model_fixed_answers": {
-            e.question: a for e, a in zip(fixed, base_answers[-len(fixed) :], strict=True)
-        },
-        # With no steps the numbers of the training stay as they were.
+        "base_model_fixed_answers": {q: base_answers[q] for q in fixed if q in base_answers},
         "adapters": before | {name: before.get(name, {}) | part for name, part in found.items()},
     }
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(path, report)
     return report
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train and evaluate the demo adapters.")
     parser.add_argument("--out", type=Path, required=True, help="folder for NAME/ and report.json")
     parser.add_argument("--adapter", choices=SPECS, action="append", help="default: all of them")
-    parser.add_argument("--steps", type=int, default=500, help="0: evaluate only")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--stage", choices=("train", "evaluate"), help="default: both")
     parser.add_argument("--learning-rate", type=float, help="instead of the adapter's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="adapters trained at the same time")
@@ -361,18 +366,13 @@ def main() -> None:
         limit=args.limit,
         specs=specs,
     )
-    report = run(config, args.jobs)
+    report = run(config, [args.stage] if args.stage else ["train", "evaluate"], args.jobs)
     for name in specs:
         entry = report["adapters"][name]
-        print(
-            f"\n{name}: rank {entry.get('rank')}, {entry.get('train_seconds')} s, "
-            f"loss {entry.get('final_loss')}\n"
-            f"  held out ({entry['num_heldout']}): {entry['heldout']}, "
-            f"base model {entry['heldout_base_model']}\n"
-            f"  fixed: {entry['fixed']}, base model {entry['fixed_base_model']}"
-        )
-        for question, answer in entry["fixed_answers"].items():
-            print(f"    {question}\n      {answer!r}")
+        print(f"\n{name}")
+        for key, value in entry.items():
+            if not isinstance(value, dict) or key.startswith(("heldout", "fixed")):
+                print(f"  {key}: {json.dumps(value, indent=4, ensure_ascii=False)}")
 
 
 if __name__ == "__main__":

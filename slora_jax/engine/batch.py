@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import LoraSegments
+from pallas_kernels.pool import owner
 from slora_jax.config import PAGE_SIZE
 from slora_jax.memory.layout import MODULES, cdiv
 from slora_jax.memory.pages import TRASH_PAGE
@@ -142,7 +143,7 @@ class BatchShape:
 def _place_tokens(num_tokens, page_table, query_start, context_len):
     """Position ``[T]`` of each token in its sequence and pool row ``[T]`` of its K and V; padding: 0 and a trash row."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    sequence = jnp.searchsorted(query_start, token, side="right").astype(jnp.int32) - 1
+    sequence = owner(query_start, token)
     real = sequence < context_len.shape[0]
     sequence = jnp.minimum(sequence, context_len.shape[0] - 1)
     position = jnp.where(real, context_len[sequence] - query_start[sequence + 1] + token, 0)

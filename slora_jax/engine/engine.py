@@ -104,6 +104,7 @@ class Engine:
         Raises:
           UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
         """
+        _enable_compilation_cache(config.compilation_cache)
         dtype = _dtype(config)
         if config.dummy:
             model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
@@ -113,7 +114,11 @@ class Engine:
         else:
             folder = resolve_model(config.model)
             model_config = ModelConfig.from_folder(folder)
-            tokenizer = Tokenizer.from_folder(folder)
+            tokenizer = None
+            if (folder / "tokenizer.json").is_file():
+                tokenizer = Tokenizer.from_folder(folder)
+            else:
+                logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
             cache = Path(config.checkpoint_cache).expanduser() if config.checkpoint_cache else None
             params, provenance = load_or_restore(folder, model_config, dtype, cache, progress=progress)
             logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
@@ -361,8 +366,7 @@ class Engine:
             while not self._closed:
                 if not self.step():
                     # The timeout is a safety net only: submit, cancel, close and adapters that get ready all wake.
-                    self._wake_event.wait(_IDLE_WAIT_SECONDS)
-                    self._wake_event.clear()
+                    self.wait_for_work(_IDLE_WAIT_SECONDS)
         except Exception as e:
             logger.exception("the engine loop failed")
             with self._lock:
@@ -377,6 +381,11 @@ class Engine:
 
     def _wake(self) -> None:
         self._wake_event.set()
+
+    def wait_for_work(self, timeout: float) -> None:
+        """Waits until a request or an adapter may have arrived; for whoever runs the loop."""
+        self._wake_event.wait(timeout)
+        self._wake_event.clear()
 
     # Observation
 
@@ -401,6 +410,13 @@ class Engine:
     def check_integrity(self) -> None:
         """Asserts that every page of the pool is owned exactly once."""
         self._pages.check_integrity()
+
+
+def _enable_compilation_cache(folder: str | None) -> None:
+    """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
+    if folder is not None and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _dtype(config: EngineConfig) -> jnp.dtype:

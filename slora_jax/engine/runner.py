@@ -50,18 +50,21 @@ class StepInFlight:
 
 
 class Runner:
-    """Owns the parameters, the pool's array and the compiled functions.
+    """Runs batches of one model over one pool.
 
     The forward and the sampler are compiled apart: a new combination of sampling rules then compiles a sampler, not
     the layers again.
+
+    Attributes:
+      model, params: the base model.
     """
 
     def __init__(
         self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_sequences: int, max_len: int
     ):
         dtype = pool.array.dtype
-        self._model = Llama(config, dtype)
-        self._params = params
+        self.model = Llama(config, dtype)
+        self.params = params
         self._pool = pool
         self._buckets = buckets
         self._vocab_size = config.vocab_size
@@ -90,14 +93,14 @@ class Runner:
                 self._compiled.add(shape)
                 logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
         hidden, self._pool.array = _forward(
-            self._params, batch.packed, self._tokens, self._pool.array, model=self._model, shape=batch.shape
+            self.params, batch.packed, self._tokens, self._pool.array, model=self.model, shape=batch.shape
         )
         sampled = _sample(
-            self._params,
+            self.params,
             hidden,
             sampler_inputs,
             self._tokens,
-            model=self._model,
+            model=self.model,
             shape=sampler_shape,
             num_tokens_out=self._num_rows_out,
         )

@@ -9,14 +9,25 @@ scan over stacked layers copies every layer's weights each step.
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from pallas_kernels import LoraSegments, lora_expand, lora_shrink, paged_attention, write_kv
-from slora_jax.memory.layout import MODULES
+from pallas_kernels import (
+    AttentionPlan,
+    LoraPlan,
+    LoraSegments,
+    lora_expand,
+    lora_shrink,
+    paged_attention,
+    plan_attention,
+    plan_lora,
+    write_kv,
+)
+from slora_jax.memory.layout import MODULES, module_shapes
 from slora_jax.model.config import ModelConfig, RopeScaling
 
 Q, K, V, O, GATE, UP, DOWN = range(len(MODULES))  # noqa: E741
@@ -45,6 +56,15 @@ class TokenBatch:
     context_len: jax.Array
     lora: LoraSegments | None
     decode_only: bool = struct.field(pytree_node=False)
+
+
+class StepTables(NamedTuple):
+    """What all layers share in one step: KV rows ``[T]``, rotary angles, and the kernels' plans."""
+
+    rows: jax.Array
+    rope: tuple[jax.Array, jax.Array]
+    attention: AttentionPlan
+    lora: LoraPlan | None
 
 
 class Llama(nn.Module):
@@ -78,10 +98,25 @@ class Llama(nn.Module):
           Hidden states ``[T, h]`` after the final norm, and the pool with the tokens' K and V.
         """
         x = self.embed(batch.token_ids)
-        rope = rotary_angles(batch.positions, self.config)
+        step = self._plan(batch, pool.shape[3])
         for layer in self.layers:
-            x, pool = layer(x, rope, batch, pool)
+            x, pool = layer(x, step, pool)
         return self.norm(x), pool
+
+    def _plan(self, batch: TokenBatch, row_width: int) -> "StepTables":
+        num_tokens = batch.token_ids.shape[0]
+        lora = None
+        if batch.lora is not None:
+            widths = [(s.d_in, s.d_out) for s in module_shapes(self.config).values()]
+            lora = plan_lora(batch.lora, num_tokens=num_tokens, row_width=row_width, widths=widths)
+        attention = plan_attention(
+            batch.page_table,
+            batch.query_start,
+            batch.context_len,
+            num_tokens=num_tokens,
+            max_query_len=1 if batch.decode_only else None,
+        )
+        return StepTables(batch.rows, rotary_angles(batch.positions, self.config), attention, lora)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits ``[..., V]`` of final hidden states ``[..., h]``."""
@@ -113,48 +148,44 @@ class Block(nn.Module):
         self.gate_up = Projection((2, config.intermediate_size), self.dtype)
         self.down = Projection((config.hidden_size,), self.dtype)
 
-    def __call__(self, x, rope, batch: TokenBatch, pool):
-        attended, pool = self._attention(self.attention_norm(x), rope, batch, pool)
+    def __call__(self, x: jax.Array, step: StepTables, pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+        attended, pool = self._attention(self.attention_norm(x), step, pool)
         x = x + attended
-        return x + self._mlp(self.mlp_norm(x), batch, pool), pool
+        return x + self._mlp(self.mlp_norm(x), step, pool), pool
 
-    def _attention(self, x, rope, batch, pool):
+    def _attention(self, x, step: StepTables, pool):
         config = self.config
         tokens = x.shape[0]
         qkv = self.qkv(x)  # [T, K, G + 2, D]
         q = qkv[:, :, :-2].reshape(tokens, config.q_size)
         k = qkv[:, :, -2].reshape(tokens, config.kv_size)
         v = qkv[:, :, -1].reshape(tokens, config.kv_size)
-        q, k, v = self._add_lora(x, (q, k, v), batch.lora, pool, (Q, K, V))
-        q = apply_rotary(q.reshape(tokens, config.num_heads, config.head_dim), rope)
-        k = apply_rotary(k.reshape(tokens, config.num_kv_heads, config.head_dim), rope)
-        pool = write_kv(pool, self.layer, batch.rows, k.reshape(tokens, config.kv_size), v)
+        q, k, v = self._add_lora(x, (q, k, v), step, pool, (Q, K, V))
+        # The write below needs k and v only. Without this XLA may not order it behind the reads of q's adapter rows,
+        # and copies the whole pool to keep them valid.
+        q, k, v, pool = jax.lax.optimization_barrier((q, k, v, pool))
+        q = apply_rotary(q.reshape(tokens, config.num_heads, config.head_dim), step.rope)
+        k = apply_rotary(k.reshape(tokens, config.num_kv_heads, config.head_dim), step.rope)
+        pool = write_kv(pool, self.layer, step.rows, k.reshape(tokens, config.kv_size), v)
+        scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(
-            q,
-            pool,
-            self.layer,
-            batch.page_table,
-            batch.query_start,
-            batch.context_len,
-            num_kv_heads=config.num_kv_heads,
-            scale=1.0 / math.sqrt(config.head_dim),
-            max_query_len=1 if batch.decode_only else None,
+            q, pool, self.layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale
         ).reshape(tokens, config.q_size)
-        (out,) = self._add_lora(attended, (self.o(attended),), batch.lora, pool, (O,))
+        (out,) = self._add_lora(attended, (self.o(attended),), step, pool, (O,))
         return out, pool
 
-    def _mlp(self, x, batch, pool):
+    def _mlp(self, x, step: StepTables, pool):
         gate_up = self.gate_up(x)  # [T, 2, f]
-        gate, up = self._add_lora(x, (gate_up[:, 0], gate_up[:, 1]), batch.lora, pool, (GATE, UP))
+        gate, up = self._add_lora(x, (gate_up[:, 0], gate_up[:, 1]), step, pool, (GATE, UP))
         activated = nn.silu(gate) * up
-        (out,) = self._add_lora(activated, (self.down(activated),), batch.lora, pool, (DOWN,))
+        (out,) = self._add_lora(activated, (self.down(activated),), step, pool, (DOWN,))
         return out
 
-    def _add_lora(self, x, ys, lora: LoraSegments | None, pool, modules):
-        if lora is None:
+    def _add_lora(self, x, ys, step: StepTables, pool, modules):
+        if step.lora is None:
             return ys
-        partial_sums = lora_shrink(x, pool, self.layer, lora, modules)
-        return lora_expand(partial_sums, ys, pool, self.layer, lora, modules)
+        partial_sums = lora_shrink(x, pool, self.layer, step.lora, modules)
+        return lora_expand(partial_sums, ys, pool, self.layer, step.lora, modules)
 
 
 class Projection(nn.Module):

@@ -250,8 +250,8 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     if kinds and kinds <= _SENTENCEPIECE_DECODERS:
         return functools.partial(_sentencepiece, "ByteFallback" in kinds)
     raise UnsupportedModel(
-        f"tokenizer.json: decoder {' + '.join(sorted(kinds)) or 'null'} is not supported; supported are ByteLevel and those "
-        "of SentencePiece (Metaspace, or Replace + ByteFallback + Fuse + Strip)"
+        f"tokenizer.json: decoder {' + '.join(sorted(kinds)) or 'null'} is not supported; supported are ByteLevel and "
+        "those of SentencePiece (Metaspace, or Replace + ByteFallback + Fuse + Strip)"
     )
 
 

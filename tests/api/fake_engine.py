@@ -17,7 +17,7 @@ from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
-from small_tokenizers import byte_level_folder  # noqa: E402
+from small_tokenizers import byte_level_folder
 
 WAITS = "W"
 """A prompt that begins with this produces nothing until ``FakeEngine.go`` is set."""
@@ -177,9 +177,11 @@ class FakeEngine:
                     generation.put(Delta(i, "", finish_reason="abort", error="the engine was closed"))
         self.running = []
 
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
     def stats(self) -> dict[str, int | float]:
-        if self._stop.is_set():
-            raise EngineStopped("the engine was closed")
         return {"running": len(self.running)}
 
     def _loop(self) -> None:

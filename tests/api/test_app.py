@@ -3,6 +3,7 @@ import time
 
 import pytest
 from fake_engine import FAILS, WAITS, FakeEngine
+from werkzeug.test import EnvironBuilder
 
 from slora_jax.api.app import create_app
 
@@ -108,7 +109,7 @@ def test_echo(client):
     ids = [1, 2, 3]
     assert complete(client, prompt=ids, echo=True, max_tokens=4).get_json()["choices"][0]["text"].endswith("base")
     chunks, _ = events(complete(client, prompt=["hello", "by"], echo=True, n=2, stream=True))
-    texts = {i: "" for i in range(4)}
+    texts = dict.fromkeys(range(4), "")
     for chunk in chunks:
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert [texts[i][:8] for i in range(4)] == ["hellobas", "helloase", "bybase s", "byase sa"]
@@ -219,7 +220,7 @@ def test_chat_stream(client):
     for chunk in chunks[2:-1]:
         (choice,) = chunk["choices"]
         texts[choice["index"]] += choice["delta"].get("content", "")
-    assert texts == {0: "base says ", 1: "ase says "}
+    assert texts == {0: "base says us", 1: "ase says us"}
     assert chunks[-1]["usage"]["completion_tokens"] == 12 + 11
 
 
@@ -437,7 +438,7 @@ def test_overload(engine, tmp_path):
 
 def test_more_streams_than_allowed(engine):
     client = create_app(engine, max_streams=1).test_client()
-    open_stream = complete(client, prompt=WAITS, stream=True)
+    open_stream = complete(client, prompt=WAITS, stream=True, echo=True)  # the echo comes before the wait
     error(complete(client), 429, "engine_overloaded")
     assert client.get("/health").status_code == 200
     open_stream.close()
@@ -463,7 +464,7 @@ def test_a_failed_generation(client):
 
 
 def test_a_stream_hears_that_the_engine_closes(client, engine):
-    response = complete(client, prompt=WAITS, stream=True)
+    response = complete(client, prompt=WAITS, stream=True, echo=True)
     engine.close()
     chunks, done = events(response)
     assert not done
@@ -471,8 +472,9 @@ def test_a_stream_hears_that_the_engine_closes(client, engine):
 
 
 def test_a_dropped_stream_is_cancelled_even_before_its_first_event(client, engine):
-    response = complete(client, prompt=WAITS, stream=True)
-    response.close()
+    body = {"model": "base", "prompt": WAITS, "stream": True}
+    environ = EnvironBuilder("/v1/completions", method="POST", json=body).get_environ()
+    client.application.wsgi_app(environ, lambda status, headers: None).close()
     wait_until(lambda: not engine.running)
     assert engine.generations[0].cancelled
 

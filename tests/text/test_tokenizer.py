@@ -8,7 +8,16 @@ from tokenizers import decoders, processors
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
-TEXTS = ["hello world", "", " leading", "naïve — ‘quotes’", "a👩‍👩‍👧‍👦b 🏴‍☠️!", "日本語\n\ttabs", "x  two spaces y", "\x00\x7f"]
+TEXTS = [
+    "hello world",
+    "",
+    " leading",
+    "naïve — ‘quotes’",
+    "a👩‍👩‍👧‍👦b 🏴‍☠️!",
+    "日本語\n\ttabs",
+    "x  two spaces y",
+    "\x00\x7f",
+]
 
 
 @pytest.fixture(params=[byte_level, sentencepiece])
@@ -145,9 +154,11 @@ def test_chat_template_functions(tmp_path):
         "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}|{{ mode }}"
     )
     tokenizer = Tokenizer.from_folder(byte_level_folder(tmp_path, chat_template=template))
-    first, length, year, content, mode = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "<é>"}, {"role": "x", "content": "y"}], mode="m"
-    ).split("|end|>", 1)[1].split("|")
+    first, length, year, content, mode = (
+        tokenizer.apply_chat_template([{"role": "user", "content": "<é>"}, {"role": "x", "content": "y"}], mode="m")
+        .split("|end|>", 1)[1]
+        .split("|")
+    )
     assert first == '{"role": "user", "content": "<é>"}'
     assert (int(length) > 60, year, content, mode) == (True, "4", "<é>", "m")
 

@@ -1,0 +1,329 @@
+"""Starts the server: reads flags and a config file, takes the port, loads the engine, serves until told to stop."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from slora_jax.api.server import ServerConfig
+    from slora_jax.config import EngineConfig
+    from slora_jax.engine.engine import Engine
+
+# Everything else is imported where it is used, so that --help and a mistyped flag answer at once.
+
+POOL_SIZES = ("memory_fraction", "gigabytes", "pages")
+SHOWN_ADAPTERS = 8
+COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+
+
+def _adapter(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    adapters = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise click.BadParameter(f"{value!r} is not NAME=PATH, for example pirate=adapters/pirate")
+        adapters[name] = path
+    return adapters
+
+
+def _flag(name: str, help: str, *, field: str | None = None, default: str | None = None, **kwargs) -> click.Option:
+    """A flag for one config field; the parameter's name is the field's path with ``__`` between its parts.
+
+    Its value is None if it was not given. ``default``, the field's own default, is only shown.
+    """
+    names = [name, field.replace(".", "__")] if field else [name]
+    shown = help if default is None else f"{help} [default: {default}]"
+    return click.Option(names, help=shown, default=None, **kwargs)
+
+
+FLAGS = {
+    "Configuration": [
+        click.Option(["--config"], metavar="FILE", help="YAML file with any of the fields below; flags win over it."),
+    ],
+    "Model": [
+        _flag(
+            "--model",
+            "Hugging Face folder or id; 'demo' is the embedded SmolLM2-135M-Instruct; with --dummy, a file of "
+            "configs/shapes.",
+            default="demo",
+            metavar="MODEL",
+        ),
+        _flag("--served-name", "The base model's name in the API; the folder's if left out.", metavar="NAME"),
+        _flag("--dummy/--no-dummy", "Draw random weights; load none.", default="no-dummy"),
+        _flag(
+            "--dtype",
+            "Of weights, activations and pool; auto is bfloat16 on a GPU, float32 on a CPU.",
+            default="auto",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            metavar="DTYPE",
+        ),
+        _flag(
+            "--max-model-len",
+            "Longest prompt plus output; the model's own limit if left out.",
+            type=int,
+            metavar="TOKENS",
+        ),
+        _flag(
+            "--checkpoint-cache",
+            "Where ready-to-serve weights are kept for the next start.",
+            default="~/.cache/slora-jax/checkpoints",
+            metavar="FOLDER",
+        ),
+        _flag("--no-checkpoint-cache", "Keep none.", is_flag=True),
+        _flag("--seed", "Of dummy weights, and of requests without a seed.", default="0", type=int),
+    ],
+    "Adapters": [
+        _flag(
+            "--adapter",
+            "A PEFT folder or Hugging Face id to serve as NAME; may be repeated.",
+            field="adapters",
+            metavar="NAME=PATH",
+            multiple=True,
+            callback=_adapter,
+        ),
+        _flag(
+            "--adapter-dir",
+            "Serve every PEFT folder in it under its own name; may be repeated.",
+            field="adapter_dirs",
+            metavar="FOLDER",
+            multiple=True,
+        ),
+        _flag(
+            "--allow-adapter-loading/--no-allow-adapter-loading",
+            "Let clients register adapters from this machine's folders (/v1/load_lora_adapter).",
+            field="server.allow_adapter_loading",
+            default="no-allow-adapter-loading",
+        ),
+    ],
+    "Memory": [
+        _flag(
+            "--pool-memory-fraction",
+            "The pool's share of the memory left after the weights (on a CPU at most 2 GiB).",
+            field="pool.memory_fraction",
+            default="0.9",
+            type=float,
+            metavar="SHARE",
+        ),
+        _flag("--pool-gigabytes", "The pool's size in GiB.", field="pool.gigabytes", type=float, metavar="GIB"),
+        _flag("--pool-pages", "The pool's size in pages of 16 tokens.", field="pool.pages", type=int, metavar="PAGES"),
+        _flag(
+            "--prefix-cache/--no-prefix-cache",
+            "Keep the pages of finished prompts for prompts that begin alike.",
+            field="scheduler.prefix_cache",
+            default="prefix-cache",
+        ),
+    ],
+    "Scheduling": [
+        _flag(
+            "--max-batch-tokens",
+            "Most tokens of one step, prefill and decode together.",
+            field="scheduler.max_batch_tokens",
+            default="512",
+            type=int,
+            metavar="TOKENS",
+        ),
+        _flag(
+            "--max-sequences",
+            "Most sequences of one step.",
+            field="scheduler.max_sequences",
+            default="256",
+            type=int,
+            metavar="COUNT",
+        ),
+        _flag(
+            "--max-waiting",
+            "Most sequences waiting; one more is answered 429.",
+            field="scheduler.max_waiting",
+            default="100000",
+            type=int,
+            metavar="COUNT",
+        ),
+    ],
+    "Server": [
+        _flag(
+            "--host",
+            "Address to listen on; 0.0.0.0 for every interface.",
+            field="server.host",
+            default="127.0.0.1",
+            metavar="ADDRESS",
+        ),
+        _flag("--port", "Port to listen on; 0 takes a free one.", field="server.port", default="8000", type=int),
+        _flag(
+            "--max-streams",
+            "Most requests answered at a time, streamed or not; one more is answered 429.",
+            field="server.max_streams",
+            default="512",
+            type=int,
+            metavar="COUNT",
+        ),
+        _flag(
+            "--max-body-bytes",
+            "Larger request bodies are answered 413.",
+            field="server.max_body_bytes",
+            default="33554432",
+            type=int,
+            metavar="BYTES",
+        ),
+        _flag(
+            "--log-level",
+            "How much to log on stderr: debug, info, warning or error.",
+            field="server.log_level",
+            default="warning",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            metavar="LEVEL",
+        ),
+    ],
+}
+
+
+class GroupedCommand(click.Command):
+    """Lists its options group by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for name, flags in FLAGS.items():
+            with formatter.section(name):
+                formatter.write_dl([flag.get_help_record(ctx) for flag in flags])
+        with formatter.section("Help"):
+            formatter.write_dl([self.get_help_option(ctx).get_help_record(ctx)])
+
+
+class Failure(click.ClickException):
+    """Something the user can mend: one line, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, error: Exception):
+        super().__init__(" ".join(str(error).split()) or type(error).__name__)
+
+
+@click.command(
+    cls=GroupedCommand,
+    params=[flag for flags in FLAGS.values() for flag in flags],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.pass_context
+def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
+    """Serve one base model and its LoRA adapters through OpenAI's API.
+
+    Without arguments: the embedded demo model and its adapters, on http://127.0.0.1:8000.
+
+    \b
+    Examples:
+      serve.py --model meta-llama/Llama-2-7b-hf --adapter-dir adapters --port 8080
+      serve.py --config configs/server.yaml --adapter pirate=adapters/pirate
+    """
+    from slora_jax.errors import SLoRAError
+
+    given = {name: value for name, value in flags.items() if ctx.get_parameter_source(name) is COMMAND_LINE}
+
+    try:
+        engine_config, server_config = read_config(config, given)
+        serve(engine_config, server_config)
+    except (SLoRAError, OSError, ModuleNotFoundError) as error:
+        logging.getLogger("slora_jax").debug("failed to start", exc_info=True)
+        raise Failure(error) from None
+
+
+def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConfig, ServerConfig]":
+    """Lays the flags that were given over the config file.
+
+    Adapters are added to the file's; every other flag replaces the file's value.
+
+    Raises:
+      InvalidRequest: an unknown key or a bad value.
+    """
+    from pathlib import Path
+
+    from slora_jax.api.server import build_server_config
+    from slora_jax.config import build_config, read_yaml
+    from slora_jax.errors import InvalidRequest
+
+    fields = read_yaml(Path(file)) if file else {}
+    for section in ("server", "pool", "scheduler", "adapters"):
+        fields[section] = fields.get(section) or {}
+        if not isinstance(fields[section], dict):
+            raise InvalidRequest(f"invalid configuration: {section} must be a mapping, got {fields[section]!r}")
+    fields["adapter_dirs"] = fields.get("adapter_dirs") or []
+    for name, value in flags.items():
+        *section, key = name.split("__")
+        if name == "adapters":
+            fields["adapters"] |= value
+        elif name == "adapter_dirs":
+            fields["adapter_dirs"] = [*fields["adapter_dirs"], *value]
+        elif name == "no_checkpoint_cache":
+            fields["checkpoint_cache"] = None
+        else:
+            target = fields[section[0]] if section else fields
+            if section == ["pool"]:
+                for other in POOL_SIZES:  # one size only; the flag's
+                    if f"pool__{other}" not in flags:
+                        target.pop(other, None)
+            target[key] = value
+    server = build_server_config(fields.pop("server"))
+    engine = build_config(fields)
+    if engine.model == "demo" and not engine.dummy:
+        from slora_jax.demo import demo_adapters
+
+        shipped = {name: str(path) for name, path in demo_adapters().items()}
+        engine = engine.model_copy(update={"adapters": shipped | engine.adapters})
+    return engine, server
+
+
+def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
+    """Loads and serves until Ctrl-C or SIGTERM."""
+    logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from slora_jax.api.app import create_app
+    from slora_jax.api.server import listen, run_server
+
+    # First the port: if it is taken, say so before the slow part.
+    with contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock:
+        click.echo(f"Loading {engine_config.model} ...", err=True)
+        from slora_jax.engine.engine import Engine
+
+        engine = Engine.create(engine_config)
+        try:
+            engine.start()
+            app = create_app(
+                engine,
+                allow_adapter_loading=server_config.allow_adapter_loading,
+                max_streams=server_config.max_streams,
+                max_body_bytes=server_config.max_body_bytes,
+            )
+            run_server(
+                app,
+                max_streams=server_config.max_streams,
+                sock=sock,
+                on_stop=engine.close,
+                on_ready=lambda url: click.echo(greeting(engine, url)),
+            )
+        finally:
+            engine.close()
+    click.echo("Stopped.", err=True)
+
+
+def greeting(engine: "Engine", url: str) -> str:
+    """What is served where, and a command to try it."""
+    names = list(engine.adapters())
+    shown = ", ".join(names[:SHOWN_ADAPTERS]) or "none"
+    if len(names) > SHOWN_ADAPTERS:
+        shown += f" and {len(names) - SHOWN_ADAPTERS} more"
+    body: dict[str, Any] = {"model": names[0] if names else engine.model_name}
+    if engine.tokenizer is None:
+        route, body["prompt"] = "completions", [1, 2, 3]
+    elif engine.tokenizer.has_chat_template:
+        route, body["messages"] = "chat/completions", [{"role": "user", "content": "What is the moon?"}]
+    else:
+        route, body["prompt"] = "completions", "The moon is"
+    body["max_tokens"] = 64
+    return (
+        f"Serving {engine.model_name} at {url} (adapters: {shown})\n"
+        f"Try: curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The registry of adapters and their weights in host memory.
+
+A name stands for its *current version*; a version is one immutable adapter, and its object is the handle that requests
+hold. Registering other content under a name in use puts a new version in the old one's place in one step: requests
+that asked for the name before keep the old version, its weights and its pool pages, later ones get the new version.
+The store refers only to current versions, so an old or unregistered one is freed, host memory and all, as soon as the
+last request that holds it lets go.
+
+Registering reads no weights. Weights are loaded on the first ``prefetch``, by a few threads that all adapters share.
+"""
+
+import difflib
+import logging
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from slora_jax.adapters.peft import CONFIG_FILE, AdapterHeader, AdapterShape, HostAdapter, load_adapter, read_header
+from slora_jax.errors import BadAdapter, UnknownAdapter
+from slora_jax.memory.layout import PoolLayout
+from slora_jax.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["registered", "loading", "ready", "failed"]
+
+_MAX_NAME_LENGTH = 200
+_NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:@+=-]*")
+_MAX_COMPARED_NAMES = 1000
+_MAX_KNOWN_SHAPES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What may be shown of an adapter.
+
+    Attributes:
+      path: its folder.
+      rank: its largest rank.
+      ranks: largest rank over the layers, by module.
+      num_pages: pool pages that it takes when in use.
+      created: when this version was registered, in seconds since 1970.
+      content_hash: None until its weights were loaded.
+    """
+
+    name: str
+    path: Path
+    rank: int
+    ranks: Mapping[str, int]
+    num_pages: int
+    created: int
+    content_hash: str | None = None
+
+
+class AdapterVersion:
+    """One version of an adapter: a handle, equal only to itself. Made by ``AdapterStore``; thread-safe.
+
+    Attributes:
+      header: what is known without its weights.
+      info: the same, as it may be shown.
+      status: "registered", then "loading" after ``prefetch``, then for ever "ready" or "failed".
+      failure: why it failed, else "".
+    """
+
+    __slots__ = ("__weakref__", "_host", "_store", "failure", "header", "info", "status")
+
+    def __init__(self, store: "AdapterStore", name: str, header: AdapterHeader):
+        self._store = store
+        self._host: HostAdapter | None = None
+        self.header = header
+        self.info = AdapterInfo(
+            name=name,
+            path=header.path,
+            rank=header.max_rank,
+            ranks=header.ranks,
+            num_pages=header.num_pages,
+            created=int(time.time()),
+        )
+        self.status: Status = "registered"
+        self.failure = ""
+
+    @property
+    def num_pages(self) -> int:
+        return self.header.num_pages
+
+    @property
+    def content_hash(self) -> str | None:
+        """Known once ready; see ``HostAdapter``."""
+        return self.info.content_hash
+
+    def prefetch(self) -> None:
+        """Starts loading the weights in the background, unless that was done before. Does not wait."""
+        if self.status == "registered":
+            self._store._start_loading(self)
+
+    def host(self) -> HostAdapter | None:
+        """The weights, or None while they are not there.
+
+        Raises:
+          BadAdapter: loading failed, and why. Registering the adapter again makes a version that is tried afresh.
+        """
+        if self.status == "failed":
+            raise BadAdapter(self.failure)
+        return self._host
+
+    def wait(self, timeout: float | None = None) -> HostAdapter | None:
+        """Loads the weights and waits for them, at most ``timeout`` seconds; else like ``host``."""
+        self.prefetch()
+        self._store._wait_until_loaded(self, timeout)
+        return self.host()
+
+    def __repr__(self) -> str:
+        return f"<AdapterVersion {self.info.name!r} {self.status} of {self.info.path}>"
+
+
+class AdapterStore:
+    """Adapters by name, and their weights in host memory. Thread-safe."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        pool_layout: PoolLayout,
+        dtype: np.dtype,
+        loader_threads: int = 2,
+        on_change: Callable[[], None] | None = None,
+    ):
+        """
+        Args:
+          model: the base model.
+          pool_layout: its pool's layout.
+          dtype: the pool's dtype.
+          loader_threads: most adapters loaded at once.
+          on_change: called, by the thread that loaded it, each time an adapter got ready or failed. Should return soon.
+        """
+        self._model = model
+        self._pool_layout = pool_layout
+        self._dtype = np.dtype(dtype)
+        self._on_change = on_change
+        self._versions: dict[str, AdapterVersion] = {}
+        # Checks done before: adapters trained alike share theirs.
+        self._known_shapes: dict[bytes, AdapterShape] = {}
+        self._loading: weakref.WeakSet[AdapterVersion] = weakref.WeakSet()
+        self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="slora-adapter")
+        self._is_closed = False
+        # Guards all of the above and every version's state.
+        self._changed = threading.Condition()
+
+    def register(self, name: str, path: Path | str) -> AdapterInfo:
+        """Makes an adapter available, checking all that can be checked without reading its weights.
+
+        If the name already stands for the same files, unchanged and not failed, nothing happens. If it stands for
+        anything else, this adapter takes its place for new requests; see the module's docstring.
+
+        Args:
+          name: what requests call it: letters, digits and ``._:@+=-``, in parts separated by ``/``.
+          path: its PEFT folder.
+
+        Raises:
+          BadAdapter: a bad name, or the adapter cannot be served exactly as trained; nothing changes then.
+        """
+        _check_name(name)
+        header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
+        with self._changed:
+            if len(self._known_shapes) > _MAX_KNOWN_SHAPES:
+                self._known_shapes.clear()
+            version = self._versions.get(name)
+            if version is None or version.status == "failed" or not version.header.is_same_files(header):
+                version = self._versions[name] = AdapterVersion(self, name, header)
+            return version.info
+
+    def register_dir(self, folder: Path | str) -> tuple[dict[str, AdapterInfo], dict[str, str]]:
+        """Registers each subfolder that holds an ``adapter_config.json``, under the subfolder's name.
+
+        Returns:
+          The registered ones, and why the others were refused, both by name.
+
+        Raises:
+          BadAdapter: the folder itself cannot be read.
+        """
+        try:
+            subfolders = sorted(path for path in Path(folder).iterdir() if (path / CONFIG_FILE).is_file())
+        except OSError as e:
+            raise BadAdapter(f"cannot read the folder of adapters {folder}: {e.strerror}") from None
+        infos, refused = {}, {}
+        for path in subfolders:
+            try:
+                infos[path.name] = self.register(path.name, path)
+            except BadAdapter as e:
+                refused[path.name] = str(e)
+        return infos, refused
+
+    def unregister(self, name: str) -> None:
+        """Forgets a name. Requests that hold its version go on; its host memory is freed after the last of them.
+
+        Raises:
+          UnknownAdapter: the name is not registered.
+        """
+        with self._changed:
+            if name in self._versions:
+                del self._versions[name]
+                return
+        raise self._unknown(name)
+
+    def get(self, name: str) -> AdapterVersion:
+        """The name's current version.
+
+        Raises:
+          UnknownAdapter: the name is not registered; the message lists close ones.
+        """
+        with self._changed:
+            version = self._versions.get(name)
+        if version is None:
+            raise self._unknown(name)
+        return version
+
+    def __contains__(self, name: object) -> bool:
+        with self._changed:
+            return name in self._versions
+
+    def infos(self) -> Mapping[str, AdapterInfo]:
+        """A snapshot of the current versions by name, in the order of registration."""
+        with self._changed:
+            return {name: version.info for name, version in self._versions.items()}
+
+    def close(self) -> None:
+        """Waits for loads under way, and fails those not begun. Idempotent."""
+        with self._changed:
+            self._is_closed = True
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        with self._changed:
+            for version in list(self._loading):
+                self._finish(version, None, "the adapter store was closed")
+
+    def _start_loading(self, version: AdapterVersion) -> None:
+        with self._changed:
+            if version.status != "registered":
+                return
+            if self._is_closed:
+                self._finish(version, None, "the adapter store was closed")
+                return
+            version.status = "loading"
+            self._loading.add(version)
+            # Weakly, so that a version that nobody wants any more is not loaded.
+            self._loaders.submit(self._load, weakref.ref(version))
+
+    def _load(self, reference: "weakref.ref[AdapterVersion]") -> None:
+        version = reference()
+        if version is None:
+            return
+        host, failure = None, ""
+        try:
+            host = load_adapter(version.header, self._dtype)
+        except BadAdapter as e:
+            failure = str(e)
+        except Exception as e:
+            # Whatever it was, one adapter must not leave its requests waiting for ever.
+            logger.exception("loading adapter %s failed", version.info.name)
+            failure = f"adapter {version.info.path}: loading failed: {type(e).__name__}: {e}"
+        with self._changed:
+            self._finish(version, host, failure)
+        if self._on_change is not None:
+            try:
+                self._on_change()
+            except Exception:
+                logger.exception("on_change failed")
+
+    def _finish(self, version: AdapterVersion, host: HostAdapter | None, failure: str) -> None:
+        """Needs the lock. The status goes last: it is read without the lock."""
+        self._loading.discard(version)
+        if host is not None:
+            version._host = host
+            version.info = replace(version.info, content_hash=host.content_hash)
+            version.status = "ready"
+        else:
+            version.failure = failure
+            version.status = "failed"
+        self._changed.notify_all()
+
+    def _wait_until_loaded(self, version: AdapterVersion, timeout: float | None) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: version.status in ("ready", "failed"), timeout)
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        shown = name[:_MAX_NAME_LENGTH]
+        with self._changed:
+            names = list(self._versions)
+        if len(names) > _MAX_COMPARED_NAMES:
+            # Comparing is slow; among very many, look only at names that begin alike.
+            names = [other for other in names if other[:3] == shown[:3]][:_MAX_COMPARED_NAMES]
+        close = difflib.get_close_matches(shown, names, n=3)
+        hint = f"close names: {', '.join(close)}" if close else "register it first"
+        return UnknownAdapter(f"no adapter is named {shown!r}; {hint}")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > _MAX_NAME_LENGTH or not all(_NAME_PART.fullmatch(part) for part in name.split("/")):
+        raise BadAdapter(
+            f"adapter name {name[:_MAX_NAME_LENGTH]!r} is not allowed: use at most {_MAX_NAME_LENGTH} letters, digits "
+            "and ._:@+=-, in parts separated by '/' that begin with a letter, a digit or '_'"
+        )

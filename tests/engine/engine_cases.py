@@ -1,0 +1,99 @@
+"""Engines over the oracle's small models, and a way to run requests through them step by step."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from slora_jax import Engine, Request, SamplingParams
+from slora_jax.config import build_config
+from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
+from slora_jax.model.llama import Llama
+from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
+
+FIXTURES = Path(__file__).parent.parent / "oracle" / "fixtures"
+
+
+def make_engine(folder: Path, adapters: Path | None = None, pages: int = 400, **options) -> Engine:
+    """An engine without a background thread: ``run`` steps it, checking the pool after every step."""
+    scheduler = {"max_batch_tokens": 32, "max_sequences": 16} | options.pop("scheduler", {})
+    fields = {
+        "model": str(folder),
+        "adapter_dirs": [str(adapters)] if adapters else [],
+        "checkpoint_cache": None,
+        "compilation_cache": None,
+        "pool": {"pages": pages},
+        "scheduler": scheduler,
+    }
+    return Engine.create(build_config(fields | options), progress=False)
+
+
+def run(engine: Engine, *generations, max_steps: int = 5000):
+    """Steps until the engine is idle, checking every page's ownership each time; returns the results."""
+    for _ in range(max_steps):
+        worked = engine.step()
+        engine.check_integrity()
+        stats = engine.stats()
+        assert stats["pages_free"] + stats["pages_cached"] + stats["pages_used"] == stats["pages_total"]
+        if not worked:
+            if stats["waiting"] == stats["running"] == 0:
+                break
+            engine.wait_for_work(timeout=10)
+    else:
+        raise AssertionError("the engine did not become idle")
+    return [generation.result(timeout=0) for generation in generations]
+
+
+def greedy(prompt, adapter=None, max_tokens=64, **changes) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True).replace(**changes)
+    return Request(tuple(prompt), adapter, sampling)
+
+
+class Case:
+    """One oracle case: a model, its adapters, and what PyTorch and PEFT answer."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.folder = FIXTURES / name
+        self.model = self.folder / "model"
+        self.adapters = self.folder / "adapters"
+        self.requests = json.loads((self.folder / "expected.json").read_text())["requests"]
+
+    def engine(self, **options) -> Engine:
+        return make_engine(self.model, self.adapters, **options)
+
+
+CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")
+
+
+def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.ndarray:
+    """The model's logits ``[len(tokens), V]`` with the given tokens as one prompt, past the scheduler and sampler."""
+    pages = list(range(1, 1 + -(-len(tokens) // 16)))
+    sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=pages)
+    slices = {}
+    if adapter is not None:
+        version = engine._store.get(adapter)
+        host = version.wait()
+        adapter_pages = tuple(range(pages[-1] + 1, pages[-1] + 1 + version.num_pages))
+        engine._pool.write_adapter(host.packed, adapter_pages)
+        layout = host.header.layout
+        slices["key"] = AdapterSlice(
+            adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales
+        )
+        sequence.adapter_key = "key"
+    entry = ScheduledSequence(sequence, 0, len(tokens), True, 0)
+    batch = build_batch([entry], slices, {}, Buckets((4, 16, 512), (64, 256)), 64)
+    model = engine._runner.model
+    hidden, engine._pool.array = _forced_hidden(
+        engine._runner.params, batch.packed, engine._pool.array, model=model, shape=batch.shape
+    )
+    logits = model.apply({"params": engine._runner.params}, hidden, method=Llama.logits)
+    return np.asarray(logits)[: len(tokens)]
+
+
+@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool")
+def _forced_hidden(params, packed, pool, *, model, shape):
+    batch = shape.unpack(packed, jax.numpy.zeros(1, "int32"))
+    return model.apply({"params": params}, batch, pool)

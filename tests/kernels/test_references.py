@@ -1,0 +1,445 @@
+"""The plain-JAX kernels against float64 loops. Whatever the contract leaves unread holds NaN here."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracles
+import pytest
+
+from pallas_kernels import (
+    PAGE_SIZE,
+    LoraSegments,
+    lora_expand,
+    lora_shrink,
+    paged_attention,
+    plan_attention,
+    plan_lora,
+    write_kv,
+)
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+TOLERANCE = {np.dtype(np.float32): 2e-6, np.dtype(np.float16): 1e-3, BFLOAT16: 8e-3}
+
+
+def assert_close(actual, expected):
+    """Compares with the rounding error of ``actual``'s dtype, relative to the largest element."""
+    tolerance = TOLERANCE[np.dtype(actual.dtype)] * max(1.0, np.max(np.abs(expected)))
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance)
+
+
+# Paged attention.
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Inputs of one call; ``sequences`` are (query tokens, context length)."""
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int
+    kv_heads: int
+    depth: int
+    dtype: np.dtype = np.dtype(np.float32)  # noqa: RUF009
+    query_dtype: np.dtype | None = None
+    padding: int = 3
+    layer: int = 1
+
+    def build(self, seed: int):
+        rng = np.random.default_rng(seed)
+        width = self.kv_heads * self.depth
+        num_pages = [-(-context // PAGE_SIZE) for _, context in self.sequences]
+        pool = np.full((3, 2, (sum(num_pages) + 4) * PAGE_SIZE, width), np.nan, self.dtype)
+        free = list(rng.permutation(np.arange(1, pool.shape[2] // PAGE_SIZE)))
+        # Entries past a context: nobody's page, and numbers that are no page at all.
+        table = np.full((len(self.sequences), max(num_pages) + 2), 10**6, np.int32)
+        table[:, -1] = -7
+        table[:, -2] = 0
+        for s, (num_queries, context) in enumerate(self.sequences):
+            pages = [free.pop() for _ in range(num_pages[s])]
+            table[s, : len(pages)] = pages
+            if num_queries:
+                rows = (np.array(pages)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[:context]
+                pool[self.layer, :, rows] = rng.normal(size=(context, 2, width))
+        query_start = np.cumsum([0] + [n for n, _ in self.sequences]).astype(np.int32)
+        q = rng.normal(size=(query_start[-1] + self.padding, self.heads, self.depth))
+        q[query_start[-1] :] = np.nan
+        contexts = np.array([context for _, context in self.sequences], np.int32)
+        return q.astype(self.query_dtype or self.dtype), pool, table, query_start, contexts
+
+
+DECODE = tuple((1, n) for n in (1, 16, 17, 40, 127, 128, 129, 300))
+ATTENTION = {
+    "decode multi-head": Attention(DECODE, 4, 4, 64),
+    "decode with empty sequences": Attention(((0, 20), (1, 5), (0, 0), (0, 33), (1, 33), (0, 9)), 4, 2, 64),
+    "decode grouped bf16": Attention(DECODE, 9, 3, 64, BFLOAT16),
+    "decode multi-query f16": Attention(DECODE[:5], 5, 1, 80, np.dtype(np.float16), layer=2),
+    "one token": Attention(((1, 1),), 2, 1, 64, padding=0),
+    "mixture": Attention(((1, 70), (37, 37), (1, 1), (0, 12), (16, 16), (5, 140), (1, 129)), 6, 2, 96),
+    "mixture bf16": Attention(((3, 3), (1, 200), (20, 45), (0, 0)), 4, 2, 128, BFLOAT16, layer=0),
+    "f32 queries, bf16 pool": Attention(((2, 30), (1, 18)), 4, 2, 64, BFLOAT16, np.dtype(np.float32)),
+    "chunks of a prompt": Attention(((32, 170), (33, 33), (17, 160)), 4, 1, 64, layer=2, padding=30),
+    "nothing but padding": Attention(((0, 0), (0, 40)), 4, 2, 64, padding=4),
+}
+
+
+def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, max_query_len=None):
+    plan = plan_attention(page_table, query_start, context_len, num_tokens=q.shape[0], max_query_len=max_query_len)
+    return paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
+
+
+# Most of the time goes into compiling, so it is kept short.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+jitted_attend = jax.jit(
+    attend,
+    static_argnames=("layer", "num_kv_heads", "scale", "max_query_len"),
+    compiler_options=COMPILER_OPTIONS,
+)
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(ATTENTION)))
+def test_paged_attention(seed, name):
+    case = ATTENTION[name]
+    q, pool, *ragged = case.build(seed)
+    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3)
+    assert np.isfinite(expected).all()
+
+    longest = max(n for n, _ in case.sequences)
+    for max_query_len in (None, 1) if longest <= 1 and case.dtype == np.float32 else (longest,):
+        out = jitted_attend(
+            q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3, max_query_len=max_query_len
+        )
+        assert out.dtype == q.dtype
+        assert_close(out, expected)
+        assert not np.asarray(out[ragged[1][-1] :]).any(), "padding tokens give exactly 0"
+
+
+def test_large_scores_do_not_overflow():
+    q, pool, *ragged = ATTENTION["one token"].build(0)
+    out = jitted_attend(q * 1e4, pool, 1, *ragged, num_kv_heads=1, scale=0.3)
+    assert_close(out, oracles.attention(q * 1e4, pool, 1, *ragged, num_kv_heads=1, scale=0.3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 64))}, "q must have 3 axes"),
+        ({"q": jnp.zeros((2, 3, 64))}, "not a multiple of num_kv_heads=2"),
+        ({"q": jnp.zeros((2, 4, 32))}, r"pool must be \[layers, 2, pages \* 16, 64\]"),
+        ({"pool": jnp.zeros((2, 2, 40, 128))}, "pool must be"),
+        ({"pool": jnp.zeros((2, 1, 32, 128))}, "pool must be"),
+        ({"layer": 2}, r"layer must be in \[0, 2\), got 2"),
+        ({"layer": -1}, r"layer must be in \[0, 2\), got -1"),
+        ({"page_table": jnp.zeros(2, jnp.int32)}, "page_table must have 2 axes"),
+        ({"page_table": jnp.zeros((1, 2), jnp.float32)}, "page_table must be int32"),
+        ({"query_start": jnp.zeros(1, jnp.int32)}, "query_start must be int32"),
+        ({"context_len": jnp.zeros(2, jnp.int32)}, "context_len must be int32"),
+    ],
+)
+def test_paged_attention_refuses(change, message):
+    arguments = {
+        "q": jnp.zeros((2, 4, 64)),
+        "pool": jnp.zeros((2, 2, 32, 128)),
+        "page_table": jnp.zeros((1, 2), jnp.int32),
+        "query_start": jnp.zeros(2, jnp.int32),
+        "context_len": jnp.zeros(1, jnp.int32),
+    }
+    layer = change.get("layer", 0)
+    arrays = arguments | {name: array for name, array in change.items() if name != "layer"}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(attend, layer=layer, num_kv_heads=2, scale=1.0), **arrays)
+
+
+# The KV write.
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_write_kv(dtype):
+    rng = np.random.default_rng(1)
+    pool = rng.normal(size=(3, 2, 5 * PAGE_SIZE, 24)).astype(dtype)
+    pool[0] = np.nan
+    rows = rng.permutation(np.arange(PAGE_SIZE, pool.shape[2]))[:20].astype(np.int32)
+    rows[[3, 8, 11]] = 5  # padding, all in one row of the trash page
+    k, v = rng.normal(size=(2, 20, 24)).astype(np.float32)
+    expected = oracles.written(pool, 1, rows, k, v)
+
+    actual = np.asarray(jax.jit(write_kv, static_argnums=1)(pool, 1, rows, k, v))
+
+    own = np.arange(pool.shape[2]) != 5
+    np.testing.assert_array_equal(actual[1][:, own], expected[1][:, own])
+    assert actual[[0, 2]].tobytes() == pool[[0, 2]].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype):
+    tokens, heads, kv_heads, depth, layers = 24, 4, 2, 64, 3
+    width = kv_heads * depth
+    pool = jnp.zeros((layers, 2, 512 * PAGE_SIZE, width), dtype)
+    adapters = Adapters(ranks=((4,), (2,)), tokens=(8, 16), widths=((256, 256),), row_width=width)
+    segments, *_ = adapters.build(0)
+
+    def step(pool, x, rows, table, query_start, context_len, segments):
+        attention = plan_attention(table, query_start, context_len, num_tokens=tokens, max_query_len=1)
+        lora = plan_lora(segments, num_tokens=tokens, row_width=width, widths=adapters.widths)
+        for layer in range(layers):
+            pool = write_kv(pool, layer, rows, x[:, :width], x[:, width:])
+            (q,) = lora_expand(lora_shrink(x, pool, layer, lora, (0,)), (x,), pool, layer, lora, (0,))
+            q = q.reshape(tokens, heads, depth)
+            out = paged_attention(q, pool, layer, attention, num_kv_heads=kv_heads, scale=0.1)
+            x = x + out.reshape(tokens, -1)
+        return pool, x
+
+    table = jnp.arange(1, 1 + 2 * tokens, dtype=jnp.int32).reshape(tokens, 2)
+    arguments = (
+        jnp.ones((tokens, heads * depth)),
+        table[:, 0] * PAGE_SIZE,
+        table,
+        jnp.arange(tokens + 1, dtype=jnp.int32),
+        jnp.ones(tokens, jnp.int32),
+        segments,
+    )
+    address = pool.unsafe_buffer_pointer()
+    compiled = jax.jit(step, donate_argnums=0).lower(pool, *arguments).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pool.nbytes
+    assert memory.temp_size_in_bytes < pool.nbytes / 3
+    pool, _ = compiled(pool, *arguments)
+    assert pool.unsafe_buffer_pointer() == address
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": jnp.zeros((4, 2, 8))}, "k must have 2 axes"),
+        ({"k": jnp.zeros((4, 8))}, r"pool must be \[layers, 2, pages \* 16, 8\]"),
+        ({"v": jnp.zeros((3, 16))}, "v must have k's shape"),
+        ({"rows": jnp.zeros(3, jnp.int32)}, "rows must be int32"),
+        ({"rows": jnp.zeros(4)}, "rows must be int32"),
+        ({"layer": 5}, "layer must be in"),
+    ],
+)
+def test_write_kv_refuses(change, message):
+    arguments = {
+        "pool": jnp.zeros((2, 2, 32, 16)),
+        "layer": 0,
+        "rows": jnp.zeros(4, jnp.int32),
+        "k": jnp.zeros((4, 16)),
+        "v": jnp.zeros((4, 16)),
+    }
+    with pytest.raises(ValueError, match=message):
+        write_kv(**arguments | change)
+
+
+# Gathered LoRA.
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Segments and the pool that holds their adapters.
+
+    Attributes:
+      ranks: by segment, its modules' ranks.
+      tokens: by segment, its number of tokens.
+      widths: by module, its input and output width.
+      before, after: tokens without an adapter at each end.
+      slack: added to the static bounds.
+      shared: pairs of segments of which the second has the first's adapter (its ranks must be equal).
+      input_dtype: dtype of x and y, if not the pool's.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+    widths: tuple[tuple[int, int], ...]
+    row_width: int = 32
+    dtype: np.dtype = np.dtype(np.float32)  # noqa: RUF009
+    before: int = 0
+    after: int = 0
+    slack: int = 0
+    shared: tuple[tuple[int, int], ...] = ()
+    layer: int = 1
+    input_dtype: np.dtype | None = None
+
+    def build(self, seed: int):
+        """Returns the segments, the pool, and every segment's (A, B) by module, in float64."""
+        rng = np.random.default_rng(seed)
+        num_segments, num_modules = len(self.ranks), len(self.widths)
+        starts = np.zeros((2, num_segments, num_modules), np.int32)
+        vectors = {}  # (segment, list entry) -> chunk
+        matrices = [[None] * num_modules for _ in self.ranks]
+        num_pages = []
+        shared = {second: first for first, second in self.shared}
+        for g, ranks in enumerate(self.ranks):
+            entry = int(rng.integers(0, 5))
+            for m, rank in enumerate(ranks):
+                pair = []
+                for side in (0, 1):
+                    width = self.widths[m][side]
+                    matrix = rng.normal(size=(rank, width)).astype(self.dtype)
+                    pair.append(matrix.astype(np.float64))
+                    starts[side, g, m] = entry
+                    for c in range(0, width, self.row_width):
+                        for i in range(rank):
+                            chunk = np.zeros(self.row_width, self.dtype)
+                            chunk[: len(matrix[i, c : c + self.row_width])] = matrix[i, c : c + self.row_width]
+                            vectors[g, entry] = chunk
+                            entry += 1
+                    entry += int(rng.integers(0, 3))  # lists need not be dense
+                matrices[g][m] = (pair[0], pair[1].T)
+            num_pages.append(-(-entry // (2 * PAGE_SIZE)) if any(ranks) else 0)
+        pool = np.full((2, 2, (sum(num_pages) + 5) * PAGE_SIZE, self.row_width), np.nan, self.dtype)
+        free = list(rng.permutation(np.arange(1, pool.shape[2] // PAGE_SIZE)))
+        pages = [[free.pop() for _ in range(n)] for n in num_pages]
+        for g, first in shared.items():
+            pages[g], matrices[g] = pages[first], matrices[first]
+            starts[:, g] = starts[:, first]
+        for (g, entry), chunk in vectors.items():
+            if g not in shared:
+                plane, row = divmod(entry, PAGE_SIZE * num_pages[g])
+                pool[self.layer, plane, pages[g][row // PAGE_SIZE] * PAGE_SIZE + row % PAGE_SIZE] = chunk
+        ranks = np.array(self.ranks, np.int32)
+        segments = LoraSegments(
+            token_start=np.cumsum([self.before, *self.tokens]).astype(np.int32),
+            page_start=np.cumsum([0] + [len(p) for p in pages]).astype(np.int32),
+            pages=np.array([page for p in pages for page in p] + [0] * self.slack, np.int32),
+            rank=ranks,
+            start_a=starts[0],
+            start_b=starts[1],
+            scale=rng.uniform(0.2, 2.0, ranks.shape).astype(np.float32),
+            max_rank=int(ranks.max()) + self.slack,
+            total_rank=int(ranks.sum(axis=0).max()) + self.slack,
+        )
+        return segments, pool, matrices
+
+    @property
+    def num_tokens(self) -> int:
+        return self.before + sum(self.tokens) + self.after
+
+
+LORA = {
+    "ranks 1 to 64": Adapters(
+        ranks=((1, 1), (64, 64), (3, 3), (16, 16), (33, 33)), tokens=(2, 1, 5, 1, 3), widths=((64, 32), (64, 96))
+    ),
+    "zero ranks": Adapters(
+        ranks=((0, 8, 4), (5, 0, 0), (0, 0, 7)), tokens=(2, 2, 3), widths=((40, 70), (40, 20), (40, 40)), slack=3
+    ),
+    "empty segments": Adapters(
+        ranks=((4, 4), (2, 2), (8, 8), (0, 0), (0, 0)), tokens=(3, 0, 2, 0, 0), widths=((32, 64), (32, 31)), slack=9
+    ),
+    "tokens on both sides": Adapters(
+        ranks=((4, 2), (6, 6)), tokens=(3, 2), widths=((48, 50), (48, 33)), before=4, after=5, dtype=BFLOAT16
+    ),
+    "one adapter twice": Adapters(
+        ranks=((8, 8), (2, 2), (8, 8)), tokens=(3, 2, 4), widths=((33, 65), (33, 64)), shared=((0, 2),)
+    ),
+    "float16": Adapters(ranks=((8,), (2,)), tokens=(3, 2), widths=((100, 31),), dtype=np.dtype(np.float16), layer=0),
+    "f32 inputs, bf16 pool": Adapters(
+        ranks=((8,), (3,)), tokens=(3, 2), widths=((40, 31),), dtype=BFLOAT16, input_dtype=np.dtype(np.float32)
+    ),
+    "one token": Adapters(ranks=((2,),), tokens=(1,), widths=((8, 8),)),
+    "no adapter at all": Adapters(ranks=((0,),), tokens=(0,), widths=((40, 40),), after=4, slack=1),
+}
+
+
+def update(x, partial_sums, ys, pool, layer, segments, modules, widths):
+    """Shrinks ``x``; expands ``partial_sums`` or, where None, what the shrink gave."""
+    plan = plan_lora(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths)
+    shrunk = lora_shrink(x, pool, layer, plan, modules)
+    return shrunk, lora_expand(shrunk if partial_sums is None else partial_sums, ys, pool, layer, plan, modules)
+
+
+jitted_update = jax.jit(
+    update, static_argnames=("layer", "modules", "widths"), compiler_options=COMPILER_OPTIONS
+)
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(LORA)))
+def test_lora(seed, name):
+    case = LORA[name]
+    segments, pool, matrices = case.build(seed)
+    rng = np.random.default_rng(seed)
+    modules = tuple(reversed(range(len(case.widths))))  # any order will do
+    own = slice(case.before, case.num_tokens - case.after)
+    x = rng.normal(size=(case.num_tokens, case.widths[0][0])).astype(case.input_dtype or case.dtype)
+    ys = tuple(rng.normal(size=(case.num_tokens, case.widths[m][1])).astype(x.dtype) for m in modules)
+    expected_sums = oracles.shrink(x, pool, case.layer, segments, modules)
+    # What a token without an adapter holds, or partial sums past a token's rank, must not matter.
+    x[: own.start] = x[own.stop :] = np.nan
+    partial_sums = rng.normal(size=expected_sums.shape).astype(np.float32)
+    expected = oracles.expand(partial_sums, ys, pool, case.layer, segments, modules)
+    partial_sums[expected_sums == 0] = np.nan
+
+    shrunk, outs = jitted_update(x, partial_sums, ys, pool, case.layer, segments, modules, case.widths)
+
+    assert shrunk.dtype == np.float32
+    tolerance = 1e-5 * max(1.0, np.abs(expected_sums).max())
+    np.testing.assert_allclose(shrunk, expected_sums, rtol=0, atol=tolerance)
+    for y, out, wanted in zip(ys, outs, expected, strict=True):
+        assert out.dtype == y.dtype
+        assert_close(out, wanted)
+        np.testing.assert_array_equal(out[: own.start], y[: own.start])
+        np.testing.assert_array_equal(out[own.stop :], y[own.stop :])
+
+    # The oracle reads the same pool. Do the shrunk sums come from the matrices that the pool was made of?
+    for g, matrices_of_segment in enumerate(matrices):
+        tokens = slice(segments.token_start[g], segments.token_start[g + 1])
+        for j, m in enumerate(modules):
+            a, _ = matrices_of_segment[m]
+            wanted = segments.scale[g, m] * x[tokens].astype(np.float64) @ a.T
+            np.testing.assert_allclose(shrunk[tokens, j, : len(a)], wanted, rtol=0, atol=tolerance)
+
+
+def test_lora_is_the_dense_update_of_each_adapter():
+    case = LORA["one adapter twice"]
+    segments, pool, matrices = case.build(7)
+    modules = tuple(range(len(case.widths)))
+    x = np.random.default_rng(7).normal(size=(case.num_tokens, case.widths[0][0])).astype(np.float32)
+    ys = tuple(np.zeros((case.num_tokens, d_out), np.float32) for _, d_out in case.widths)
+    _, outs = jitted_update(x, None, ys, pool, case.layer, segments, modules, case.widths)
+    for g, matrices_of_segment in enumerate(matrices):
+        tokens = slice(segments.token_start[g], segments.token_start[g + 1])
+        for m, (a, b) in enumerate(matrices_of_segment):
+            expected = segments.scale[g, m] * x[tokens].astype(np.float64) @ (b @ a).T
+            np.testing.assert_allclose(outs[m][tokens], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_start": jnp.zeros(2, jnp.int32)}, "token_start must be int32"),
+        ({"page_start": jnp.zeros(3)}, "page_start must be int32"),
+        ({"rank": jnp.zeros(2, jnp.int32)}, "rank must have 2 axes"),
+        ({"start_a": jnp.zeros((2, 3), jnp.int32)}, "start_a must be int32"),
+        ({"start_b": jnp.zeros((2, 2))}, "start_b must be int32"),
+        ({"scale": jnp.zeros((1, 2))}, "scale must be"),
+    ],
+)
+def test_plan_lora_refuses(change, message):
+    case = LORA["tokens on both sides"]
+    segments = dataclasses.replace(case.build(0)[0], **change)
+    with pytest.raises(ValueError, match=message):
+        plan_lora(segments, num_tokens=14, row_width=case.row_width, widths=case.widths)
+
+
+def test_lora_refuses():
+    case = LORA["tokens on both sides"]
+    segments, pool, _ = case.build(0)
+    with pytest.raises(ValueError, match="widths must name 2 modules, got 1"):
+        plan_lora(segments, num_tokens=14, row_width=case.row_width, widths=case.widths[:1])
+    plan = jax.jit(partial(plan_lora, num_tokens=14, row_width=case.row_width, widths=case.widths))(segments)
+    x, partial_sums, y = jnp.zeros((14, 48)), jnp.zeros((14, 1, 6)), jnp.zeros((14, 50))
+    with pytest.raises(ValueError, match="x must have 2 axes"):
+        lora_shrink(x[0], pool, 1, plan, (0,))
+    with pytest.raises(ValueError, match=r"modules must be in \[0, 2\)"):
+        lora_shrink(x, pool, 1, plan, (2,))
+    with pytest.raises(ValueError, match="layer must be in"):
+        lora_shrink(x, pool, 2, plan, (0,))
+    with pytest.raises(ValueError, match="partial_sums must be float32"):
+        lora_expand(partial_sums.astype(jnp.bfloat16), (y,), pool, 1, plan, (0,))
+    with pytest.raises(ValueError, match="partial_sums must be float32"):
+        lora_expand(partial_sums[:, :, :5], (y,), pool, 1, plan, (0,))
+    with pytest.raises(ValueError, match="ys must be 1 arrays"):
+        lora_expand(partial_sums, (y, y), pool, 1, plan, (0,))
+    with pytest.raises(ValueError, match="ys must be 1 arrays"):
+        lora_expand(partial_sums, (y[:3],), pool, 1, plan, (0,))
