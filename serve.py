@@ -74,6 +74,13 @@ FLAGS = {
             metavar="FOLDER",
         ),
         _flag("--no-checkpoint-cache", "Keep none.", is_flag=True),
+        _flag(
+            "--compilation-cache",
+            "Where compiled steps are kept for the next start.",
+            default="~/.cache/slora-jax/compiled",
+            metavar="FOLDER",
+        ),
+        _flag("--no-compilation-cache", "Keep none.", is_flag=True),
         _flag("--seed", "Of dummy weights, and of requests without a seed.", default="0", type=int),
     ],
     "Adapters": [
@@ -254,8 +261,8 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
             fields["adapters"] |= value
         elif name == "adapter_dirs":
             fields["adapter_dirs"] = [*fields["adapter_dirs"], *value]
-        elif name == "no_checkpoint_cache":
-            fields["checkpoint_cache"] = None
+        elif name.startswith("no_"):
+            fields[name.removeprefix("no_")] = None
         else:
             target = fields[section[0]] if section else fields
             if section == ["pool"]:

@@ -35,7 +35,7 @@ _TENSOR_NAME = re.compile(
     r"base_model\.model\.model\.layers\.(0|[1-9]\d{0,5})\."
     r"(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.lora_([AB])(?:\.([^.]+))?\.weight"
 )
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,11 +185,11 @@ def resolve_adapter_path(spec: str) -> Path:
     Raises:
       BadAdapter: neither a folder nor an id, or the id cannot be downloaded.
     """
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        return folder
+    folder = os.path.expanduser(spec)
+    if os.path.isdir(folder):
+        return Path(folder)
     if not _HUB_ID.fullmatch(spec):
-        raise BadAdapter(f"adapter {spec!r} is neither an existing folder nor a Hugging Face id (owner/name)")
+        raise BadAdapter(f"adapter {spec[:200]!r} is neither an existing folder nor a Hugging Face id (owner/name)")
     # Imported late: it is slow to import and most adapters are local.
     import huggingface_hub
     from huggingface_hub import errors

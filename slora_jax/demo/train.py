@@ -81,9 +81,7 @@ class _Model:
         # cuDNN's attention failed here and there under several processes on one H100
         # (torch 2.11); the other implementations did not.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # bf16 matrix products are slow on most CPUs.
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device)
+        self.base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
     def prompt(self, question: str) -> list[int]:
@@ -139,6 +137,15 @@ def _first_sentence(text: str) -> str:
     return sentence if whole else ""
 
 
+def _answer_loss(network: PeftModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the labels that are not -100; scores no other position's vocabulary."""
+    base = network.get_base_model()
+    hidden = base.model(**inputs).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
+    kept = labels != -100
+    return torch.nn.functional.cross_entropy(base.lm_head(hidden[kept]).float(), labels[kept])
+
+
 def train_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) -> dict[str, Any]:
     """Train one adapter and write its PEFT folder; return what the report says of the training.
 
@@ -187,7 +194,7 @@ def train_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) 
         while len(order) < config.batch_size:
             order += random.sample(range(len(pairs)), len(pairs))
         chosen, order = order[: config.batch_size], order[config.batch_size :]
-        loss = network(**model.batch([pairs[i] for i in chosen])).loss
+        loss = _answer_loss(network, **model.batch([pairs[i] for i in chosen]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -78,7 +78,8 @@ def load_or_restore(
 ) -> tuple[dict[str, Any], Provenance]:
     """``load_params``, or the same parameters from the cache if the source files have not changed since.
 
-    A damaged entry is deleted and made anew. A cache that cannot be written costs a warning, nothing else.
+    An entry with files missing, cut short or unreadable is deleted and made anew. The numbers in it are trusted, as
+    those in the safetensors are. A cache that cannot be written costs a warning, nothing else.
 
     Args:
       folder, config, dtype, sharding, progress: as in ``load_params``.
@@ -164,6 +165,7 @@ def _save(entry: _Entry, params) -> None:
                 with _quiet(), _checkpointer(params) as checkpointer:
                     checkpointer.save(fresh / _PARAMS, args=ocp.args.PyTreeSave(params))
                 (fresh / _MANIFEST).write_text(json.dumps(_file_sizes(fresh)))
+                _flush(fresh)  # or a power failure after the rename could leave files of the right size, all zeros
                 fresh.rename(entry.path)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
@@ -206,6 +208,15 @@ def _quiet() -> Iterator[None]:
 def _file_sizes(folder: Path) -> dict[str, int]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _check_manifest(folder: Path) -> None:

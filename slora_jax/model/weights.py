@@ -49,7 +49,7 @@ def resolve_model(spec: str) -> Path:
 
         return demo_model_path()
     folder = Path(spec).expanduser()
-    if not folder.is_dir():
+    if not spec or not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
             raise InvalidRequest(
                 f"model {spec!r} is neither a folder nor a Hugging Face id; give the path of a folder with config.json "

@@ -82,6 +82,7 @@ def test_alpha(tmp_path, alpha):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_patterns_match_as_in_peft_and_the_first_match_counts(tmp_path, rslora):
     rank_pattern = {
+        "model.layers.0.self_attn": 99,
         r"layers\.1\..*_proj": 6,
         "model.layers.0.self_attn.q_proj": 7,
         "^model.layers.2.mlp.down_proj": 3,
@@ -185,9 +186,8 @@ def test_adapter_name_inside_the_tensor_names(tmp_path):
     ],
 )
 def test_fields_that_change_nothing(tmp_path, fields):
-    assert (
-        load(write_adapter(tmp_path / "a", **fields)).content_hash == load(write_adapter(tmp_path / "b")).content_hash
-    )
+    usual = load(write_adapter(tmp_path / "usual"))
+    assert load(write_adapter(tmp_path / "other", **fields)).content_hash == usual.content_hash
 
 
 def test_a_config_of_peft_0_3(tmp_path):
@@ -198,7 +198,7 @@ def test_a_config_of_peft_0_3(tmp_path):
 
 
 def test_header_reads_no_weights(tmp_path):
-    # A file with a hole of 1 TiB for its weights: reading them would fail.
+    # A file with a hole of 40 GiB for its weights: reading them would not go unnoticed.
     rows = 2**38 // 24
     big = ModelConfig(64, 24, rows, 1, 6, 2, 4)
     shapes = {tensor_name(0, "up", "A"): [1, 24], tensor_name(0, "up", "B"): [rows, 1]}
@@ -346,9 +346,9 @@ def changed(**changes):
     [
         ({}, "holds no tensors"),
         (changed(**{"base_model.model.lm_head.weight": np.ones(3)}), "lm_head.weight matches nothing here: only"),
-        (changed(**{"base_model.model.model.embed_tokens.lora_embedding_A": np.ones(3)}), "embed_tokens.*only self_attn"),
+        (changed(**{"base_model.model.model.embed_tokens.lora_embedding_A": np.ones(3)}), "embed_tokens.*only self"),
         (changed(**{"base_model.model.model.norm.weight": np.ones(3)}), "norm.weight matches nothing"),
-        (changed(**{tensor_name(0, "q", "B")[:-6] + "bias": np.ones(3)}), "lora_B.bias matches.*biases are not supported"),
+        (changed(**{tensor_name(0, "q", "B")[:-6] + "bias": np.ones(3)}), "lora_B.bias matches.*biases are not"),
         (
             changed(**{"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(3)}),
             "lora_magnitude_vector matches nothing here: it belongs to DoRA",
@@ -439,7 +439,7 @@ def test_missing_files(tmp_path):
         read_header(tmp_path, MODEL, POOL)
     folder = write_adapter(tmp_path)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(BadAdapter, match="adapter_model.safetensors not found; save it with"):
+    with pytest.raises(BadAdapter, match=r"adapter_model.safetensors not found; save it with"):
         read_header(folder, MODEL, POOL)
 
 
@@ -477,8 +477,13 @@ def test_nan_and_infinity(tmp_path, value, dtype, part):
 
 @pytest.mark.parametrize(
     ("value", "dtype", "pool_dtype"),
-    [(65520.0, np.float32, np.float16), (-1e30, np.float32, np.float16), (1e300, np.float64, np.float32)]
-    + [(-1e39, np.float64, ml_dtypes.bfloat16), (3.4e38, np.float32, ml_dtypes.bfloat16)],
+    [
+        (65520.0, np.float32, np.float16),
+        (-1e30, np.float32, np.float16),
+        (1e300, np.float64, np.float32),
+        (-1e39, np.float64, ml_dtypes.bfloat16),
+        (3.4e38, np.float32, ml_dtypes.bfloat16),
+    ],
 )
 def test_overflow_of_the_pools_type(tmp_path, value, dtype, pool_dtype):
     tensors = make_tensors(dtype=dtype)
@@ -543,7 +548,7 @@ def test_truncated_while_it_is_read(tmp_path, monkeypatch):
 
     original = type(header.layout).pack
     monkeypatch.setattr(type(header.layout), "pack", pack_while_truncated)
-    with pytest.raises(BadAdapter, match="truncated: tensor .* bytes|was written to"):
+    with pytest.raises(BadAdapter, match=r"truncated: tensor .* bytes|was written to"):
         load_adapter(header, np.float32)
 
 
@@ -575,6 +580,7 @@ def test_hash_differs_with_anything_that_changes_the_function(tmp_path):
     swapped[first], swapped[second] = tensors[second], tensors[first]
     moved = {name.replace(".layers.2.", ".layers.X."): t for name, t in tensors.items()}
     moved = {n.replace(".layers.1.", ".layers.2.").replace(".layers.X.", ".layers.1."): t for n, t in moved.items()}
+    single = make_tensors(("k",), layers=(0,))
     variants = [
         (tensors, {}),
         (tensors, {"lora_alpha": 9}),
@@ -584,6 +590,9 @@ def test_hash_differs_with_anything_that_changes_the_function(tmp_path):
         (swapped, {}),
         (moved, {}),
         ({n: t for n, t in tensors.items() if "layers.2" not in n}, {}),
+        (single, {}),
+        ({name.replace(".layers.0.", ".layers.1."): t for name, t in single.items()}, {}),
+        ({name.replace("k_proj", "v_proj"): t for name, t in single.items()}, {}),
     ]
     hashes = [
         load(write_adapter(tmp_path / str(i), t, **fields)).content_hash for i, (t, fields) in enumerate(variants)
@@ -626,15 +635,15 @@ def test_resolve_a_folder(tmp_path, monkeypatch):
     assert resolve_adapter_path("~/owner/name") == folder
 
 
-@pytest.mark.parametrize("spec", ["", "nothing", "/no/such/folder", "./a/b", "../b", "a/b/c", "a/", "a b/c", "a/b\n"])
+@pytest.mark.parametrize(
+    "spec",
+    ["", "nothing", "/no/such/folder", "./a/b", "../b", "a/b/c", "a/", "é/b", "a/b\n", "~nobody-here", "x" * 10**5],
+)
 def test_resolve_neither_folder_nor_id(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if spec == "":
-        # The current folder: an existing one, refused when it is read.
-        assert resolve_adapter_path(spec) == Path()
-        return
-    with pytest.raises(BadAdapter, match="neither an existing folder nor a Hugging Face id"):
+    with pytest.raises(BadAdapter, match="neither an existing folder nor a Hugging Face id") as refused:
         resolve_adapter_path(spec)
+    assert len(str(refused.value)) < 400
 
 
 def test_resolve_downloads_two_files(tmp_path, monkeypatch):

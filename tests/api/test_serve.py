@@ -72,7 +72,7 @@ def config_of(*args: str) -> tuple[EngineConfig, ServerConfig]:
 
 def test_a_flag_for_every_field_with_its_default():
     flags = {option.name.replace("__", "."): option for group in serve.FLAGS.values() for option in group}
-    assert set(flags) == {*ALL_FIELDS, "config", "no_checkpoint_cache"}
+    assert set(flags) == {*ALL_FIELDS, "config", "no_checkpoint_cache", "no_compilation_cache"}
     for name, default in ALL_FIELDS.items():
         shown = re.search(r"\[default: (.*)\]", flags[name].help)
         if default is None or default == {} or default == ():
@@ -95,6 +95,7 @@ def test_flags_reach_their_fields():
     engine, server = config_of(
         *shlex.split(
             "--model folder --served-name m --dtype float32 --max-model-len 99 --checkpoint-cache c --seed 3 "
+            "--compilation-cache k "
             "--adapter a=x --adapter b=y=z --adapter-dir d --adapter-dir e --allow-adapter-loading --pool-pages 77 "
             "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 0.0.0.0 --port 1 "
             "--max-streams 9 --max-body-bytes 5000 --log-level info"
@@ -107,6 +108,7 @@ def test_flags_reach_their_fields():
             "dtype": "float32",
             "max_model_len": 99,
             "checkpoint_cache": "c",
+            "compilation_cache": "k",
             "seed": 3,
             "adapters": {"a": "x", "b": "y=z"},
             "adapter_dirs": ["d", "e"],
@@ -138,9 +140,10 @@ def test_flags_win_over_the_file(tmp_path):
     assert (server.port, server.host) == (1234, "::1")
     engine, server = config_of(
         *("--config", str(file), "--model", "mine", "--no-dummy", "--adapter", "a=new", "--adapter-dir", "two"),
-        *("--pool-pages", "64", "--no-checkpoint-cache", "--port", "5"),
+        *("--pool-pages", "64", "--no-checkpoint-cache", "--port", "5", "--no-compilation-cache"),
     )
-    assert (engine.model, engine.dummy, engine.checkpoint_cache) == ("mine", False, None)
+    assert (engine.model, engine.dummy) == ("mine", False)
+    assert engine.checkpoint_cache is engine.compilation_cache is None
     assert engine.adapters == {"a": "new", "b": "kept"}
     assert engine.adapter_dirs == ("one", "two")
     assert (engine.pool.pages, engine.pool.gigabytes) == (64, None)  # the flag's size, not the file's

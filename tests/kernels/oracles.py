@@ -13,9 +13,7 @@ def attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_he
     for s in range(len(page_table)):
         for t in range(query_start[s], query_start[s + 1]):
             position = context_len[s] - query_start[s + 1] + t
-            rows = [
-                page_table[s][c // ROWS_IN_PAGE] * ROWS_IN_PAGE + c % ROWS_IN_PAGE for c in range(position + 1)
-            ]
+            rows = [page_table[s][c // ROWS_IN_PAGE] * ROWS_IN_PAGE + c % ROWS_IN_PAGE for c in range(position + 1)]
             keys = pool[layer, 0][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
             values = pool[layer, 1][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
             for h in range(num_heads):

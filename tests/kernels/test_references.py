@@ -174,7 +174,7 @@ def test_write_kv(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype):
-    tokens, heads, kv_heads, depth, layers = 24, 4, 2, 64, 3
+    tokens, heads, kv_heads, depth, layers = 24, 4, 2, 64, 2
     width = kv_heads * depth
     pool = jnp.zeros((layers, 2, 512 * PAGE_SIZE, width), dtype)
     adapters = Adapters(ranks=((4,), (2,)), tokens=(8, 16), widths=((256, 256),), row_width=width)
@@ -349,9 +349,7 @@ def update(x, partial_sums, ys, pool, layer, segments, modules, widths):
     return shrunk, lora_expand(shrunk if partial_sums is None else partial_sums, ys, pool, layer, plan, modules)
 
 
-jitted_update = jax.jit(
-    update, static_argnames=("layer", "modules", "widths"), compiler_options=COMPILER_OPTIONS
-)
+jitted_update = jax.jit(update, static_argnames=("layer", "modules", "widths"), compiler_options=COMPILER_OPTIONS)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(LORA)))

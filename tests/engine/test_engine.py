@@ -1,0 +1,333 @@
+"""What the engine promises its callers, on a small real model."""
+
+import json
+import shutil
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from engine_cases import forced_logits, greedy, make_engine, run
+from safetensors.numpy import load_file, save_file
+
+from slora_jax import Request, SamplingParams
+from slora_jax.errors import EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+
+PROMPT = tuple(range(20, 60))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_case):
+    return tiny_case.engine()
+
+
+def sampled(seed, prompt=PROMPT, adapter=None, max_tokens=12, **changes):
+    return Request(prompt, adapter, SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **changes))
+
+
+def tokens_of(result, index=0):
+    return result.completions[index].token_ids
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1, "temperature": 2.0}])
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine, rules):
+    (alone,) = run(engine, engine.submit(sampled(7, **rules)))
+    adapters = [None, *engine.adapters()]
+    crowd = [sampled(i, prompt=PROMPT[: 5 + i], adapter=adapters[i % 4], temperature=1.5) for i in range(9)]
+    generations = [engine.submit(r) for r in (*crowd[:4], sampled(7, **rules), *crowd[4:])]
+    assert tokens_of(run(engine, *generations)[4]) == tokens_of(alone)
+    (other,) = run(engine, engine.submit(sampled(8, **rules)))
+    assert tokens_of(other) != tokens_of(alone)
+
+
+def test_no_seed_draws_a_new_one_each_time(engine):
+    first, second = run(engine, *(engine.submit(sampled(None, temperature=2.0)) for _ in range(2)))
+    assert tokens_of(first) != tokens_of(second)
+
+
+def test_completion_i_of_n_equals_a_request_with_seed_plus_i(engine):
+    request = sampled(100, prompt=PROMPT, max_tokens=8)
+    many = Request(request.prompt, None, request.sampling.replace(n=3))
+    (result,) = run(engine, engine.submit(many))
+    singles = run(engine, *(engine.submit(sampled(100 + i, max_tokens=8)) for i in range(3)))
+    assert [c.index for c in result.completions] == [0, 1, 2]
+    assert [c.token_ids for c in result.completions] == [tokens_of(s) for s in singles]
+
+
+@pytest.mark.parametrize(
+    ("rules", "allowed"),
+    [
+        ({}, lambda p: p > 0),
+        ({"temperature": 0.5}, lambda p: p > 0),
+        ({"top_k": 3}, lambda p: p >= np.sort(p)[-3]),
+        ({"top_p": 0.6}, lambda p: p >= np.sort(p)[::-1][np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.6)]),
+        ({"min_p": 0.2}, lambda p: p >= 0.2 * p.max()),
+    ],
+)
+def test_first_tokens_follow_the_filtered_distribution(engine, rules, allowed):
+    """A chi-square test of 600 draws against the model's own distribution, filtered by a few lines of NumPy."""
+    logits = forced_logits(engine, list(PROMPT), None)[-1].astype(np.float64) / rules.get("temperature", 1.0)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    p = np.where(allowed(p), p, 0.0)
+    p /= p.sum()
+    draws = []
+    for start in range(0, 600, 120):
+        many = Request(PROMPT, None, SamplingParams(max_tokens=1, seed=start, n=120, ignore_eos=True, **rules))
+        (result,) = run(engine, engine.submit(many))
+        draws += [c.token_ids[0] for c in result.completions]
+    counts = Counter(draws)
+    assert all(p[token] > 0 for token in counts), "a token outside the filter was drawn"
+    expected = 600 * p
+    likely = expected >= 5
+    observed = np.array([counts.get(i, 0) for i in range(len(p))], float)
+    cells = np.append(observed[likely], observed[~likely].sum()), np.append(expected[likely], expected[~likely].sum())
+    chi2 = sum((o - e) ** 2 / e for o, e in zip(*cells, strict=True) if e > 0)
+    degrees = max(1, int(likely.sum()))
+    assert chi2 < degrees + 5 * np.sqrt(2 * degrees), f"chi-square {chi2:.1f} with {degrees} degrees of freedom"
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.9},
+        {"repetition_penalty": 0.7, "presence_penalty": -1.0, "frequency_penalty": -0.5},
+    ],
+)
+def test_penalties_equal_a_plain_loop_over_the_models_logits(engine, rules):
+    (result,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=20, **rules)))
+    params = SamplingParams(**rules)
+    prompt, output = list(PROMPT), []
+    for _ in range(20):
+        logits = forced_logits(engine, prompt + output, None)[-1].astype(np.float64)
+        for token in set(prompt + output):
+            logits[token] *= (1 / params.repetition_penalty) if logits[token] > 0 else params.repetition_penalty
+        for token, count in Counter(output).items():
+            logits[token] -= params.presence_penalty + params.frequency_penalty * count
+        output.append(int(logits.argmax()))
+    assert list(tokens_of(result)) == output
+
+
+def test_penalties_do_not_leak_to_neighbours(engine):
+    (plain,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=10)))
+    both = [engine.submit(greedy(PROMPT, max_tokens=10)), engine.submit(greedy(PROMPT, max_tokens=10, repetition_penalty=2.0))]
+    neighbour, penalized = run(engine, *both)
+    assert tokens_of(neighbour) == tokens_of(plain) != tokens_of(penalized)
+
+
+# Ends
+
+
+def test_max_tokens_and_context_end_with_length(tiny_case):
+    engine = tiny_case.engine(max_model_len=64)
+    short, long = run(engine, engine.submit(greedy(PROMPT, max_tokens=3)), engine.submit(greedy(PROMPT, max_tokens=500)))
+    assert (short.completions[0].finish_reason, len(tokens_of(short))) == ("length", 3)
+    assert (long.completions[0].finish_reason, len(tokens_of(long))) == ("length", 64 - len(PROMPT))
+
+
+def test_a_stop_token_ends_the_completion_and_stays_out_of_the_text(engine):
+    (free,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=20)))
+    stop = tokens_of(free)[7]
+    (result,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=20, stop_token_ids=(stop,))))
+    first = tokens_of(free).index(stop)
+    assert result.completions[0].finish_reason == "stop"
+    assert tokens_of(result) == tokens_of(free)[: first + 1]
+    assert result.completions[0].text == engine.tokenizer.decode(tokens_of(free)[:first])
+
+
+def test_eos_ends_the_completion_unless_ignored(tiny_case, tmp_path):
+    engine = tiny_case.engine()
+    (free,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=20)))
+    eos = tokens_of(free)[5]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_case.model, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos]}))
+    engine = make_engine(folder)
+    ends, goes_on = run(
+        engine,
+        engine.submit(greedy(PROMPT, max_tokens=20, ignore_eos=False)),
+        engine.submit(greedy(PROMPT, max_tokens=20)),
+    )
+    assert (ends.completions[0].finish_reason, tokens_of(ends)[-1]) == ("stop", eos)
+    assert len(tokens_of(ends)) <= 6
+    assert tokens_of(goes_on) == tokens_of(free)
+
+
+def test_a_stop_string_ends_the_text_before_it(engine):
+    (free,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=30)))
+    text = free.completions[0].text
+    stop = text[10:13]
+    generation = engine.submit(greedy(PROMPT, max_tokens=30, stop=(stop,)))
+    (result,) = run(engine, generation)
+    assert result.completions[0].text == text[: text.index(stop)]
+    assert result.completions[0].finish_reason == "stop"
+    assert len(tokens_of(result)) < 30
+
+
+def test_deltas_join_to_the_result(engine):
+    generation = engine.submit(greedy(PROMPT, max_tokens=10, logprobs=3, n=2))
+    (result,) = run(engine, generation)
+    deltas = generation._seen
+    for completion in result.completions:
+        mine = [d for d in deltas if d.index == completion.index]
+        assert "".join(d.text for d in mine) == completion.text
+        assert sum((d.token_ids for d in mine), ()) == completion.token_ids
+        assert [d.finish_reason for d in mine[:-1]] == [None] * (len(mine) - 1)
+        assert len(completion.logprobs) == 10
+        assert all(len(p.top) == 3 for p in completion.logprobs)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "says"),
+    [
+        (greedy(()), InvalidRequest, "empty"),
+        (greedy([288]), InvalidRequest, r"\[0, 288\)"),
+        (greedy([-1]), InvalidRequest, r"\[0, 288\)"),
+        (greedy([1] * 5000), InvalidRequest, "5000 tokens"),
+        (greedy([1], "nobody"), UnknownAdapter, "nobody"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(engine, request_, error, says):
+    with pytest.raises(error, match=says):
+        engine.submit(request_)
+    assert engine.stats()["waiting"] == 0
+
+
+def test_a_request_larger_than_the_pool_is_refused_with_the_numbers(tiny_case):
+    engine = tiny_case.engine(pages=20)
+    with pytest.raises(InvalidRequest, match="needs .* pages .* the pool has 19"):
+        engine.submit(greedy([1] * 200, "all7-r1", max_tokens=100))
+
+
+def test_a_full_queue_refuses_and_then_recovers(tiny_case):
+    engine = tiny_case.engine(scheduler={"max_waiting": 3})
+    held = [engine.submit(greedy(PROMPT, max_tokens=2)) for _ in range(3)]
+    with pytest.raises(Overloaded, match="at most 3"):
+        engine.submit(greedy(PROMPT))
+    run(engine, *held)
+    run(engine, engine.submit(greedy(PROMPT, max_tokens=2)))
+
+
+# Adapters
+
+
+def test_a_broken_adapter_fails_its_own_requests_only(tiny_case, tmp_path):
+    source = tiny_case.adapters / "qv-r8"
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    engine = tiny_case.engine()
+    engine.register_adapter("broken", str(broken))
+    used = engine.stats()["pages_used"]
+    generations = [engine.submit(greedy(PROMPT, name, max_tokens=5)) for name in (None, "broken", "qv-r8")]
+    base, failed, good = run(engine, *generations)
+    assert failed.completions[0].finish_reason == "error"
+    assert name in failed.completions[0].error
+    assert len(tokens_of(base)) == len(tokens_of(good)) == 5
+    assert engine.stats()["pages_used"] == used == 0
+
+
+def test_replacing_an_adapter_gives_new_requests_the_new_weights_and_no_stale_prefix(tiny_case, tmp_path):
+    engine = tiny_case.engine()
+    mine = tmp_path / "mine"
+    shutil.copytree(tiny_case.adapters / "all7-r1", mine)
+    engine.register_adapter("mine", str(mine))
+    before = engine.submit(greedy(PROMPT, "mine", max_tokens=8))
+    engine.step()
+    other = tmp_path / "other"
+    shutil.copytree(tiny_case.adapters / "mlp-r3", other)
+    engine.register_adapter("mine", str(other))
+    after = engine.submit(greedy(PROMPT, "mine", max_tokens=8))
+    expected = [engine.submit(greedy(PROMPT, name, max_tokens=8)) for name in ("all7-r1", "mlp-r3")]
+    old, new, *references = run(engine, before, after, *expected)
+    assert [tokens_of(old), tokens_of(new)] == [tokens_of(r) for r in references]
+    assert tokens_of(old) != tokens_of(new)
+
+
+def test_requests_outlive_their_adapters_name(engine):
+    engine.register_adapter("short-lived", str(engine.adapters()["qv-r8"].path))
+    generation = engine.submit(greedy(PROMPT, "short-lived", max_tokens=6))
+    engine.unregister_adapter("short-lived")
+    (result,) = run(engine, generation)
+    assert len(tokens_of(result)) == 6
+    with pytest.raises(UnknownAdapter):
+        engine.submit(greedy(PROMPT, "short-lived"))
+
+
+# Threads
+
+
+def test_threads_get_their_own_answers(tiny_case):
+    engine = tiny_case.engine()
+    expected = {r["id"]: r["tokens"] for r in tiny_case.requests}
+    engine.start()
+    wrong = []
+
+    def ask(request):
+        result = engine.submit(greedy(request["prompt"], request["adapter"])).result(timeout=120)
+        if list(tokens_of(result)) != expected[request["id"]]:
+            wrong.append(request["id"])
+
+    threads = [threading.Thread(target=ask, args=(r,)) for r in tiny_case.requests * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    assert not wrong
+    assert engine.stats()["pages_used"] == 0
+
+
+def test_cancel_frees_the_pages(tiny_case):
+    engine = tiny_case.engine()
+    keep, drop = engine.submit(greedy(PROMPT, max_tokens=30)), engine.submit(greedy(PROMPT, "qv-r8", n=2))
+    for _ in range(4):
+        engine.step()
+    for _ in range(2):
+        drop.cancel()
+    kept, dropped = run(engine, keep, drop)
+    assert len(tokens_of(kept)) == 30
+    assert [c.finish_reason for c in dropped.completions] == ["abort", "abort"]
+    assert len(tokens_of(dropped)) < 30
+    assert engine.stats()["pages_used"] == 0
+
+
+def test_close_ends_what_runs_and_refuses_what_comes(tiny_case):
+    engine = tiny_case.engine()
+    engine.start()
+    generations = [engine.submit(greedy(PROMPT, max_tokens=400)) for _ in range(3)]
+    next(iter(generations[0]))
+    engine.close()
+    engine.close()
+    assert {g.result(timeout=5).completions[0].finish_reason for g in generations} == {"abort"}
+    with pytest.raises(EngineStopped, match="closed"):
+        engine.submit(greedy(PROMPT))
+
+
+def test_a_failing_step_ends_every_request_with_the_reason(tiny_case, monkeypatch):
+    engine = tiny_case.engine()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._runner, "run", fail)
+    engine.start()
+    result = engine.submit(greedy(PROMPT)).result(timeout=10)
+    assert result.completions[0].finish_reason == "error"
+    assert "out of memory" in result.completions[0].error
+    with pytest.raises(EngineStopped, match="out of memory"):
+        engine.submit(greedy(PROMPT))
+    assert not engine.is_running
+    engine.close()

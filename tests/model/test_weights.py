@@ -1,0 +1,460 @@
+"""Safetensors to parameters: what lands where, what is refused, and what it costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import errors
+from safetensors.numpy import save_file
+
+import slora_jax.demo.model
+from slora_jax.errors import InvalidRequest, UnsupportedModel
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import abstract_params
+from slora_jax.model.weights import dummy_params, load_params, resolve_model, weight_files
+
+MULTI_HEAD = ModelConfig(
+    vocab_size=48, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8
+)
+GROUPED_SHAPE = (48, 40, 56, 2, 8, 4, 6)  # 8 query heads over 4 KV heads
+GROUPED = ModelConfig(*GROUPED_SHAPE)
+TIED = ModelConfig(
+    vocab_size=48,
+    hidden_size=24,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    tie_word_embeddings=True,
+)
+SQUARE = ModelConfig(32, 32, 32, 2, 4, 2, 8)  # few different shapes, so little to compile
+
+
+def random_tensors(config: ModelConfig, dtype: type = ml_dtypes.bfloat16, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint, ``[out, in]`` as Hugging Face stores linear maps."""
+    shapes = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    for i in range(config.num_layers):
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (config.hidden_size,),
+                "post_attention_layernorm": (config.hidden_size,),
+                "self_attn.q_proj": (config.q_size, config.hidden_size),
+                "self_attn.k_proj": (config.kv_size, config.hidden_size),
+                "self_attn.v_proj": (config.kv_size, config.hidden_size),
+                "self_attn.o_proj": (config.hidden_size, config.q_size),
+                "mlp.gate_proj": (config.intermediate_size, config.hidden_size),
+                "mlp.up_proj": (config.intermediate_size, config.hidden_size),
+                "mlp.down_proj": (config.hidden_size, config.intermediate_size),
+            }.items()
+        }
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_model(folder: Path, config: ModelConfig, dtype: type = ml_dtypes.bfloat16, seed: int = 0) -> dict:
+    """Writes ``model.safetensors`` and returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = random_tensors(config, dtype, seed)
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def load(folder, config, dtype=jnp.float32, **options):
+    return load_params(folder, config, dtype, progress=False, **options)
+
+
+def same_structure(params, config, dtype):
+    expected = abstract_params(config, dtype)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    return shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
+
+
+# What is loaded.
+
+
+@pytest.mark.parametrize("config", [MULTI_HEAD, GROUPED, TIED])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_element_lands_where_the_model_reads_it(tmp_path, config, dtype):
+    tensors = {name: tensor.astype(dtype).astype(np.float32) for name, tensor in write_model(tmp_path, config).items()}
+    params = load(tmp_path, config, dtype)
+
+    assert same_structure(params, config, dtype)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+    np.testing.assert_array_equal(params["embed"]["embedding"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["norm"]["scale"], tensors["model.norm.weight"])
+    assert ("lm_head" in params) == (not config.tie_word_embeddings)
+    if not config.tie_word_embeddings:
+        np.testing.assert_array_equal(params["lm_head"]["kernel"], tensors["lm_head.weight"].T)
+
+    depth, group = config.head_dim, config.num_heads // config.num_kv_heads
+    for i in range(config.num_layers):
+        layer, prefix = params[f"layers_{i}"], f"model.layers.{i}"
+        qkv = layer["qkv"]["kernel"]
+        for k in range(config.num_kv_heads):
+            rows = slice(k * depth, (k + 1) * depth)
+            np.testing.assert_array_equal(qkv[:, k, group], tensors[f"{prefix}.self_attn.k_proj.weight"][rows].T)
+            np.testing.assert_array_equal(qkv[:, k, group + 1], tensors[f"{prefix}.self_attn.v_proj.weight"][rows].T)
+            for g in range(group):
+                head = k * group + g
+                rows_q = slice(head * depth, (head + 1) * depth)
+                np.testing.assert_array_equal(qkv[:, k, g], tensors[f"{prefix}.self_attn.q_proj.weight"][rows_q].T)
+        for actual, name in (
+            (layer["o"]["kernel"], "self_attn.o_proj"),
+            (layer["gate_up"]["kernel"][:, 0], "mlp.gate_proj"),
+            (layer["gate_up"]["kernel"][:, 1], "mlp.up_proj"),
+            (layer["down"]["kernel"], "mlp.down_proj"),
+            (layer["attention_norm"]["scale"], "input_layernorm"),
+            (layer["mlp_norm"]["scale"], "post_attention_layernorm"),
+        ):
+            np.testing.assert_array_equal(actual, tensors[f"{prefix}.{name}.weight"].T)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_any_float_dtype_is_cast(tmp_path, dtype):
+    tensors = write_model(tmp_path, TIED, dtype)
+    params = load(tmp_path, TIED, jnp.bfloat16)
+    expected = tensors["model.layers.0.mlp.down_proj.weight"].astype(ml_dtypes.bfloat16).T
+    np.testing.assert_array_equal(params["layers_0"]["down"]["kernel"], expected)
+
+
+def split_in_two(folder: Path, config: ModelConfig) -> dict[str, str]:
+    tensors = random_tensors(config)
+    names = sorted(tensors)
+    parts = {"b.safetensors": names[::2], "a.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    return {name: file for file, part in parts.items() for name in part}
+
+
+def test_files_with_an_index(tmp_path):
+    weight_map = split_in_two(tmp_path, GROUPED)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"other": np.zeros(1)}, tmp_path / "unrelated.safetensors")
+    write_model(tmp_path / "one", GROUPED)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, GROUPED), load(tmp_path / "one", GROUPED))
+
+
+def test_files_without_an_index(tmp_path):
+    split_in_two(tmp_path, GROUPED)
+    write_model(tmp_path / "one", GROUPED)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, GROUPED), load(tmp_path / "one", GROUPED))
+
+
+def test_redundant_tensors_are_ignored(tmp_path):
+    tensors = random_tensors(TIED)
+    tensors["lm_head.weight"] = np.zeros((3, 3), np.int8)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert same_structure(load(tmp_path, TIED), TIED, jnp.float32)
+
+
+def test_tied_embedding_may_be_stored_under_either_name(tmp_path):
+    tensors = random_tensors(TIED)
+    embedding = tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(load(tmp_path, TIED, jnp.bfloat16)["embed"]["embedding"], embedding)
+
+
+def test_parameters_do_not_alias_the_file(tmp_path):
+    tensors = write_model(tmp_path, TIED, np.float32)
+    params = load(tmp_path, TIED)
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    np.testing.assert_array_equal(params["embed"]["embedding"], tensors["model.embed_tokens.weight"])
+
+
+def test_progress_bar_counts_bytes(tmp_path, capfd):
+    write_model(tmp_path, TIED)
+    load_params(tmp_path, TIED, jnp.float32)
+    assert "Loading weights: 100%" in capfd.readouterr().err
+    load(tmp_path, TIED)
+    assert capfd.readouterr().err == ""
+
+
+# What is refused.
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({Q_PROJ: None}, f"tensor '{Q_PROJ}' is missing"),
+        ({"model.norm.weight": None}, "tensor 'model.norm.weight' is missing"),
+        (
+            {Q_PROJ: np.zeros((24, 23), np.float32)},
+            rf"'{Q_PROJ}' has shape \(24, 23\), config.json asks for \(24, 24\)",
+        ),
+        ({Q_PROJ: np.zeros((24, 24), np.int8)}, f"'{Q_PROJ}' has dtype I8, supported are F32, F16, BF16"),
+        ({Q_PROJ: np.zeros((24, 24), ml_dtypes.float8_e4m3fn)}, f"'{Q_PROJ}' has dtype F8_E4M3"),
+        ({Q_PROJ: np.zeros((24, 24), np.float64)}, f"'{Q_PROJ}' has dtype F64"),
+        ({Q_PROJ: np.zeros((24, 24), np.float32)}, f"k_proj.weight' has dtype BF16 but '{Q_PROJ}' has F32"),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)},
+            "'model.layers.0.self_attn.q_proj.bias' belongs to no layer",
+        ),
+        (
+            {"model.layers.1.mlp.up_proj.weight": np.zeros(1), "z": np.zeros(1)},
+            "'model.layers.1.mlp.up_proj.weight' and 1 more belongs to no layer",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
+    tensors = random_tensors(TIED) | change
+    save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=message):
+        load(tmp_path, TIED)
+
+
+def test_untied_model_needs_its_lm_head(tmp_path):
+    tensors = random_tensors(MULTI_HEAD)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"tensor 'lm_head\.weight' is missing"):
+        load(tmp_path, MULTI_HEAD)
+
+
+def test_tensor_in_two_files(tmp_path):
+    split_in_two(tmp_path, TIED)
+    save_file({"model.norm.weight": np.zeros(24, np.float32)}, tmp_path / "c.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"'model.norm.weight' is both in .\.safetensors and in c.safetensors"):
+        load(tmp_path, TIED)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "header"])
+def test_damaged_file(tmp_path, damage):
+    write_model(tmp_path, TIED)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(
+        {
+            "empty": b"",
+            "cut": content[:-100],
+            "text": b"version https://example.org/spec\noid sha256:0\n",
+            "header": content[:8] + b"[" + content[9:],
+        }[damage]
+    )
+    with pytest.raises(UnsupportedModel, match="is not a whole safetensors file"):
+        load(tmp_path, TIED)
+
+
+def test_index_that_names_a_missing_file(tmp_path):
+    write_model(tmp_path, TIED)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(UnsupportedModel, match=r"model-00002-of-00002\.safetensors is missing"):
+        weight_files(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(UnsupportedModel, match="cannot be read"):
+        weight_files(tmp_path)
+
+
+# Where a model is found.
+
+
+def test_local_folder(tmp_path):
+    write_model(tmp_path, TIED)
+    with pytest.raises(UnsupportedModel, match=r"has no config\.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+def test_folder_of_pickles(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match=r"must be in \*\.safetensors, found none"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedModel, match=r"found only pickles \(pytorch_model.bin\)"):
+        resolve_model(str(tmp_path))
+
+
+def test_demo(monkeypatch, tmp_path):
+    monkeypatch.setattr(slora_jax.demo.model, "demo_model_path", lambda: tmp_path)
+    assert resolve_model("demo") == tmp_path
+
+
+@pytest.mark.parametrize("spec", ["/no/such/folder", "./here", "~/model", "a/b/c", "two words", ""])
+def test_neither_folder_nor_id(spec):
+    with pytest.raises(InvalidRequest, match="neither a folder nor a Hugging Face id") as caught:
+        resolve_model(spec)
+    assert caught.value.param == "model"
+
+
+def test_hugging_face_id_fetches_only_what_is_read(monkeypatch, tmp_path):
+    write_model(tmp_path, TIED)
+    (tmp_path / "config.json").write_text("{}")
+    repository = {
+        "README.md": False,
+        "chat_template.jinja": True,
+        "config.json": True,
+        "consolidated.safetensors": False,
+        "generation_config.json": True,
+        "model-00001-of-00002.safetensors": True,
+        "model.safetensors.index.json": True,
+        "onnx/model.safetensors": False,
+        "original/tokenizer.json": False,
+        "pytorch_model.bin": False,
+        "special_tokens_map.json": True,
+        "tokenizer.json": True,
+        "tokenizer_config.json": True,
+    }
+
+    def download(repo_id, *, allow_patterns, ignore_patterns):
+        assert repo_id == "organization/some-model"
+        chosen = huggingface_hub.utils.filter_repo_objects(
+            repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert list(chosen) == [name for name, wanted in repository.items() if wanted]
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("organization/some-model") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.LocalEntryNotFoundError("offline"), "the hub cannot be reached"),
+        (errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached"),
+        (errors.HFValidationError("bad"), "is not a Hugging Face id"),
+        (ConnectionResetError("reset"), "could not be downloaded"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_id_that_cannot_be_fetched(monkeypatch, error, message):
+    def download(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        resolve_model("organization/some-model")
+    assert caught.value.param == "model"
+
+
+# Random weights.
+
+
+def test_dummy_params():
+    params = dummy_params(SQUARE, jnp.bfloat16, seed=3)
+    assert same_structure(params, SQUARE, jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, params, dummy_params(SQUARE, jnp.bfloat16, seed=3))
+
+    assert (params["norm"]["scale"] == 1).all()
+    kernels = [params["layers_0"]["down"]["kernel"], params["layers_1"]["down"]["kernel"]]
+    kernels.append(dummy_params(SQUARE, jnp.bfloat16, seed=4)["layers_0"]["down"]["kernel"])
+    for kernel in kernels:
+        assert 0.015 < np.std(np.asarray(kernel, np.float32)) < 0.025
+    assert not (kernels[0] == kernels[1]).all()
+    assert not (kernels[0] == kernels[2]).all()
+
+
+def test_dummy_params_round_the_same_float32_draw():
+    exact, rounded = (dummy_params(SQUARE, dtype, seed=0) for dtype in (jnp.float32, jnp.bfloat16))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), exact, rounded)
+
+
+# What only a process of its own shows.
+
+MEASURE_PEAK = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.weights import load_params
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+folder, small = map(Path, sys.argv[1:3])
+load_params(small, ModelConfig(48, 40, 56, 2, 8, 4, 6), jnp.float32, progress=False)
+config = ModelConfig(*map(int, sys.argv[3:]))
+Path("/proc/self/clear_refs").write_text("5")  # peak := now
+before = status("VmRSS")
+params = load_params(folder, config, jnp.float32, progress=False)
+print((status("VmHWM") - before) / (4 * config.num_params()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
+def test_peak_host_memory_is_far_from_twice_the_model(tmp_path):
+    shape = (4096, 1024, 2816, 2, 16, 4, 64)
+    config = ModelConfig(*shape)
+    assert 110e6 < 4 * config.num_params() < 150e6
+    write_model(tmp_path / "model", config, np.float32)
+    write_model(tmp_path / "small", GROUPED)
+    assert float(run_python(MEASURE_PEAK, tmp_path / "model", tmp_path / "small", *shape)) < 1.5
+
+
+LOAD_SHARDED = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.checkpoint import load_or_restore
+from slora_jax.model.weights import dummy_params, load_params
+
+SPECS = {"qkv": P(None, "x"), "gate_up": P(None, None, "x"), "o": P("x"), "down": P("x"), "lm_head": P(None, "x")}
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+
+def sharding(path, leaf):
+    return NamedSharding(mesh, SPECS.get(path[-2], P()))
+
+def check(params, expected):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = tuple(key.key for key in keys)
+        assert leaf.sharding == sharding(path, leaf), (path, leaf.sharding)
+        if path[-2] in SPECS:
+            assert leaf.addressable_shards[1].data.size * 4 == leaf.size, path
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+folder, cache = Path(sys.argv[1]), Path(sys.argv[2])
+config = ModelConfig(*map(int, sys.argv[3:]))
+expected = load_params(folder, config, jnp.float32, progress=False)
+check(load_params(folder, config, jnp.float32, sharding, progress=False), expected)
+check(dummy_params(config, jnp.float32, 5, sharding), dummy_params(config, jnp.float32, 5))
+for source in ("safetensors", "orbax"):
+    params, provenance = load_or_restore(folder, config, jnp.float32, cache, sharding, progress=False)
+    assert provenance.source == source
+    check(params, expected)
+params, provenance = load_or_restore(folder, config, jnp.float32, cache, None, progress=False)
+assert provenance.source == "safetensors", "another layout is another entry"
+"""
+
+
+def test_sharded_over_four_devices(tmp_path):
+    write_model(tmp_path / "model", GROUPED)
+    run_python(LOAD_SHARDED, tmp_path / "model", tmp_path / "cache", *GROUPED_SHAPE, num_devices=4)
+
+
+def run_python(program: str, *arguments, num_devices: int = 1) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
+        env={
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
