@@ -102,7 +102,9 @@ def build_config(fields: dict[str, Any]) -> EngineConfig:
     try:
         return EngineConfig(**fields)
     except pydantic.ValidationError as e:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']} (got {p['input']!r})" for p in e.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']} (got {p['input']!r})" for p in e.errors()
+        )
         raise InvalidRequest(f"invalid configuration: {problems}") from None
 
 

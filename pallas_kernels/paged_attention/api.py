@@ -96,4 +96,3 @@ def write_kv(pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.
         raise ValueError(f"v must have k's shape {k.shape}, got {v.shape}")
     expect_int32("rows", rows, (num_tokens,))
     return reference.write_kv(pool, layer, rows, k, v)
-

@@ -71,7 +71,7 @@ def _tiles(query_start, num_tokens, num_sequences, tile):
 
 
 def paged_attention(q, pool, layer, plan: AttentionPlan, *, num_kv_heads, scale):
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
     num_tiles, tile = plan.token.shape
     queries = q[plan.token].astype(jnp.float32).reshape(num_tiles, tile, num_kv_heads, group, head_dim) * scale

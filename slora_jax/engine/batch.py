@@ -141,7 +141,7 @@ class BatchShape:
 
 
 def _place_tokens(num_tokens, page_table, query_start, context_len):
-    """Position ``[T]`` of each token in its sequence and pool row ``[T]`` of its K and V; padding: 0 and a trash row."""
+    """Position ``[T]`` of each token in its sequence, and pool row ``[T]`` of its K and V; padding: 0, a trash row."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = owner(query_start, token)
     real = sequence < context_len.shape[0]

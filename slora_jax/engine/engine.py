@@ -3,7 +3,6 @@
 import itertools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,6 +155,10 @@ class Engine:
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
         infos, refused = self._store.register_dir(Path(directory))
+        if self.model_name in infos:
+            self._store.unregister(self.model_name)
+            del infos[self.model_name]
+            refused[self.model_name] = "the name is the base model's"
         logger.info("registered %d adapters of %s", len(infos), directory)
         for name, reason in refused.items():
             logger.warning("adapter %s refused: %s", name, reason)
@@ -189,7 +192,8 @@ class Engine:
             waiting = self._scheduler.num_waiting + self._num_unadmitted
             if waiting + sampling.n > self.config.scheduler.max_waiting:
                 raise Overloaded(
-                    f"{waiting} sequences are waiting and at most {self.config.scheduler.max_waiting} may; try again later"
+                    f"{waiting} sequences are waiting, and at most {self.config.scheduler.max_waiting} may; "
+                    "try again later"
                 )
             seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
             leader = None
@@ -226,7 +230,7 @@ class Engine:
                 "shorten the prompt",
                 "prompt",
             )
-        if not (0 <= min(request.prompt) and max(request.prompt) < vocab):
+        if not (min(request.prompt) >= 0 and max(request.prompt) < vocab):
             raise InvalidRequest(f"prompt token ids must be in [0, {vocab})", "prompt")
         if request.sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids", "stop")

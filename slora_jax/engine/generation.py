@@ -95,7 +95,9 @@ class Generation:
 class OutputText:
     """Turns one sequence's tokens into deltas: text, and whether it ends here."""
 
-    def __init__(self, request: Request, index: int, max_tokens: int, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None):
+    def __init__(
+        self, request: Request, index: int, max_tokens: int, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None
+    ):
         sampling = request.sampling
         self._index = index
         self._max_tokens = max_tokens
@@ -128,5 +130,3 @@ class OutputText:
     def _flush_matched(self) -> tuple[str, bool]:
         text, stopped = self._matcher.push(self._decoder.flush()) if self._decoder else ("", False)
         return text + ("" if stopped else self._matcher.flush()), stopped
-
-

@@ -74,9 +74,7 @@ class Runner:
         self._rows: dict[int, int] = {}
         self._compiled: set[object] = set()
 
-    def run(
-        self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]
-    ) -> StepInFlight:
+    def run(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> StepInFlight:
         """Starts a step and returns at once.
 
         Args:

@@ -91,7 +91,9 @@ def build_sampler_inputs(
       pending_rows: as in ``build_batch``.
     """
     rules = [e.sequence.sampling for e in entries if e.samples]
-    longest = max((e.sequence.num_tokens for e in entries if e.samples and e.sequence.sampling.uses_penalties), default=0)
+    longest = max(
+        (e.sequence.num_tokens for e in entries if e.samples and e.sequence.sampling.uses_penalties), default=0
+    )
     shape = SamplerShape(
         sequences=num_sequences,
         random=any(r.temperature > 0 for r in rules),
@@ -160,7 +162,7 @@ def sample(
 
 
 def _penalize(logits, inputs, previous_tokens):
-    num_sequences, vocab_size = logits.shape
+    num_sequences = logits.shape[0]
     history = jnp.where(inputs.history < 0, previous_tokens[jnp.maximum(-1 - inputs.history, 0)], inputs.history)
     in_output = jnp.arange(history.shape[1]) >= inputs.num_prompt[:, None]
     row = jnp.arange(num_sequences)[:, None]

@@ -155,5 +155,7 @@ class AdapterLayout:
                 padded = np.zeros((rank, chunks * width), dtype)
                 padded[:, :length] = vectors
                 target = entries[layer, start : start + chunks * self.ranks[m]]
-                target.reshape(chunks, self.ranks[m], width)[:, :rank] = padded.reshape(rank, chunks, width).swapaxes(0, 1)
+                target.reshape(chunks, self.ranks[m], width)[:, :rank] = padded.reshape(rank, chunks, width).swapaxes(
+                    0, 1
+                )
         return entries.reshape(self.pool.num_layers, NUM_PLANES, self.num_rows, width)

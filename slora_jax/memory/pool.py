@@ -33,7 +33,7 @@ class UnifiedPool:
           packed: ``[layers, 2, PAGE_SIZE * len(pages), W]`` as from ``AdapterLayout.pack``, in the pool's dtype.
           pages: page numbers, in the order of ``packed``'s rows.
         """
-        layers, _, rows, width = self.array.shape
+        layers, _, _, width = self.array.shape
         expected = (layers, 2, PAGE_SIZE * len(pages), width)
         if packed.shape != expected or packed.dtype != self.array.dtype:
             raise ValueError(f"packed must be {self.array.dtype} {expected}, got {packed.dtype} {packed.shape}")

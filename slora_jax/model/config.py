@@ -71,7 +71,8 @@ class ModelConfig:
                 raise UnsupportedModel(f"{name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModel(
-                f"num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads ({self.num_kv_heads})"
+                f"num_attention_heads ({self.num_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
             raise UnsupportedModel(f"head_dim must be even for rotary embedding, got {self.head_dim}")
@@ -112,7 +113,8 @@ class ModelConfig:
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UnsupportedModel(
-                f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"config.json: model_type {model_type!r} is not supported; "
+                f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
         for name in ("attention_bias", "mlp_bias"):
             if config.get(name):
@@ -121,11 +123,13 @@ class ModelConfig:
             raise UnsupportedModel(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
         if config.get("quantization_config"):
             raise UnsupportedModel(
-                "config.json: quantization_config is not supported; give the unquantized checkpoint (bf16, fp16 or fp32)"
+                "config.json: quantization_config is not supported; "
+                "give the unquantized checkpoint (bf16, fp16 or fp32)"
             )
         if config.get("sliding_window"):
             raise UnsupportedModel(
-                f"config.json: sliding_window={config['sliding_window']} is not supported; attention here is full causal"
+                f"config.json: sliding_window={config['sliding_window']} is not supported; "
+                "attention here is full causal"
             )
         try:
             num_heads = config["num_attention_heads"]

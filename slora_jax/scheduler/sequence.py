@@ -19,7 +19,7 @@ class AdapterHandle(Protocol):
 
     @property
     def status(self) -> str:
-        """"registered", "loading", "ready" or "failed"."""
+        """ "registered", "loading", "ready" or "failed"."""
         ...
 
     @property

@@ -79,9 +79,7 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
         adapter_pages = tuple(range(pages[-1] + 1, pages[-1] + 1 + version.num_pages))
         engine._pool.write_adapter(host.packed, adapter_pages)
         layout = host.header.layout
-        slices["key"] = AdapterSlice(
-            adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales
-        )
+        slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"
     entry = ScheduledSequence(sequence, 0, len(tokens), True, 0)
     batch = build_batch([entry], slices, {}, Buckets((4, 16, 512), (64, 256)), 64)

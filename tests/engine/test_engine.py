@@ -115,7 +115,10 @@ def test_penalties_equal_a_plain_loop_over_the_models_logits(engine, rules):
 
 def test_penalties_do_not_leak_to_neighbours(engine):
     (plain,) = run(engine, engine.submit(greedy(PROMPT, max_tokens=10)))
-    both = [engine.submit(greedy(PROMPT, max_tokens=10)), engine.submit(greedy(PROMPT, max_tokens=10, repetition_penalty=2.0))]
+    both = [
+        engine.submit(greedy(PROMPT, max_tokens=10)),
+        engine.submit(greedy(PROMPT, max_tokens=10, repetition_penalty=2.0)),
+    ]
     neighbour, penalized = run(engine, *both)
     assert tokens_of(neighbour) == tokens_of(plain) != tokens_of(penalized)
 
@@ -125,7 +128,9 @@ def test_penalties_do_not_leak_to_neighbours(engine):
 
 def test_max_tokens_and_context_end_with_length(tiny_case):
     engine = tiny_case.engine(max_model_len=64)
-    short, long = run(engine, engine.submit(greedy(PROMPT, max_tokens=3)), engine.submit(greedy(PROMPT, max_tokens=500)))
+    short, long = run(
+        engine, engine.submit(greedy(PROMPT, max_tokens=3)), engine.submit(greedy(PROMPT, max_tokens=500))
+    )
     assert (short.completions[0].finish_reason, len(tokens_of(short))) == ("length", 3)
     assert (long.completions[0].finish_reason, len(tokens_of(long))) == ("length", 64 - len(PROMPT))
 
@@ -203,7 +208,7 @@ def test_bad_requests_are_refused_at_once(engine, request_, error, says):
 
 def test_a_request_larger_than_the_pool_is_refused_with_the_numbers(tiny_case):
     engine = tiny_case.engine(pages=20)
-    with pytest.raises(InvalidRequest, match="needs .* pages .* the pool has 19"):
+    with pytest.raises(InvalidRequest, match=r"needs .* pages .* the pool has 19"):
         engine.submit(greedy([1] * 200, "all7-r1", max_tokens=100))
 
 

@@ -55,7 +55,7 @@ class Loop:
             sequence = entry.sequence
             assert sequence.sequence_id not in seen and sequence.state is State.RUNNING
             seen.add(sequence.sequence_id)
-            assert 0 < entry.count and (entry.start + entry.count) <= len(sequence.pages) * PAGE_SIZE
+            assert entry.count > 0 and (entry.start + entry.count) <= len(sequence.pages) * PAGE_SIZE
             self._write(entry)
             if sequence.adapter is not None:
                 adapter_pages = self.scheduler.adapter_pages(sequence)

@@ -1,0 +1,89 @@
+"""Who may import whom, read from the source, and which parts load without JAX, seen in a fresh process."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+# A package may import itself, the leaves, and what is listed.
+LEAVES = {"errors", "config", "request"}
+ALLOWED = {
+    "text": {"errors"},
+    "memory": {"model.config"},
+    "scheduler": {"memory.layout", "memory.pages"},
+    "adapters": {"memory.layout", "model.config"},
+    "model": {"memory.layout", "demo"},
+    "engine": {"scheduler", "adapters", "model", "memory", "text"},
+    "api": {"engine.engine", "engine.generation", "text", "demo", ""},
+    "bench": {"engine", "demo", "model.weights", ""},
+    "demo": set(),
+}
+NO_JAX = (
+    "slora_jax",
+    "slora_jax.config",
+    "slora_jax.request",
+    "slora_jax.memory.layout",
+    "slora_jax.memory.pages",
+    "slora_jax.scheduler.scheduler",
+    "slora_jax.adapters.store",
+    "slora_jax.text.tokenizer",
+    "slora_jax.demo",
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_packages_import_downward_only(package):
+    allowed = ALLOWED[package] | LEAVES | {package}
+    for path in (ROOT / "slora_jax" / package).rglob("*.py"):
+        for name in imports_of(path):
+            if name.split(".")[0] != "slora_jax":
+                continue
+            inner = name.removeprefix("slora_jax").removeprefix(".")
+            assert any(inner == a or (a and inner.startswith(a + ".")) for a in allowed), f"{path} imports {name}"
+
+
+def test_every_package_has_a_rule():
+    packages = {p.parent.name for p in (ROOT / "slora_jax").glob("*/__init__.py")}
+    assert packages == set(ALLOWED)
+
+
+def test_kernels_know_nothing_of_the_engine():
+    for path in (ROOT / "pallas_kernels").rglob("*.py"):
+        assert not any(name.split(".")[0] == "slora_jax" for name in imports_of(path)), path
+
+
+def test_only_the_model_and_the_batch_call_kernels():
+    users = {
+        str(path.relative_to(ROOT / "slora_jax"))
+        for path in (ROOT / "slora_jax").rglob("*.py")
+        if any(name.split(".")[0] == "pallas_kernels" for name in imports_of(path))
+    }
+    assert users == {"model/llama.py", "engine/batch.py"}
+
+
+@pytest.mark.parametrize("module", NO_JAX)
+def test_host_modules_load_without_jax(module):
+    code = f"import sys, {module}; assert 'jax' not in sys.modules, 'jax was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_page_size_is_the_same_everywhere():
+    from pallas_kernels import PAGE_SIZE
+    from slora_jax import config
+
+    assert config.PAGE_SIZE == PAGE_SIZE
