@@ -79,10 +79,9 @@ def paged_attention(q, pool, layer, plan: AttentionPlan, *, num_kv_heads, scale)
     def attend(i, carry):
         out, total, top = carry
         rows = jax.lax.dynamic_slice_in_dim(plan.rows, i * _BLOCK, _BLOCK, axis=1)
-        k, v = (
-            pool[layer, plane, rows].astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim)
-            for plane in (0, 1)
-        )
+        # Without the barrier XLA fuses the gather into the products, and repeats it for every query.
+        k, v = jax.lax.optimization_barrier((pool[layer, 0, rows], pool[layer, 1, rows]))
+        k, v = (x.astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim) for x in (k, v))
         scores = jnp.einsum("ntkgd,nckd->nkgtc", queries, k, precision="highest")
         seen = (i * _BLOCK + jnp.arange(_BLOCK)) <= plan.position[:, :, None]
         # Rows past the context may hold anything, NaN included: mask the values too, not only their weights.

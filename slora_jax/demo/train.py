@@ -17,7 +17,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -321,21 +321,22 @@ def run(config: TrainConfig, stages: Sequence[str], jobs: int) -> dict[str, Any]
         questions += [e.question for e in _limited(data.open_examples("train"), config)]
     base_answers = answer_with_base(config, questions)
 
-    # spawn: a process that has used CUDA must not fork.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {name: pool.submit(run_adapter, name, config, stages, base_answers) for name in config.specs}
-        found = {name: future.result() for name, future in futures.items()}
-
     path = config.out / "report.json"
     before = json.loads(path.read_text(encoding="utf-8"))["adapters"] if path.exists() else {}
-    report = {
+    report: dict[str, Any] = {
         "base_model": MODEL_ID,
         "seed": config.seed,
         "decoding": f"greedy, at most {_MAX_NEW_TOKENS} tokens",
         "base_model_fixed_answers": {q: base_answers[q] for q in fixed if q in base_answers},
-        "adapters": before | {name: before.get(name, {}) | part for name, part in found.items()},
+        "adapters": before,
     }
-    _write_json(path, report)
+    # spawn: a process that has used CUDA must not fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run_adapter, name, config, stages, base_answers): name for name in config.specs}
+        for future in as_completed(futures):
+            name = futures[future]
+            before[name] = before.get(name, {}) | future.result()
+            _write_json(path, report)  # an adapter that is done stays, whatever becomes of the next
     return report
 
 

@@ -1,17 +1,15 @@
 """The oracle's cases as fixtures."""
 
 import pytest
-from engine_cases import Case
-
-CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")
+from engine_cases import CASES, FIXTURES, Case
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request) -> Case:
-    return Case(request.param)
+    return Case(FIXTURES / request.param)
 
 
 @pytest.fixture(scope="module")
 def tiny_case() -> Case:
     """The case with a tokenizer."""
-    return Case("smollm_gqa3")
+    return Case(FIXTURES / "smollm_gqa3")

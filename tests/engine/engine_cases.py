@@ -54,9 +54,8 @@ def greedy(prompt, adapter=None, max_tokens=64, **changes) -> Request:
 class Case:
     """One oracle case: a model, its adapters, and what PyTorch and PEFT answer."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.folder = FIXTURES / name
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.model = self.folder / "model"
         self.adapters = self.folder / "adapters"
         self.requests = json.loads((self.folder / "expected.json").read_text())["requests"]
@@ -95,3 +94,6 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
 def _forced_hidden(params, packed, pool, *, model, shape):
     batch = shape.unpack(packed, jax.numpy.zeros(1, "int32"))
     return model.apply({"params": params}, batch, pool)
+
+
+CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")

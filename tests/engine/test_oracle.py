@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import reference_numpy
-from engine_cases import Case, forced_logits, greedy, make_engine, run
+from engine_cases import FIXTURES, Case, forced_logits, greedy, make_engine, run
 from safetensors.numpy import load_file, save_file
 
 
@@ -36,7 +36,7 @@ def test_a_mixed_batch_gives_the_oracles_64_tokens(case):
 
 
 def test_one_case_mixes_eight_requests_over_five_adapters_and_the_base():
-    requests = Case("llama1_mha").requests
+    requests = Case(FIXTURES / "llama1_mha").requests
     adapters = {r["adapter"] for r in requests}
     assert len(requests) >= 8
     assert None in adapters

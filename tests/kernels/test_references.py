@@ -176,7 +176,7 @@ def test_write_kv(dtype):
 def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype):
     tokens, heads, kv_heads, depth, layers = 24, 4, 2, 64, 2
     width = kv_heads * depth
-    pool = jnp.zeros((layers, 2, 512 * PAGE_SIZE, width), dtype)
+    pool = jnp.zeros((layers, 2, 2048 * PAGE_SIZE, width), dtype)
     adapters = Adapters(ranks=((4,), (2,)), tokens=(8, 16), widths=((256, 256),), row_width=width)
     segments, *_ = adapters.build(0)
 
@@ -204,7 +204,7 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype):
     compiled = jax.jit(step, donate_argnums=0).lower(pool, *arguments).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == pool.nbytes
-    assert memory.temp_size_in_bytes < pool.nbytes / 3
+    assert memory.temp_size_in_bytes < pool.nbytes / 4
     pool, _ = compiled(pool, *arguments)
     assert pool.unsafe_buffer_pointer() == address
 
