@@ -41,20 +41,22 @@ _NUM_SAMPLES = 12
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Shape and learning rate of one adapter; the delta's scale is alpha/r, rsLoRA alpha/sqrt(r)."""
+    """How one adapter is made; the delta's scale is alpha/r, rsLoRA alpha/sqrt(r)."""
 
     rank: int
     alpha: int
     target_modules: tuple[str, ...]
     learning_rate: float
     use_rslora: bool = False
+    steps: int = 220
+    batch_size: int = 64
 
 
 # Every rank that the demo wants to mix in one batch, one adapter on all seven projections, and
 # one with rsLoRA's scale.
 SPECS = {
     "emoji": AdapterSpec(2, 4, _ATTENTION, 2e-3),
-    "haiku": AdapterSpec(4, 8, _ATTENTION + _MLP, 1e-3),
+    "haiku": AdapterSpec(4, 8, _ATTENTION + _MLP, 1e-3, steps=240, batch_size=32),
     "pirate": AdapterSpec(8, 16, _ATTENTION, 1e-3),
     "json": AdapterSpec(16, 8, _ATTENTION, 1e-3, use_rslora=True),
 }
@@ -66,8 +68,6 @@ class TrainConfig:
 
     model_path: Path
     out: Path
-    steps: int
-    batch_size: int
     seed: int
     limit: int
     specs: dict[str, AdapterSpec]
@@ -170,12 +170,12 @@ def train_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) 
     network = get_peft_model(model.base, lora)
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=0.0)
-    warmup = max(1, config.steps // 20)
+    warmup = max(1, spec.steps // 20)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps - warmup)),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, spec.steps - warmup)),
         ],
         [warmup],
     )
@@ -190,10 +190,10 @@ def train_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) 
     losses: list[float] = []
     network.train()
     started = time.monotonic()
-    for _ in tqdm(range(config.steps), desc=f"Training {name}", unit="step", mininterval=5):
-        while len(order) < config.batch_size:
+    for _ in tqdm(range(spec.steps), desc=f"Training {name}", unit="step", mininterval=5):
+        while len(order) < spec.batch_size:
             order += random.sample(range(len(pairs)), len(pairs))
-        chosen, order = order[: config.batch_size], order[config.batch_size :]
+        chosen, order = order[: spec.batch_size], order[spec.batch_size :]
         loss = _answer_loss(network, **model.batch([pairs[i] for i in chosen]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -214,8 +214,8 @@ def train_adapter(name: str, config: TrainConfig, base_answers: dict[str, str]) 
         "use_rslora": spec.use_rslora,
         "target_modules": sorted(spec.target_modules),
         "learning_rate": spec.learning_rate,
-        "steps": config.steps,
-        "batch_size": config.batch_size,
+        "steps": spec.steps,
+        "batch_size": spec.batch_size,
         "num_train_pairs": len(pairs),
         "train_seconds": round(seconds, 1),
         "train_device": f"{_device()}, torch {torch.__version__}",
@@ -352,8 +352,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and evaluate the demo adapters.")
     parser.add_argument("--out", type=Path, required=True, help="folder for NAME/ and report.json")
     parser.add_argument("--adapter", choices=SPECS, action="append", help="default: all of them")
-    parser.add_argument("--steps", type=int, default=220)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, help="instead of the adapter's own")
+    parser.add_argument("--batch-size", type=int, help="instead of the adapter's own")
     parser.add_argument("--stage", choices=("train", "evaluate"), help="default: both")
     parser.add_argument("--learning-rate", type=float, help="instead of the adapter's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -362,14 +362,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the embedded model")
     args = parser.parse_args()
 
-    specs = {name: SPECS[name] for name in args.adapter or SPECS}
-    if args.learning_rate:
-        specs = {n: replace(s, learning_rate=args.learning_rate) for n, s in specs.items()}
+    changes = {key: getattr(args, key) for key in ("steps", "batch_size", "learning_rate") if getattr(args, key)}
+    specs = {name: replace(SPECS[name], **changes) for name in args.adapter or SPECS}
     config = TrainConfig(
         model_path=args.model or demo_model_path(),
         out=args.out,
-        steps=args.steps,
-        batch_size=args.batch_size,
         seed=args.seed,
         limit=args.limit,
         specs=specs,

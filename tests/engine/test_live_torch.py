@@ -62,9 +62,7 @@ def test_the_embedded_model_and_its_adapters(torch_python, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["What is the capital of France?", "Why is the sky blue?"]))
     folder = next(iter(adapters.values())).parent
-    make_oracle(
-        torch_python, "--real", model, "--adapters", folder, "--prompts", prompts, "--out", tmp_path / "real"
-    )
+    make_oracle(torch_python, "--real", model, "--adapters", folder, "--prompts", prompts, "--out", tmp_path / "real")
     requests = json.loads((tmp_path / "real" / "expected.json").read_text())["requests"]
     expected = load_file(tmp_path / "real" / "expected.safetensors")
     assert {r["adapter"] for r in requests} == {None, *adapters}
