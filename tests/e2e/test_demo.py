@@ -67,9 +67,9 @@ def test_a_second_call_does_not_load_again_and_streams():
 
 
 def test_bad_calls_say_what_was_wrong():
-    with pytest.raises(InvalidRequest, match="2 .* 3|3 .* 2"):
+    with pytest.raises(InvalidRequest, match=r"2 .* 3|3 .* 2"):
         ask([QUESTION] * 2, ["pirate", "json", None])
-    with pytest.raises(UnknownAdapter, match="pirat.*pirate"):
+    with pytest.raises(UnknownAdapter, match=r"pirat.*pirate"):
         ask(QUESTION, "pirat")
 
 
