@@ -23,7 +23,7 @@ class AttentionPlan:
     """What every layer of a step needs to know of its sequences, N tiles of at most M query tokens each.
 
     Attributes:
-      rows: ``[N, C]`` int32, pool row of each context position of the tile's sequence.
+      pages: ``[N, P]`` int32, the tile's sequence's pages; P a multiple of the block's.
       token: ``[N, M]`` int32, the tile's query tokens; lanes beyond them hold any valid token.
       in_tile: ``[N, M]`` bool, which lanes are tokens of the tile.
       position: ``[N, M]`` int32, position of each query token, -1 beyond.
@@ -31,7 +31,7 @@ class AttentionPlan:
       target: ``[N * M]`` int32, ``token`` with lanes beyond sent out of bounds.
     """
 
-    rows: jax.Array
+    pages: jax.Array
     token: jax.Array
     in_tile: jax.Array
     position: jax.Array
@@ -44,12 +44,11 @@ def plan(page_table, query_start, context_len, *, num_tokens, tile):
     sequence, token, in_tile = _tiles(query_start, num_tokens, num_sequences, tile)
     position = jnp.where(in_tile, (context_len - query_start[1:])[sequence][:, None] + token, -1)
     padded_width = -(-table_width // _PAGES_PER_BLOCK) * _PAGES_PER_BLOCK
-    table = jnp.pad(page_table, ((0, 0), (0, padded_width - table_width)))[sequence]
-    rows = (table[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)).reshape(table.shape[0], -1)
+    pages = jnp.pad(page_table, ((0, 0), (0, padded_width - table_width)))[sequence]
     has_queries = query_start[1:] > query_start[:-1]
     num_blocks = (jnp.max(jnp.where(has_queries, context_len, 0)) + _BLOCK - 1) // _BLOCK
     target = jnp.where(in_tile, token, num_tokens).reshape(-1)
-    return AttentionPlan(rows, jnp.minimum(token, num_tokens - 1), in_tile, position, num_blocks, target)
+    return AttentionPlan(pages, jnp.minimum(token, num_tokens - 1), in_tile, position, num_blocks, target)
 
 
 def _tiles(query_start, num_tokens, num_sequences, tile):
@@ -78,7 +77,8 @@ def paged_attention(q, pool, layer, plan: AttentionPlan, *, num_kv_heads, scale)
 
     def attend(i, carry):
         out, total, top = carry
-        rows = jax.lax.dynamic_slice_in_dim(plan.rows, i * _BLOCK, _BLOCK, axis=1)
+        pages = jax.lax.dynamic_slice_in_dim(plan.pages, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
+        rows = (pages[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)).reshape(num_tiles, _BLOCK)
         # Without the barrier XLA fuses the gather into the products, and repeats it for every query.
         k, v = jax.lax.optimization_barrier((pool[layer, 0, rows], pool[layer, 1, rows]))
         k, v = (x.astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim) for x in (k, v))

@@ -15,7 +15,7 @@ import psutil
 
 from slora_jax.adapters.peft import resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterStore
-from slora_jax.config import EngineConfig, PoolConfig, read_yaml
+from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.runner import Runner, StepInFlight
@@ -74,14 +74,15 @@ class Engine:
         num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize))
         self._pages = PageAllocator(num_pages)
         limit = config.max_model_len or model_config.max_position_embeddings
-        self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * 16)
+        self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * PAGE_SIZE)
         self._pool = UnifiedPool(layout, num_pages, dtype)
+        self._wake_event = threading.Event()
         self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake)
         self._scheduler = Scheduler(config.scheduler, self._pages)
         self._runner = Runner(
             model_config, params, self._pool, _buckets(config), config.scheduler.max_sequences, self.max_model_len
         )
-        self._in_flight: tuple[StepPlan, StepInFlight | None] | None = None
+        self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
@@ -89,7 +90,6 @@ class Engine:
         self._submitted: deque[list[tuple[Sequence, _Answer]]] = deque()
         self._cancelled: deque[Generation] = deque()
         self._num_unadmitted = 0
-        self._wake_event = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
         self._counts = dict.fromkeys(
