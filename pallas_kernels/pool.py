@@ -34,3 +34,11 @@ def owner(starts: jax.Array, index: jax.Array) -> jax.Array:
     Compares with every start: a few vector operations, where a binary search would be a loop.
     """
     return jnp.searchsorted(starts, index, side="right", method="compare_all").astype(jnp.int32) - 1
+
+
+def take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """``array[index]`` along the first axis, for indices known to be in bounds and not negative.
+
+    Plain indexing would compile a check and a correction of every index, in every layer.
+    """
+    return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE, owner
+from pallas_kernels.pool import PAGE_SIZE, owner, take
 
 
 @partial(struct.dataclass, frozen=True)
@@ -18,19 +18,17 @@ class ModulePlan:
     """One module's part of a ``LoraPlan``; R stacked rank rows.
 
     Attributes:
-      plane_a, row_a: ``[R, chunks of d_in]`` int32: where each chunk of the stacked A lies.
-      plane_b, row_b: ``[R, chunks of d_out]`` int32, the same of B.
+      rows_a: ``[2, R, chunks of d_in]`` int32: plane and pool row of each chunk of the stacked A.
+      rows_b: ``[2, R, chunks of d_out]`` int32, the same of B.
       exists: ``[R]`` bool; the other stacked rows are padding.
       index: ``[R]`` int32, index of each stacked row within its adapter's rank.
       own: ``[T, R]`` bool, whether a stacked row belongs to the token's adapter.
-      column: ``[T, max_rank]`` int32, the token's own stacked rows.
+      column: ``[T, max_rank]`` int32, the token's own stacked rows, counted through a flattened ``[T, R]``.
       scale: ``[T, max_rank]`` float32, 0 past the token's rank.
     """
 
-    plane_a: jax.Array
-    row_a: jax.Array
-    plane_b: jax.Array
-    row_b: jax.Array
+    rows_a: jax.Array
+    rows_b: jax.Array
     exists: jax.Array
     index: jax.Array
     own: jax.Array
@@ -68,41 +66,40 @@ def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):
     index = jnp.clip(stacked - starts[of], 0, segments.max_rank - 1)
     lane = jnp.arange(segments.max_rank, dtype=jnp.int32)
     own_rank = jnp.where(has_segment, ranks[segment], 0)
-    plane_a, row_a = _locate(segments, segments.start_a[:, m], of, index, ranks, -(-d_in // row_width))
-    plane_b, row_b = _locate(segments, segments.start_b[:, m], of, index, ranks, -(-d_out // row_width))
+    token = jnp.arange(segment.shape[0], dtype=jnp.int32)
+    column = jnp.minimum(starts[segment][:, None] + lane, segments.total_rank - 1)
+    locate = partial(_locate, segments, of=of, index=index, ranks=ranks)
     return ModulePlan(
-        plane_a=plane_a,
-        row_a=row_a,
-        plane_b=plane_b,
-        row_b=row_b,
+        rows_a=locate(segments.start_a[:, m], chunks=-(-d_in // row_width)),
+        rows_b=locate(segments.start_b[:, m], chunks=-(-d_out // row_width)),
         exists=exists,
         index=index,
         own=has_segment[:, None] & exists & (of == segment[:, None]),
-        column=jnp.minimum(starts[segment][:, None] + lane, segments.total_rank - 1),
+        column=token[:, None] * segments.total_rank + column,
         scale=jnp.where(lane < own_rank[:, None], segments.scale[segment, m][:, None], 0.0),
     )
 
 
-def _locate(segments, starts, of, index, ranks, chunks):
-    """Plane and pool row ``[R, chunks]`` of every chunk of the stacked rows; of no meaning where none exists."""
+def _locate(segments, starts, *, of, index, ranks, chunks):
+    """Plane and row ``[2, R, chunks]`` of every chunk of the stacked rows; of no meaning where none exists."""
     entry = (starts[of] + index)[:, None] + jnp.arange(chunks, dtype=jnp.int32) * ranks[of][:, None]
     num_pages = segments.page_start[of + 1] - segments.page_start[of]
     rows_per_plane = (PAGE_SIZE * jnp.maximum(num_pages, 1))[:, None]
     plane, row = entry // rows_per_plane, entry % rows_per_plane
     page_index = segments.page_start[of][:, None] + row // PAGE_SIZE
     page = segments.pages[jnp.clip(page_index, 0, segments.pages.shape[0] - 1)]
-    return jnp.clip(plane, 0, 1), page * PAGE_SIZE + row % PAGE_SIZE
+    return jnp.stack([jnp.clip(plane, 0, 1), page * PAGE_SIZE + row % PAGE_SIZE])
 
 
 def lora_shrink(x, pool, layer, plan: LoraPlan, modules):
     outputs = []
     for m in modules:
         of = plan.modules[m]
-        a = _read(pool, layer, of.plane_a, of.row_a, of.exists, x.shape[1])
+        a = _read(pool, layer, of.rows_a, of.exists, x.shape[1])
         products = jax.lax.dot_general(
             x, a, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
         )
-        picked = jnp.take_along_axis(products, of.column, axis=1)
+        picked = take(products.reshape(-1), of.column)
         # Not a product with 0: padding tokens may hold anything.
         outputs.append(jnp.where(of.scale == 0.0, 0.0, picked * of.scale))
     return jnp.stack(outputs, axis=1)
@@ -112,14 +109,16 @@ def lora_expand(partial_sums, ys, pool, layer, plan: LoraPlan, modules):
     outputs = []
     for j, (m, y) in enumerate(zip(modules, ys, strict=True)):
         of = plan.modules[m]
-        b = _read(pool, layer, of.plane_b, of.row_b, of.exists, y.shape[1])
-        spread = jnp.where(of.own, partial_sums[:, j][:, of.index], 0.0)
-        delta = jnp.dot(spread, b.astype(jnp.float32), precision="highest")
+        b = _read(pool, layer, of.rows_b, of.exists, y.shape[1])
+        spread = jnp.where(of.own, take(partial_sums[:, j].T, of.index).T, 0.0)
+        delta = jax.lax.dot(spread, b.astype(jnp.float32), precision="highest")
         outputs.append((y.astype(jnp.float32) + delta).astype(y.dtype))
     return tuple(outputs)
 
 
-def _read(pool, layer, plane, row, exists, width):
+def _read(pool, layer, rows, exists, width):
     """The stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included."""
-    matrix = pool[layer, plane, row].reshape(row.shape[0], -1)[:, :width]
-    return jnp.where(exists[:, None], matrix, 0)
+    num_rows = pool.shape[2]
+    chunks = take(pool.reshape(-1, pool.shape[3]), (2 * layer + rows[0]) * num_rows + rows[1])
+    matrix = chunks.reshape(exists.shape[0], -1)[:, :width]
+    return jax.lax.select(jnp.broadcast_to(exists[:, None], matrix.shape), matrix, jnp.zeros_like(matrix))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE, owner
+from pallas_kernels.pool import PAGE_SIZE, owner, take
 
 QUERY_TILE = 16
 _PAGES_PER_BLOCK = 8
@@ -73,14 +73,17 @@ def paged_attention(q, pool, layer, plan: AttentionPlan, *, num_kv_heads, scale)
     _, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
     num_tiles, tile = plan.token.shape
-    queries = q[plan.token].astype(jnp.float32).reshape(num_tiles, tile, num_kv_heads, group, head_dim) * scale
+    queries = take(q, plan.token).astype(jnp.float32).reshape(num_tiles, tile, num_kv_heads, group, head_dim) * scale
+
+    num_rows = pool.shape[2]
+    flat, first_row = pool.reshape(-1, pool.shape[3]), 2 * layer * num_rows
 
     def attend(i, carry):
         out, total, top = carry
         pages = jax.lax.dynamic_slice_in_dim(plan.pages, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
         rows = (pages[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)).reshape(num_tiles, _BLOCK)
         # Without the barrier XLA fuses the gather into the products, and repeats it for every query.
-        k, v = jax.lax.optimization_barrier((pool[layer, 0, rows], pool[layer, 1, rows]))
+        k, v = jax.lax.optimization_barrier((take(flat, first_row + rows), take(flat, first_row + num_rows + rows)))
         k, v = (x.astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim) for x in (k, v))
         scores = jnp.einsum("ntkgd,nckd->nkgtc", queries, k, precision="highest")
         seen = (i * _BLOCK + jnp.arange(_BLOCK)) <= plan.position[:, :, None]

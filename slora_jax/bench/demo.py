@@ -3,10 +3,8 @@
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -47,7 +45,8 @@ def run_demo(num_requests: int, num_tokens: int, repeats: int, torch_python: str
     finally:
         engine.close()
     result = {
-        "command": shlex.join([Path(sys.executable).name, "-m", "slora_jax.bench", *sys.argv[1:]]),
+        "command": f"python -m slora_jax.bench demo --requests {num_requests} --tokens {num_tokens} "
+        f"--repeats {repeats}" + (" --torch-python PYTHON" if torch_python else ""),
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()},
         "workload": {"requests": num_requests, "tokens_each": num_tokens, "adapters": names, "dtype": "float32"},
         "slora_jax": _summary(ours, num_requests * num_tokens),
