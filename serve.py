@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -333,4 +334,8 @@ def greeting(engine: "Engine", url: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        # A Ctrl-C that comes twice (see api.server) must not interrupt the interpreter's own clean-up.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.lora import reference
-from pallas_kernels.lora.reference import LoraPlan
+from pallas_kernels.backend import Backend
+from pallas_kernels.lora import reference, triton
+from pallas_kernels.lora.reference import ReferenceLoraPlan
+from pallas_kernels.lora.triton import TritonLoraPlan
 from pallas_kernels.pool import check_pool, expect_int32, expect_rank
+
+LoraPlan = ReferenceLoraPlan | TritonLoraPlan
+"""Opaque to callers; its type says which back end runs."""
 
 
 @partial(struct.dataclass, frozen=True)
@@ -49,7 +54,7 @@ class LoraSegments:
 
 
 def plan_lora(
-    segments: LoraSegments, *, num_tokens: int, row_width: int, widths: Sequence[tuple[int, int]]
+    segments: LoraSegments, *, num_tokens: int, row_width: int, widths: Sequence[tuple[int, int]], backend: Backend
 ) -> LoraPlan:
     """Works out once a step what ``lora_shrink`` and ``lora_expand`` need in every layer.
 
@@ -58,6 +63,7 @@ def plan_lora(
       num_tokens: T, the step's tokens with padding; static.
       row_width: W, the pool's row width; static.
       widths: ``(d_in, d_out)`` of each of the M modules; static.
+      backend: which implementation ``lora_shrink`` and ``lora_expand`` are to run; static.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
@@ -71,7 +77,8 @@ def plan_lora(
         raise ValueError(f"segments.scale must be [{num_segments}, {num_modules}], got {segments.scale.shape}")
     if len(widths) != num_modules:
         raise ValueError(f"widths must name {num_modules} modules, got {len(widths)}")
-    return reference.plan(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
+    planner = triton.plan if backend == "triton" else reference.plan
+    return planner(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
 
 
 def lora_shrink(x: jax.Array, pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
@@ -97,7 +104,7 @@ def lora_shrink(x: jax.Array, pool: jax.Array, layer: int, plan: LoraPlan, modul
     """
     expect_rank("x", x, 2)
     _check(pool, layer, plan, modules)
-    return reference.lora_shrink(x, pool, layer, plan, tuple(modules))
+    return _backend(plan).lora_shrink(x, pool, layer, plan, tuple(modules))
 
 
 def lora_expand(
@@ -130,7 +137,29 @@ def lora_expand(
         raise ValueError(f"partial_sums must be float32 {expected}, got {partial_sums.dtype} {partial_sums.shape}")
     if len(ys) != len(modules) or any(y.ndim != 2 or y.shape[0] != expected[0] for y in ys):
         raise ValueError(f"ys must be {len(modules)} arrays [{expected[0]}, d_out], got {[y.shape for y in ys]}")
-    return reference.lora_expand(partial_sums, tuple(ys), pool, layer, plan, tuple(modules))
+    return _backend(plan).lora_expand(partial_sums, tuple(ys), pool, layer, plan, tuple(modules))
+
+
+def lora_update(
+    x: jax.Array,
+    ys: Sequence[jax.Array],
+    pool: jax.Array,
+    layer: int,
+    plan: LoraPlan,
+    modules: Sequence[int],
+) -> tuple[jax.Array, ...]:
+    """``lora_expand(lora_shrink(x, ...), ys, ...)``, for a caller with nothing to do in between.
+
+    A back end may do both in one launch. Arguments and errors as in those two.
+    """
+    _check(pool, layer, plan, modules)
+    if isinstance(plan, TritonLoraPlan):
+        return triton.lora_update(x, tuple(ys), pool, layer, plan, tuple(modules))
+    return lora_expand(lora_shrink(x, pool, layer, plan, modules), ys, pool, layer, plan, modules)
+
+
+def _backend(plan: LoraPlan):
+    return triton if isinstance(plan, TritonLoraPlan) else reference
 
 
 def _check(pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from pallas_kernels.pool import PAGE_SIZE, owner, take
 
 @partial(struct.dataclass, frozen=True)
 class ModulePlan:
-    """One module's part of a ``LoraPlan``; R stacked rank rows.
+    """One module's part of a ``ReferenceLoraPlan``; R stacked rank rows.
 
     Attributes:
       rows_a: ``[2, R, chunks of d_in]`` int32: plane and pool row of each chunk of the stacked A.
@@ -37,7 +37,7 @@ class ModulePlan:
 
 
 @partial(struct.dataclass, frozen=True)
-class LoraPlan:
+class ReferenceLoraPlan:
     """What every layer of a step needs to know of its adapters."""
 
     modules: tuple[ModulePlan, ...]
@@ -53,7 +53,7 @@ def plan(segments, *, num_tokens, row_width, widths):
         _plan_module(segments, m, segment, has_segment, row_width, *width) for m, width in enumerate(widths)
     )
     # The layers' gathers read these index arrays; without the barrier XLA recomputes them inside every gather.
-    return LoraPlan(jax.lax.optimization_barrier(modules), max_rank=segments.max_rank)
+    return ReferenceLoraPlan(jax.lax.optimization_barrier(modules), max_rank=segments.max_rank)
 
 
 def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):
@@ -91,7 +91,7 @@ def _locate(segments, starts, *, of, index, ranks, chunks):
     return jnp.stack([jnp.clip(plane, 0, 1), page * PAGE_SIZE + row % PAGE_SIZE])
 
 
-def lora_shrink(x, pool, layer, plan: LoraPlan, modules):
+def lora_shrink(x, pool, layer, plan: ReferenceLoraPlan, modules):
     outputs = []
     for m in modules:
         of = plan.modules[m]
@@ -105,7 +105,7 @@ def lora_shrink(x, pool, layer, plan: LoraPlan, modules):
     return jnp.stack(outputs, axis=1)
 
 
-def lora_expand(partial_sums, ys, pool, layer, plan: LoraPlan, modules):
+def lora_expand(partial_sums, ys, pool, layer, plan: ReferenceLoraPlan, modules):
     outputs = []
     for j, (m, y) in enumerate(zip(modules, ys, strict=True)):
         of = plan.modules[m]

@@ -2,9 +2,14 @@
 
 import jax
 
-from pallas_kernels.paged_attention import reference
-from pallas_kernels.paged_attention.reference import AttentionPlan
+from pallas_kernels.backend import Backend
+from pallas_kernels.paged_attention import reference, triton
+from pallas_kernels.paged_attention.reference import ReferenceAttentionPlan
+from pallas_kernels.paged_attention.triton import TritonAttentionPlan
 from pallas_kernels.pool import check_pool, expect_int32, expect_rank
+
+AttentionPlan = ReferenceAttentionPlan | TritonAttentionPlan
+"""Opaque to callers; its type says which back end runs."""
 
 
 def plan_attention(
@@ -13,6 +18,7 @@ def plan_attention(
     context_len: jax.Array,
     *,
     num_tokens: int,
+    backend: Backend,
     max_query_len: int | None = None,
 ) -> AttentionPlan:
     """Works out once a step what ``paged_attention`` needs in every layer.
@@ -22,6 +28,7 @@ def plan_attention(
       query_start: ``[S + 1]`` int32, non-decreasing from 0: first query token of each sequence.
       context_len: ``[S]`` int32, tokens of each sequence including its query tokens; at most ``P * PAGE_SIZE``.
       num_tokens: T, the step's tokens with padding; static.
+      backend: which implementation ``paged_attention`` is to run; static.
       max_query_len: static upper bound of query tokens a sequence, if known; 1 makes a decode-only step cheaper.
 
     Raises:
@@ -31,8 +38,8 @@ def plan_attention(
     expect_int32("page_table", page_table, (num_sequences, table_width))
     expect_int32("query_start", query_start, (num_sequences + 1,))
     expect_int32("context_len", context_len, (num_sequences,))
-    tile = 1 if max_query_len == 1 else reference.QUERY_TILE
-    return reference.plan(page_table, query_start, context_len, num_tokens=num_tokens, tile=tile)
+    planner = triton.plan if backend == "triton" else reference.plan
+    return planner(page_table, query_start, context_len, num_tokens=num_tokens, max_query_len=max_query_len)
 
 
 def paged_attention(
@@ -67,15 +74,19 @@ def paged_attention(
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
+      NotImplementedError: the plan's back end cannot do this shape; the message names one that can.
     """
     _, num_heads, head_dim = expect_rank("q", q, 3)
     check_pool(pool, layer, num_kv_heads * head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(f"q has {num_heads} heads, which is not a multiple of num_kv_heads={num_kv_heads}")
-    return reference.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
+    backend = triton if isinstance(plan, TritonAttentionPlan) else reference
+    return backend.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
-def write_kv(pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def write_kv(
+    pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.Array, *, backend: Backend
+) -> jax.Array:
     """Writes the K and V of new tokens into the pool; in place where the caller has donated it.
 
     Semantics: ``pool[layer, 0, rows[t]] = k[t]`` and ``pool[layer, 1, rows[t]] = v[t]``, cast to the pool's dtype.
@@ -86,6 +97,7 @@ def write_kv(pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.
       layer: static.
       rows: ``[T]`` int32, distinct outside the trash page.
       k, v: ``[T, W]``.
+      backend: static.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
@@ -95,4 +107,4 @@ def write_kv(pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {k.shape}, got {v.shape}")
     expect_int32("rows", rows, (num_tokens,))
-    return reference.write_kv(pool, layer, rows, k, v)
+    return (triton if backend == "triton" else reference).write_kv(pool, layer, rows, k, v)

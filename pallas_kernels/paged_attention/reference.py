@@ -19,7 +19,7 @@ _BLOCK = _PAGES_PER_BLOCK * PAGE_SIZE
 
 
 @partial(struct.dataclass, frozen=True)
-class AttentionPlan:
+class ReferenceAttentionPlan:
     """What every layer of a step needs to know of its sequences, N tiles of at most M query tokens each.
 
     Attributes:
@@ -39,7 +39,8 @@ class AttentionPlan:
     target: jax.Array
 
 
-def plan(page_table, query_start, context_len, *, num_tokens, tile):
+def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None):
+    tile = 1 if max_query_len == 1 else QUERY_TILE
     num_sequences, table_width = page_table.shape
     sequence, token, in_tile = _tiles(query_start, num_tokens, num_sequences, tile)
     position = jnp.where(in_tile, (context_len - query_start[1:])[sequence][:, None] + token, -1)
@@ -48,7 +49,7 @@ def plan(page_table, query_start, context_len, *, num_tokens, tile):
     has_queries = query_start[1:] > query_start[:-1]
     num_blocks = (jnp.max(jnp.where(has_queries, context_len, 0)) + _BLOCK - 1) // _BLOCK
     target = jnp.where(in_tile, token, num_tokens).reshape(-1)
-    return AttentionPlan(pages, jnp.minimum(token, num_tokens - 1), in_tile, position, num_blocks, target)
+    return ReferenceAttentionPlan(pages, jnp.minimum(token, num_tokens - 1), in_tile, position, num_blocks, target)
 
 
 def _tiles(query_start, num_tokens, num_sequences, tile):
@@ -69,7 +70,7 @@ def _tiles(query_start, num_tokens, num_sequences, tile):
     return sequence, token, exists[:, None] & (token < query_start[sequence + 1][:, None])
 
 
-def paged_attention(q, pool, layer, plan: AttentionPlan, *, num_kv_heads, scale):
+def paged_attention(q, pool, layer, plan: ReferenceAttentionPlan, *, num_kv_heads, scale):
     _, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
     num_tiles, tile = plan.token.shape

@@ -202,6 +202,10 @@ def run_server(
         server.run()
 
 
+_SAME_SIGNAL_SECONDS = 1.0
+"""One Ctrl-C can arrive twice: from the terminal, and from a launcher such as uv that passes it on."""
+
+
 @contextlib.contextmanager
 def _stopped_by_signals(server: Server) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
@@ -209,9 +213,15 @@ def _stopped_by_signals(server: Server) -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    first: float | None = None
+
     def handle(number, frame):
-        signal.signal(number, signal.default_int_handler)  # the next one interrupts
-        server.stop()
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            server.stop()
+        elif time.monotonic() - first > _SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
 
     for number in before:
         signal.signal(number, handle)

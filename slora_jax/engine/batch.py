@@ -19,6 +19,10 @@ from slora_jax.memory.pages import TRASH_PAGE
 from slora_jax.model.llama import TokenBatch
 from slora_jax.scheduler.sequence import ScheduledSequence
 
+_ALIGNMENT = 32
+"""Fields of the packed buffer begin at multiples of this many int32: kernels get slices of it as they lie, and expect
+them aligned to 16 bytes at least."""
+
 MAX_RANK = 256
 """Largest adapter rank served."""
 
@@ -116,7 +120,8 @@ class BatchShape:
         parts = []
         for name, (shape, dtype) in self._fields.items():
             assert arrays[name].shape == shape and arrays[name].dtype == dtype, name
-            parts.append(arrays[name].reshape(-1).view(np.int32))
+            part = arrays[name].reshape(-1).view(np.int32)
+            parts += [part, np.zeros(-part.size % _ALIGNMENT, np.int32)]
         return np.concatenate(parts)
 
     def unpack(self, packed: jax.Array, previous_tokens: jax.Array) -> TokenBatch:
@@ -129,7 +134,7 @@ class BatchShape:
             size = int(np.prod(shape))
             piece = packed[offset : offset + size].reshape(shape)
             arrays[name] = jax.lax.bitcast_convert_type(piece, dtype) if dtype != np.int32 else piece
-            offset += size
+            offset += size + -size % _ALIGNMENT
         token_ids = arrays.pop("token_ids")
         token_ids = jnp.where(token_ids < 0, previous_tokens[jnp.maximum(-1 - token_ids, 0)], token_ids)
         page_table, query_start, context_len = (arrays.pop(n) for n in ("page_table", "query_start", "context_len"))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import choose_backend
 from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
@@ -63,7 +64,7 @@ class Runner:
         self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_sequences: int, max_len: int
     ):
         dtype = pool.array.dtype
-        self.model = Llama(config, dtype)
+        self.model = Llama(config, dtype, choose_backend(jax.default_backend()))
         self.params = params
         self._pool = pool
         self._buckets = buckets

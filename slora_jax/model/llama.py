@@ -18,10 +18,10 @@ from flax import struct
 
 from pallas_kernels import (
     AttentionPlan,
+    Backend,
     LoraPlan,
     LoraSegments,
-    lora_expand,
-    lora_shrink,
+    lora_update,
     paged_attention,
     plan_attention,
     plan_lora,
@@ -68,10 +68,14 @@ class StepTables(NamedTuple):
 
 
 class Llama(nn.Module):
-    """The decoder. Parameters are in ``dtype``; norms, rope and softmax compute in float32."""
+    """The decoder. Parameters are in ``dtype``; norms, rope and softmax compute in float32.
+
+    ``backend`` says which kernels it calls.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
+    backend: Backend = "reference"
 
     def setup(self):
         config = self.config
@@ -82,7 +86,7 @@ class Llama(nn.Module):
             param_dtype=self.dtype,
             embedding_init=nn.initializers.normal(1.0),
         )
-        self.layers = [Block(config, self.dtype, i) for i in range(config.num_layers)]
+        self.layers = [Block(config, self.dtype, i, self.backend) for i in range(config.num_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Projection((config.vocab_size,), self.dtype)
@@ -108,12 +112,15 @@ class Llama(nn.Module):
         lora = None
         if batch.lora is not None:
             widths = [(s.d_in, s.d_out) for s in module_shapes(self.config).values()]
-            lora = plan_lora(batch.lora, num_tokens=num_tokens, row_width=row_width, widths=widths)
+            lora = plan_lora(
+                batch.lora, num_tokens=num_tokens, row_width=row_width, widths=widths, backend=self.backend
+            )
         attention = plan_attention(
             batch.page_table,
             batch.query_start,
             batch.context_len,
             num_tokens=num_tokens,
+            backend=self.backend,
             max_query_len=1 if batch.decode_only else None,
         )
         return StepTables(batch.rows, rotary_angles(batch.positions, self.config), attention, lora)
@@ -136,6 +143,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     layer: int
+    backend: Backend
 
     def setup(self):
         config = self.config
@@ -166,7 +174,7 @@ class Block(nn.Module):
         q, k, v, pool = jax.lax.optimization_barrier((q, k, v, pool))
         q = apply_rotary(q.reshape(tokens, config.num_heads, config.head_dim), step.rope)
         k = apply_rotary(k.reshape(tokens, config.num_kv_heads, config.head_dim), step.rope)
-        pool = write_kv(pool, self.layer, step.rows, k.reshape(tokens, config.kv_size), v)
+        pool = write_kv(pool, self.layer, step.rows, k.reshape(tokens, config.kv_size), v, backend=self.backend)
         scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(
             q, pool, self.layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale
@@ -184,8 +192,7 @@ class Block(nn.Module):
     def _add_lora(self, x, ys, step: StepTables, pool, modules):
         if step.lora is None:
             return ys
-        partial_sums = lora_shrink(x, pool, self.layer, step.lora, modules)
-        return lora_expand(partial_sums, ys, pool, self.layer, step.lora, modules)
+        return lora_update(x, ys, pool, self.layer, step.lora, modules)
 
 
 class Projection(nn.Module):

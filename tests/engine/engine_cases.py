@@ -23,6 +23,7 @@ def make_engine(folder: Path, adapters: Path | None = None, pages: int = 400, **
         "model": str(folder),
         "adapter_dirs": [str(adapters)] if adapters else [],
         "checkpoint_cache": None,
+        "dtype": "float32",
         "compilation_cache": None,
         "pool": {"pages": pages},
         "scheduler": scheduler,

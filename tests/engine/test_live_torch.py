@@ -66,7 +66,7 @@ def test_the_embedded_model_and_its_adapters(torch_python, tmp_path):
     requests = json.loads((tmp_path / "real" / "expected.json").read_text())["requests"]
     expected = load_file(tmp_path / "real" / "expected.safetensors")
     assert {r["adapter"] for r in requests} == {None, *adapters}
-    engine = make_engine(model, folder, scheduler={"max_batch_tokens": 64}, dtype="float32")
+    engine = make_engine(model, folder, scheduler={"max_batch_tokens": 64})
     generations = [engine.submit(greedy(r["prompt"], r["adapter"])) for r in requests]
     compared = 0
     for request, result in zip(requests, run(engine, *generations), strict=True):

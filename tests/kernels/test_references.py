@@ -22,6 +22,7 @@ from pallas_kernels import (
 )
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BACKENDS = ("reference", pytest.param("triton", marks=pytest.mark.gpu))
 TOLERANCE = {np.dtype(np.float32): 2e-6, np.dtype(np.float16): 1e-3, BFLOAT16: 8e-3}
 
 
@@ -85,8 +86,9 @@ ATTENTION = {
 }
 
 
-def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, max_query_len=None):
-    plan = plan_attention(page_table, query_start, context_len, num_tokens=q.shape[0], max_query_len=max_query_len)
+def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, backend, max_query_len=None):
+    sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len}
+    plan = plan_attention(page_table, query_start, context_len, backend=backend, **sizes)
     return paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
@@ -94,13 +96,14 @@ def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 jitted_attend = jax.jit(
     attend,
-    static_argnames=("layer", "num_kv_heads", "scale", "max_query_len"),
+    static_argnames=("layer", "num_kv_heads", "scale", "max_query_len", "backend"),
     compiler_options=COMPILER_OPTIONS,
 )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(ATTENTION)))
-def test_paged_attention(seed, name):
+def test_paged_attention(seed, name, backend):
     case = ATTENTION[name]
     q, pool, *ragged = case.build(seed)
     expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3)
@@ -108,17 +111,17 @@ def test_paged_attention(seed, name):
 
     longest = max(n for n, _ in case.sequences)
     for max_query_len in (None, 1) if longest <= 1 and case.dtype == np.float32 else (longest,):
-        out = jitted_attend(
-            q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3, max_query_len=max_query_len
-        )
+        options = {"num_kv_heads": case.kv_heads, "scale": 0.3, "max_query_len": max_query_len, "backend": backend}
+        out = jitted_attend(q, pool, case.layer, *ragged, **options)
         assert out.dtype == q.dtype
         assert_close(out, expected)
         assert not np.asarray(out[ragged[1][-1] :]).any(), "padding tokens give exactly 0"
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_do_not_overflow(backend):
     q, pool, *ragged = ATTENTION["one token"].build(0)
-    out = jitted_attend(q * 1e4, pool, 1, *ragged, num_kv_heads=1, scale=0.3)
+    out = jitted_attend(q * 1e4, pool, 1, *ragged, num_kv_heads=1, scale=0.3, backend=backend)
     assert_close(out, oracles.attention(q * 1e4, pool, 1, *ragged, num_kv_heads=1, scale=0.3))
 
 
@@ -149,14 +152,15 @@ def test_paged_attention_refuses(change, message):
     layer = change.get("layer", 0)
     arrays = arguments | {name: array for name, array in change.items() if name != "layer"}
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(attend, layer=layer, num_kv_heads=2, scale=1.0), **arrays)
+        jax.eval_shape(partial(attend, layer=layer, num_kv_heads=2, scale=1.0, backend="reference"), **arrays)
 
 
 # The KV write.
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_write_kv(dtype):
+def test_write_kv(dtype, backend):
     rng = np.random.default_rng(1)
     pool = rng.normal(size=(3, 2, 5 * PAGE_SIZE, 24)).astype(dtype)
     pool[0] = np.nan
@@ -165,15 +169,18 @@ def test_write_kv(dtype):
     k, v = rng.normal(size=(2, 20, 24)).astype(np.float32)
     expected = oracles.written(pool, 1, rows, k, v)
 
-    actual = np.asarray(jax.jit(write_kv, static_argnums=1)(pool, 1, rows, k, v))
+    actual = np.asarray(
+        jax.jit(write_kv, static_argnums=1, static_argnames="backend")(pool, 1, rows, k, v, backend=backend)
+    )
 
     own = np.arange(pool.shape[2]) != 5
     np.testing.assert_array_equal(actual[1][:, own], expected[1][:, own])
     assert actual[[0, 2]].tobytes() == pool[[0, 2]].tobytes()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype):
+def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
     tokens, heads, kv_heads, depth, layers = 24, 4, 2, 64, 2
     width = kv_heads * depth
     pool = jnp.zeros((layers, 2, 2048 * PAGE_SIZE, width), dtype)
@@ -181,10 +188,10 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype):
     segments, *_ = adapters.build(0)
 
     def step(pool, x, rows, table, query_start, context_len, segments):
-        attention = plan_attention(table, query_start, context_len, num_tokens=tokens, max_query_len=1)
-        lora = plan_lora(segments, num_tokens=tokens, row_width=width, widths=adapters.widths)
+        attention = plan_attention(table, query_start, context_len, num_tokens=tokens, max_query_len=1, backend=backend)
+        lora = plan_lora(segments, num_tokens=tokens, row_width=width, widths=adapters.widths, backend=backend)
         for layer in range(layers):
-            pool = write_kv(pool, layer, rows, x[:, :width], x[:, width:])
+            pool = write_kv(pool, layer, rows, x[:, :width], x[:, width:], backend=backend)
             (q,) = lora_expand(lora_shrink(x, pool, layer, lora, (0,)), (x,), pool, layer, lora, (0,))
             q = q.reshape(tokens, heads, depth)
             out = paged_attention(q, pool, layer, attention, num_kv_heads=kv_heads, scale=0.1)
@@ -229,7 +236,7 @@ def test_write_kv_refuses(change, message):
         "v": jnp.zeros((4, 16)),
     }
     with pytest.raises(ValueError, match=message):
-        write_kv(**arguments | change)
+        write_kv(**arguments | change, backend="reference")
 
 
 # Gathered LoRA.
@@ -344,7 +351,7 @@ LORA = {
 
 def update(x, partial_sums, ys, pool, layer, segments, modules, widths):
     """Shrinks ``x``; expands ``partial_sums`` or, where None, what the shrink gave."""
-    plan = plan_lora(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths)
+    plan = plan_lora(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths, backend="reference")
     shrunk = lora_shrink(x, pool, layer, plan, modules)
     return shrunk, lora_expand(shrunk if partial_sums is None else partial_sums, ys, pool, layer, plan, modules)
 
@@ -417,15 +424,17 @@ def test_plan_lora_refuses(change, message):
     case = LORA["tokens on both sides"]
     segments = dataclasses.replace(case.build(0)[0], **change)
     with pytest.raises(ValueError, match=message):
-        plan_lora(segments, num_tokens=14, row_width=case.row_width, widths=case.widths)
+        plan_lora(segments, num_tokens=14, row_width=case.row_width, widths=case.widths, backend="reference")
 
 
 def test_lora_refuses():
     case = LORA["tokens on both sides"]
     segments, pool, _ = case.build(0)
     with pytest.raises(ValueError, match="widths must name 2 modules, got 1"):
-        plan_lora(segments, num_tokens=14, row_width=case.row_width, widths=case.widths[:1])
-    plan = jax.jit(partial(plan_lora, num_tokens=14, row_width=case.row_width, widths=case.widths))(segments)
+        plan_lora(segments, num_tokens=14, row_width=case.row_width, widths=case.widths[:1], backend="reference")
+    plan = jax.jit(
+        partial(plan_lora, num_tokens=14, row_width=case.row_width, widths=case.widths, backend="reference")
+    )(segments)
     x, partial_sums, y = jnp.zeros((14, 48)), jnp.zeros((14, 1, 6)), jnp.zeros((14, 50))
     with pytest.raises(ValueError, match="x must have 2 axes"):
         lora_shrink(x[0], pool, 1, plan, (0,))

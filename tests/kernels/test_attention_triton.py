@@ -1,0 +1,157 @@
+"""The Triton attention kernels without a GPU: interpreted, and compiled for every supported generation."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from test_references import ATTENTION, BFLOAT16, Attention, assert_close
+from triton_on_cpu import compiled, interpreted
+
+from pallas_kernels.paged_attention import triton as attention
+from pallas_kernels.pool import PAGE_SIZE
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HALF = np.dtype(np.float16)
+
+INTERPRETED = {
+    **ATTENTION,
+    "several tiles, several chunks": Attention(
+        ((1, 700), (150, 400), (1, 513), (130, 130), (2, 2)), 4, 2, 64, HALF, padding=140
+    ),
+    "chunks, grouped": Attention(((1, 700), (1, 3), (1, 513), (0, 4)), 4, 2, 80),
+    "chunks, multi-head": Attention(((1, 700), (1, 3), (1, 513)), 2, 2, 96),
+}
+
+
+@pytest.mark.skipif(INTERPRET, reason="is the outer process")
+def test_interpreted():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "by_interpreter", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert f"{len(INTERPRETED) + 1} passed" in result.stdout
+
+
+@pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(INTERPRETED)))
+def test_attention_by_interpreter(seed, name):
+    case = INTERPRETED[name]
+    if case.dtype == BFLOAT16 and case.query_dtype is None:
+        case = dataclasses.replace(case, dtype=HALF)
+    q, pool, *ragged = case.build(seed)
+    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3)
+    longest = max(n for n, _ in case.sequences)
+    for max_query_len in (None, 1) if longest <= 1 else (None,):
+        with interpreted(attention):
+            plan = attention.plan(*map(jnp.asarray, ragged), num_tokens=q.shape[0], max_query_len=max_query_len)
+            out = attention.paged_attention(
+                jnp.asarray(q), jnp.asarray(pool), case.layer, plan, num_kv_heads=case.kv_heads, scale=0.3
+            )
+        assert_close(out, expected)
+        assert not np.asarray(out[ragged[1][-1] :]).any(), "padding tokens give exactly 0"
+
+
+@pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")
+def test_write_by_interpreter():
+    rng = np.random.default_rng(0)
+    pool = rng.normal(size=(3, 2, 64, 48)).astype(np.float32)
+    k, v = rng.normal(size=(2, 5, 48)).astype(np.float16)
+    rows = np.array([3, 63, 17, 0, 2], np.int32)
+    with interpreted(attention):
+        out = attention.write_kv(jnp.asarray(pool), 2, jnp.asarray(rows), jnp.asarray(k), jnp.asarray(v))
+    np.testing.assert_array_equal(out, oracles.written(pool, 2, rows, k, v))
+
+
+@pytest.mark.parametrize("max_query_len", [None, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 2 if max_query_len else 4, 12)
+    lengths = (counts + rng.integers(0, 40000 if seed % 2 else 900, 12)).astype(np.int32)
+    query_start = np.cumsum([0, *counts]).astype(np.int32)
+    num_tokens = int(query_start[-1]) + 2
+    plan = attention.plan(
+        jnp.zeros((12, 3), jnp.int32),
+        jnp.asarray(query_start),
+        jnp.asarray(lengths),
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+    )
+    decoding = {int(query_start[s]): s for s in range(12) if counts[s] == 1}
+    for decode in plan.decode:
+        keys = {token: [] for token in decoding}
+        items, rows = np.asarray(decode.items), np.asarray(decode.rows)
+        for token, sequence, begin, end, is_part, *_ in items:
+            if begin < end:
+                assert decoding[token] == sequence and is_part == (end - begin < lengths[sequence])
+                keys[token].append((begin, end))
+        for token, first, count, _ in rows:
+            if token in decoding:
+                mine = keys[token]
+                assert len(mine) == count and [b for b, _ in mine] == [0] + [e for _, e in mine[:-1]]
+                assert mine[-1][1] == lengths[decoding[token]]
+                assert (items[first : first + count, 0] == token).all()
+            else:
+                assert count == 0
+        written = {t for t in rows[:, 0] if t >= 0}
+        for token, count, *_ in () if plan.tiles is None else np.asarray(plan.tiles):
+            assert not written & set(range(token, token + count))
+            written |= set(range(token, token + count))
+        assert written == set(range(num_tokens))
+
+
+COMPILED = {  # tokens, query heads, KV heads, head size, dtype of q, dtype of the pool
+    "7B": (300, 32, 32, 128, jnp.bfloat16, jnp.bfloat16),
+    "8B": (300, 32, 8, 128, jnp.bfloat16, jnp.bfloat16),
+    "16 heads a KV head of 80": (300, 16, 1, 80, jnp.float16, jnp.float16),
+    "f32 queries": (300, 9, 3, 64, jnp.float32, jnp.bfloat16),
+}
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_attention_compiles(name, capability, monkeypatch):
+    num_tokens, num_heads, num_kv_heads, head_dim, dtype, pool_dtype = COMPILED[name]
+    kind = {80: "NVIDIA A100-SXM4-40GB", 86: "NVIDIA A10G", 90: "NVIDIA H200"}[capability]
+    monkeypatch.setattr(attention, "device_kind", lambda: kind)
+
+    def step(q, k, pool, rows, page_table, query_start, context_len):
+        plan = attention.plan(page_table, query_start, context_len, num_tokens=num_tokens)
+        pool = attention.write_kv(pool, 1, rows, k, k)
+        return pool, attention.paged_attention(q, pool, 1, plan, num_kv_heads=num_kv_heads, scale=0.1)
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    width = num_kv_heads * head_dim
+    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((num_tokens, width), dtype)
+    pool = jax.ShapeDtypeStruct((2, 2, 64 * PAGE_SIZE, width), pool_dtype)
+    with compiled(attention, capability) as kernels:
+        outs = jax.eval_shape(step, q, k, pool, integers(num_tokens), integers(8, 5), integers(9), integers(8))
+
+    assert outs == (pool, q)
+    assert [name for name, _ in kernels] == ["_write_kernel", "_tile_kernel", "_decode_kernel", "_combine_kernel"]
+    shared_memory = {80: 163, 86: 99, 90: 227}[capability] * 1024
+    assert all(code.metadata.shared <= shared_memory for _, code in kernels)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head_dim": 256}, {"group": 80}, {"dtype": jnp.float8_e4m3fn}, {"pool_dtype": jnp.int8}, {"scale": -1.0}],
+)
+def test_what_only_the_reference_does(change):
+    sizes = {"head_dim": 64, "group": 2, "dtype": jnp.float32, "pool_dtype": jnp.float32, "scale": 1.0} | change
+    q = jnp.zeros((2, sizes["group"], sizes["head_dim"]), sizes["dtype"])
+    pool = jnp.zeros((1, 2, 16, sizes["head_dim"]), sizes["pool_dtype"])
+    plan = attention.plan(jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2)
+    with pytest.raises(NotImplementedError, match="use the reference"):
+        attention.paged_attention(q, pool, 0, plan, num_kv_heads=1, scale=sizes["scale"])

@@ -1,0 +1,176 @@
+"""The Triton attention kernels on a GPU against float64 loops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from test_references import BFLOAT16, Attention, assert_close
+
+from pallas_kernels.paged_attention import triton as attention
+from pallas_kernels.pool import PAGE_SIZE
+
+pytestmark = pytest.mark.gpu
+
+HALF, SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+MIXTURE = ((1, 700), (150, 400), (1, 513), (0, 7), (130, 130), (1, 1), (16, 300))
+DECODE = ((1, 1500), (1, 3), (0, 9), (1, 16), (1, 257))
+CASES = {
+    "64, 1 head, bf16": Attention(MIXTURE, 2, 2, 64, BFLOAT16),
+    "64, 16 heads, f16": Attention(MIXTURE, 16, 1, 64, HALF),
+    "80, 3 heads, f32": Attention(MIXTURE, 6, 2, 80, SINGLE),
+    "80, 5 heads, bf16": Attention(MIXTURE, 5, 1, 80, BFLOAT16),
+    "96, 1 head, f16": Attention(MIXTURE, 2, 2, 96, HALF),
+    "96, 2 heads, bf16": Attention(MIXTURE, 2, 1, 96, BFLOAT16),
+    "128, 4 heads, bf16": Attention(MIXTURE, 8, 2, 128, BFLOAT16, padding=200),
+    "128, 1 head, f32": Attention(MIXTURE, 1, 1, 128, SINGLE),
+    "128, f32 queries": Attention(MIXTURE, 2, 1, 128, BFLOAT16, SINGLE),
+    "decode, 128, 1 head, bf16": Attention(DECODE, 32, 32, 128, BFLOAT16),
+    "decode, 128, 4 heads, f16": Attention(DECODE, 8, 2, 128, HALF),
+    "decode, 80, 16 heads, f32": Attention(DECODE, 16, 1, 80, SINGLE),
+    "decode, 96, 7 heads, bf16": Attention(DECODE, 14, 2, 96, BFLOAT16),
+}
+
+
+@partial(jax.jit, static_argnames=("layer", "num_kv_heads", "scale", "max_query_len"))
+def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, max_query_len=None):
+    plan = attention.plan(page_table, query_start, context_len, num_tokens=q.shape[0], max_query_len=max_query_len)
+    return attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
+
+
+def expected_attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale):
+    """As ``oracles.attention``, with a sequence's heads and keys at once."""
+    q, out = np.asarray(q, np.float64), np.zeros(q.shape)
+    for s in range(len(page_table)):
+        count, length = query_start[s + 1] - query_start[s], context_len[s]
+        if not count:
+            continue
+        rows = (page_table[s][: -(-length // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[:length]
+        k, v = pool[layer][:, rows].astype(np.float64).reshape(2, length, num_kv_heads, -1)
+        queries = q[query_start[s] : query_start[s + 1]].reshape(count, num_kv_heads, -1, q.shape[2])
+        scores = scale * np.einsum("tkgd,ckd->tkgc", queries, k)
+        seen = np.arange(length) <= length - count + np.arange(count)[:, None]
+        scores = np.where(seen[:, None, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        mean = np.einsum("tkgc,ckd->tkgd", weights / weights.sum(axis=-1, keepdims=True), v)
+        out[query_start[s] : query_start[s + 1]] = mean.reshape(count, *q.shape[1:])
+    return out
+
+
+def poison():
+    """Leaves NaN in memory that the next outputs are likely to get."""
+    for _ in range(4):
+        jnp.full(1 << 22, jnp.nan).block_until_ready()
+
+
+def check(case, seed, scale=0.2, pool_of=lambda pool, table: (pool, table)):
+    q, pool, *ragged = case.build(seed)
+    expected = expected_attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=scale)
+    assert np.isfinite(expected).all()
+    pool, ragged[0] = pool_of(pool, ragged[0])
+    q, pool = jnp.asarray(q), jnp.asarray(pool)
+    decode = max(n for n, _ in case.sequences) == 1
+    options = {"num_kv_heads": case.kv_heads, "scale": scale, "max_query_len": 1 if decode else None}
+    poison()
+    out = attend(q, pool, case.layer, *ragged, **options)
+    assert out.dtype == q.dtype
+    # Float32 sums of hundreds of products, in another order than the oracle's.
+    tolerance = {SINGLE: 1e-5}.get(np.dtype(q.dtype), 0.0)
+    if tolerance:
+        np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * max(1.0, np.abs(expected).max()))
+    else:
+        assert_close(out, expected)
+    assert not np.asarray(out[ragged[1][-1] :]).any(), "padding tokens give exactly 0"
+    again = attend(q, pool, case.layer, *ragged, **options)
+    assert np.asarray(out).tobytes() == np.asarray(again).tobytes()
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(CASES)))
+def test_attention_on_the_gpu(seed, name):
+    check(CASES[name], seed)
+
+
+def test_the_vectorized_oracle():
+    case = Attention(((1, 20), (5, 17), (0, 3), (3, 3)), 4, 2, 64)
+    q, pool, *ragged = case.build(0)
+    options = {"num_kv_heads": 2, "scale": 0.2}
+    expected = oracles.attention(np.nan_to_num(q), pool, case.layer, *ragged, **options)
+    np.testing.assert_allclose(expected_attention(q, pool, case.layer, *ragged, **options), expected, atol=1e-12)
+
+
+def test_a_context_of_131072():
+    check(Attention(((1, 131072), (1, 40), (20, 131072)), 4, 1, 128, BFLOAT16), 0, scale=0.5)
+
+
+def test_a_pool_of_more_than_2_to_31_elements():
+    shift = 140_000  # pages; in layer 1 the case then lies beyond element 2**31
+    case = Attention(((1, 700), (150, 400), (1, 30)), 8, 8, 64, BFLOAT16)
+
+    def far(pool, table):
+        empty = jnp.full((2, 2, shift * PAGE_SIZE, pool.shape[3]), jnp.nan, pool.dtype)
+        large = jnp.concatenate([empty, jnp.asarray(pool[:2])], axis=2)
+        assert large.size > 2**31 and large[0].size > 2**31
+        return large, table + shift
+
+    check(case, 0, pool_of=far)
+
+
+def test_a_page_table_in_the_middle_of_a_buffer():
+    case = CASES["128, 4 heads, bf16"]
+    q, pool, *ragged = case.build(0)
+    packed = np.concatenate([[0], *(array.reshape(-1) for array in ragged)]).astype(np.int32)
+
+    @jax.jit
+    def unpack_and_attend(packed, q, pool):
+        arrays, offset = [], 1  # 4 bytes past an aligned address
+        for array in ragged:
+            arrays.append(packed[offset : offset + array.size].reshape(array.shape))
+            offset += array.size
+        return attend(q, pool, case.layer, *arrays, num_kv_heads=case.kv_heads, scale=0.2)
+
+    expected = expected_attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.2)
+    assert_close(unpack_and_attend(packed, q, pool), expected)
+
+
+def test_layers_write_and_attend_in_place():
+    case = Attention(((1, 300), (40, 200), (1, 17), (2, 33)), 8, 4, 128, BFLOAT16)
+    q, pool, *ragged = case.build(0)
+    num_tokens, layers = q.shape[0], pool.shape[0]
+    rows = np.concatenate([
+        (table[: -(-length // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[length - count : length]
+        for table, (count, length) in zip(ragged[0], case.sequences, strict=True)
+    ] + [np.zeros(case.padding)]).astype(np.int32)  # fmt: skip
+
+    @partial(jax.jit, donate_argnums=1)
+    def step(q, pool, rows, *ragged):
+        plan = attention.plan(*ragged, num_tokens=num_tokens)
+        outs = []
+        for layer in range(layers):
+            k = q[:, :4].reshape(num_tokens, -1)
+            pool = attention.write_kv(pool, layer, rows, k, -k)
+            q = attention.paged_attention(q, pool, layer, plan, num_kv_heads=4, scale=0.1)
+            outs.append(q)
+        return outs, pool
+
+    pool = np.random.default_rng(1).normal(size=pool.shape).astype(BFLOAT16)
+    q = np.nan_to_num(q.astype(np.float32)).astype(BFLOAT16)
+    device_pool = jnp.asarray(pool)
+    compiled = step.lower(q, device_pool, rows, *ragged).compile()
+    shape = f"bf16[{','.join(map(str, pool.shape))}]"
+    copies = [line for line in compiled.as_text().splitlines() if shape in line and " copy" in line.partition("(")[0]]
+    assert not copies
+    address = device_pool.unsafe_buffer_pointer()
+    outs, device_pool = compiled(q, device_pool, rows, *ragged)
+    assert device_pool.unsafe_buffer_pointer() == address
+
+    real = slice(num_tokens - case.padding)
+    for layer, out in enumerate(outs):
+        k = np.asarray(q)[:, :4].reshape(num_tokens, -1)
+        pool = oracles.written(pool, layer, rows[real], k[real], -k[real])
+        np.testing.assert_array_equal(
+            np.asarray(device_pool[layer, :, PAGE_SIZE:], np.float32), pool[layer, :, PAGE_SIZE:].astype(np.float32)
+        )
+        assert_close(out, expected_attention(q, pool, layer, *ragged, num_kv_heads=4, scale=0.1))
+        q = np.asarray(out)

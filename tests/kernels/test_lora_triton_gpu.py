@@ -1,0 +1,109 @@
+"""The Triton LoRA kernels on a GPU against float64 loops."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from test_references import BFLOAT16, LORA, Adapters, assert_close
+
+from pallas_kernels.lora import triton as lora
+from pallas_kernels.lora.api import LoraSegments
+from pallas_kernels.pool import PAGE_SIZE
+
+pytestmark = pytest.mark.gpu
+
+HALF, SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+LLAMA_7B = ((4096, 4096),) * 3
+LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 1024))
+SMOLLM = ((576, 576), (576, 192), (576, 192))
+CASES = {
+    **LORA,
+    "7B, distinct": Adapters(((64,) * 3, (16,) * 3, (8, 0, 3), (1,) * 3), (1,) * 4, LLAMA_7B, 4096, BFLOAT16, 1, 2),
+    "7B, ranks to 16": Adapters(((16,) * 3, (1, 0, 3), (9,) * 3), (1, 20, 2), LLAMA_7B, 4096, BFLOAT16, 1, 2),
+    "7B, shared": Adapters(((64,) * 3, (16, 5, 64), (9,) * 3), (2, 40, 3), LLAMA_7B, 4096, BFLOAT16, after=3),
+    "7B down": Adapters(((16,), (33,), (8,)), (1, 5, 1), ((11008, 4096),), 4096, BFLOAT16),
+    "8B, ranks to 256": Adapters(((256, 100, 7), (3, 255, 1)), (1, 18), LLAMA_8B, 1024, BFLOAT16, 2),
+    "8B prompts": Adapters(((16,) * 3, (64, 20, 64), (8,) * 3), (400, 260, 1), LLAMA_8B, 1024, BFLOAT16, 5, 9),
+    "8B prompts f16": Adapters(((16,) * 3, (64, 20, 64)), (600, 2), LLAMA_8B, 1024, HALF, 5, 9),
+    "SmolLM2": Adapters(((16,) * 3, (4, 8, 0)), (1, 30), SMOLLM, 192, BFLOAT16),
+    "SmolLM2 prompts f32": Adapters(((16,) * 3, (4, 8, 0)), (300, 300), SMOLLM, 192, SINGLE),
+    "SmolLM2 prompts, f32 inputs": Adapters(
+        ((100,) * 3, (4, 8, 0)), (500, 30), SMOLLM, 192, BFLOAT16, input_dtype=SINGLE
+    ),
+    "13B": Adapters(((16, 16), (40, 40)), (1, 3), ((5120, 13824), (5120, 13824)), 5120, BFLOAT16),
+}
+
+
+@partial(jax.jit, static_argnames=("layer", "modules", "widths"))
+def update(x, partial_sums, ys, pool, layer, segments, modules, widths):
+    plan = lora.plan(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths)
+    shrunk = lora.lora_shrink(x, pool, layer, plan, modules)
+    return shrunk, lora.lora_expand(partial_sums, ys, pool, layer, plan, modules)
+
+
+@partial(jax.jit, static_argnames=("layer", "modules", "widths"))
+def update_at_once(x, ys, pool, layer, segments, modules, widths):
+    plan = lora.plan(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths)
+    return lora.lora_update(x, ys, pool, layer, plan, modules)
+
+
+def poison():
+    """Leaves NaN in memory that the next outputs are likely to get."""
+    for _ in range(4):
+        jnp.full(1 << 22, jnp.nan).block_until_ready()
+
+
+def check(case, seed, pool_of=lambda pool, segments: (pool, segments)):
+    segments, pool, _ = case.build(seed)
+    rng = np.random.default_rng(1000 + seed)
+    modules = tuple(reversed(range(len(case.widths))))
+    x = rng.normal(size=(case.num_tokens, case.widths[0][0])).astype(case.input_dtype or case.dtype)
+    ys = tuple(rng.normal(size=(case.num_tokens, case.widths[m][1])).astype(x.dtype) for m in modules)
+    expected_sums = oracles.shrink(x, pool, case.layer, segments, modules)
+    # What a token without an adapter holds, or partial sums past a token's rank, must not matter.
+    partial_sums = np.full(expected_sums.shape, np.nan, np.float32)
+    for g in range(len(segments.rank)):
+        own = slice(segments.token_start[g], segments.token_start[g + 1])
+        for j, m in enumerate(modules):
+            partial_sums[own, j, : segments.rank[g, m]] = expected_sums[own, j, : segments.rank[g, m]]
+    expected = oracles.expand(np.nan_to_num(partial_sums), ys, pool, case.layer, segments, modules)
+    composed = oracles.expand(expected_sums, ys, pool, case.layer, segments, modules)
+    x[: case.before] = np.nan
+    x[case.num_tokens - case.after :] = np.nan
+    pool, segments = pool_of(pool, segments)
+    poison()
+    sums, outs = update(x, partial_sums, ys, pool, case.layer, segments, modules, case.widths)
+    # The matrix units' float32 sums are less exact than a chain of float32 additions.
+    np.testing.assert_allclose(sums, expected_sums, rtol=0, atol=5e-5 * max(1.0, np.abs(expected_sums).max()))
+    again = update(x, partial_sums, ys, pool, case.layer, segments, modules, case.widths)
+    for out, wanted, y, repeated in zip(outs, expected, ys, again[1], strict=True):
+        assert out.dtype == y.dtype
+        assert_close(out, wanted)
+        np.testing.assert_array_equal(out[: case.before], y[: case.before])
+        assert np.asarray(out).tobytes() == np.asarray(repeated).tobytes()
+    fused = update_at_once(x, ys, pool, case.layer, segments, modules, case.widths)
+    for out, wanted in zip(fused, composed, strict=True):
+        assert_close(out, wanted)
+    assert np.asarray(sums).tobytes() == np.asarray(again[0]).tobytes()
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(CASES)))
+def test_lora_on_the_gpu(seed, name):
+    check(CASES[name], seed)
+
+
+def test_a_pool_of_more_than_2_to_31_elements():
+    shift = 35_000  # pages; in layer 1 the case then lies around element 2**31
+    case = dataclasses.replace(CASES["8B prompts"], tokens=(30, 3, 1))
+
+    def far(pool, segments: LoraSegments):
+        empty = jnp.full((2, 2, shift * PAGE_SIZE, pool.shape[3]), jnp.nan, pool.dtype)
+        large = jnp.concatenate([empty, jnp.asarray(pool)], axis=2)
+        assert large.size > 2**31
+        return large, dataclasses.replace(segments, pages=segments.pages + shift)
+
+    check(case, 0, far)
