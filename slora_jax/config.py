@@ -4,6 +4,7 @@ Unknown keys are refused, so a mistyped option cannot vanish. Derived numbers (p
 belong to the runtime objects and are never written back here.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,13 +100,23 @@ def build_config(fields: dict[str, Any]) -> EngineConfig:
     Raises:
       InvalidRequest: an unknown key or a bad value; the message lists each by its path.
     """
+    return validated(EngineConfig, fields)
+
+
+def validated[Model: pydantic.BaseModel](model: type[Model], fields: Mapping[str, Any], section: str = "") -> Model:
+    """Builds a config model from plain fields; ``section`` is where they stand in the file.
+
+    Raises:
+      InvalidRequest: an unknown key or a bad value; the message lists each by its path.
+    """
     try:
-        return EngineConfig(**fields)
+        return model(**fields)
     except pydantic.ValidationError as e:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']} (got {p['input']!r})" for p in e.errors()
-        )
-        raise InvalidRequest(f"invalid configuration: {problems}") from None
+        problems = []
+        for problem in e.errors():
+            path = ".".join(map(str, ((section,) if section else ()) + problem["loc"])) or "config"
+            problems.append(f"{path}: {problem['msg']} (got {problem['input']!r})")
+        raise InvalidRequest(f"invalid configuration: {'; '.join(problems)}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -135,8 +135,7 @@ def lora_expand(
     expected = (partial_sums.shape[0], len(modules), plan.max_rank)
     if partial_sums.shape != expected or partial_sums.dtype != jnp.float32:
         raise ValueError(f"partial_sums must be float32 {expected}, got {partial_sums.dtype} {partial_sums.shape}")
-    if len(ys) != len(modules) or any(y.ndim != 2 or y.shape[0] != expected[0] for y in ys):
-        raise ValueError(f"ys must be {len(modules)} arrays [{expected[0]}, d_out], got {[y.shape for y in ys]}")
+    _check_outputs(ys, expected[0], modules)
     return _backend(plan).lora_expand(partial_sums, tuple(ys), pool, layer, plan, tuple(modules))
 
 
@@ -152,10 +151,10 @@ def lora_update(
 
     A back end may do both in one launch. Arguments and errors as in those two.
     """
+    expect_rank("x", x, 2)
     _check(pool, layer, plan, modules)
-    if isinstance(plan, TritonLoraPlan):
-        return triton.lora_update(x, tuple(ys), pool, layer, plan, tuple(modules))
-    return lora_expand(lora_shrink(x, pool, layer, plan, modules), ys, pool, layer, plan, modules)
+    _check_outputs(ys, x.shape[0], modules)
+    return _backend(plan).lora_update(x, tuple(ys), pool, layer, plan, tuple(modules))
 
 
 def _backend(plan: LoraPlan):
@@ -166,3 +165,8 @@ def _check(pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) 
     check_pool(pool, layer)
     if not all(0 <= m < len(plan.modules) for m in modules):
         raise ValueError(f"modules must be in [0, {len(plan.modules)}), got {tuple(modules)}")
+
+
+def _check_outputs(ys: Sequence[jax.Array], num_tokens: int, modules: Sequence[int]) -> None:
+    if len(ys) != len(modules) or any(y.ndim != 2 or y.shape[0] != num_tokens for y in ys):
+        raise ValueError(f"ys must be {len(modules)} arrays [{num_tokens}, d_out], got {[y.shape for y in ys]}")

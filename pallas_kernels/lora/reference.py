@@ -116,6 +116,10 @@ def lora_expand(partial_sums, ys, pool, layer, plan: ReferenceLoraPlan, modules)
     return tuple(outputs)
 
 
+def lora_update(x, ys, pool, layer, plan: ReferenceLoraPlan, modules):
+    return lora_expand(lora_shrink(x, pool, layer, plan, modules), ys, pool, layer, plan, modules)
+
+
 def _read(pool, layer, rows, exists, width):
     """The stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included."""
     num_rows = pool.shape[2]

@@ -21,7 +21,7 @@ import waitress.task
 import waitress.wasyncore
 
 from slora_jax.api.app import error_body
-from slora_jax.errors import InvalidRequest
+from slora_jax.config import validated
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -63,13 +63,7 @@ def build_server_config(fields: Mapping[str, Any]) -> ServerConfig:
     Raises:
       InvalidRequest: an unknown key or a bad value; the message lists each.
     """
-    try:
-        return ServerConfig(**fields)
-    except pydantic.ValidationError as e:
-        problems = "; ".join(
-            f"server.{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in e.errors()
-        )
-        raise InvalidRequest(f"invalid configuration: {problems}") from None
+    return validated(ServerConfig, fields, section="server")
 
 
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:

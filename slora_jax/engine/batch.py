@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels import LoraSegments
 from pallas_kernels.pool import owner
+from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.config import PAGE_SIZE
 from slora_jax.memory.layout import MODULES, cdiv
 from slora_jax.memory.pages import TRASH_PAGE
@@ -22,9 +23,6 @@ from slora_jax.scheduler.sequence import ScheduledSequence
 _ALIGNMENT = 32
 """Fields of the packed buffer begin at multiples of this many int32: kernels get slices of it as they lie, and expect
 them aligned to 16 bytes at least."""
-
-MAX_RANK = 256
-"""Largest adapter rank served."""
 
 
 @dataclass(frozen=True, slots=True)

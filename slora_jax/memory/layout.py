@@ -111,12 +111,12 @@ class AdapterLayout:
         ends = np.cumsum(chunks.T.reshape(-1))
         return np.concatenate([[0], ends])
 
-    @property
+    @cached_property
     def start_a(self) -> tuple[int, ...]:
         """First list entry of each module's A (also where rank is 0, then of no meaning)."""
         return tuple(int(s) for s in self._starts[: len(MODULES)])
 
-    @property
+    @cached_property
     def start_b(self) -> tuple[int, ...]:
         return tuple(int(s) for s in self._starts[len(MODULES) : -1])
 

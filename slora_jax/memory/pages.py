@@ -150,13 +150,6 @@ class PageAllocator:
             self._cold[key] = None
             self._num_cached += len(block.pages)
 
-    def discard(self, key: Hashable) -> bool:
-        """Evicts the block under ``key`` if it is cached; says whether it did."""
-        if key not in self._cold:
-            return False
-        self._drop(key)
-        return True
-
     def check_integrity(self) -> None:
         """Asserts that every page is owned exactly once and that the counts add up."""
         in_blocks = [page for block in self._blocks.values() for page in block.pages]
@@ -170,12 +163,9 @@ class PageAllocator:
         assert self.num_free + self.num_cached + used == self.total
 
     def _evict_coldest(self) -> None:
-        self._drop(next(iter(self._cold)))
-        self.num_evictions += 1
-
-    def _drop(self, key: Hashable) -> None:
-        del self._cold[key]
+        key, _ = self._cold.popitem(last=False)
         block = self._blocks.pop(key)
         assert block.refs == 0
         self._num_cached -= len(block.pages)
         self._free.extend(block.pages)
+        self.num_evictions += 1

@@ -42,10 +42,6 @@ class Scheduler:
         return self._num_waiting
 
     @property
-    def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
-
-    @property
     def is_idle(self) -> bool:
         """No sequence at all, parked ones included."""
         return not self._running and self._num_waiting == 0
