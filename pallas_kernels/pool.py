@@ -7,12 +7,23 @@ PAGE_SIZE = 16
 """Rows in a page."""
 
 
-def check_pool(pool: jax.Array, layer: int, width: int | None = None) -> None:
-    """Raises ValueError unless ``pool`` is ``[layers, 2, pages * PAGE_SIZE, W]`` and has this layer."""
+def check_pool(pool: jax.Array, layer: int | jax.Array, width: int | None = None) -> None:
+    """Raises ValueError unless ``pool`` is ``[layers, 2, pages * PAGE_SIZE, W]`` and has this layer.
+
+    A layer that is an array, as when one traced function serves all layers, must be an int32 scalar; its value is the
+    caller's to keep in range.
+    """
     if pool.ndim != 4 or pool.shape[1] != 2 or pool.shape[2] % PAGE_SIZE or width not in (None, pool.shape[3]):
         raise ValueError(f"pool must be [layers, 2, pages * {PAGE_SIZE}, {width or 'W'}], got {pool.shape}")
-    if not 0 <= layer < pool.shape[0]:
+    if isinstance(layer, jax.Array):
+        expect_int32("layer", layer, ())
+    elif not 0 <= layer < pool.shape[0]:
         raise ValueError(f"layer must be in [0, {pool.shape[0]}), got {layer}")
+
+
+def layer_plane(layer: int | jax.Array) -> jax.Array:
+    """``[1]`` int32, a kernel's argument: plane ``2 * layer`` of the pool seen as ``[2 * layers, rows, W]``."""
+    return jnp.reshape(2 * jnp.asarray(layer, jnp.int32), 1)
 
 
 def expect_rank(name: str, array: jax.Array, rank: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Gathered LoRA (the paper's MBGMV and MBGMM): contracts and argument checks.
 
-``y + scale * (x A^T) B^T`` for a ragged batch, as two functions so that a sharded caller can put a collective on the
+``scale * (x A^T) B^T`` for a ragged batch, as two functions so that a sharded caller can put a collective on the
 rank-sized partial between them. A and B are read from the pool's pages where they lie.
 """
 
@@ -81,7 +81,9 @@ def plan_lora(
     return planner(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
 
 
-def lora_shrink(x: jax.Array, pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
+def lora_shrink(
+    x: jax.Array, pool: jax.Array, layer: int | jax.Array, plan: LoraPlan, modules: Sequence[int]
+) -> jax.Array:
     """Projects every token to its adapter's rank, for several modules that read the same input.
 
     Semantics, with the ``segments`` given to ``plan_lora``, for token t of segment g and ``m = modules[j]``::
@@ -93,8 +95,9 @@ def lora_shrink(x: jax.Array, pool: jax.Array, layer: int, plan: LoraPlan, modul
     Args:
       x: ``[T, d_in]``.
       pool: ``[layers, 2, rows, W]``.
-      layer, modules: static.
+      layer: an int, or an int32 scalar array.
       plan: from ``plan_lora``, for the same T.
+      modules: static.
 
     Returns:
       ``[T, len(modules), max_rank]`` float32.
@@ -102,71 +105,71 @@ def lora_shrink(x: jax.Array, pool: jax.Array, layer: int, plan: LoraPlan, modul
     Raises:
       ValueError: a shape or dtype that does not fit the above.
     """
-    expect_rank("x", x, 2)
-    _check(pool, layer, plan, modules)
+    _check(x, pool, layer, plan, modules)
     return _backend(plan).lora_shrink(x, pool, layer, plan, tuple(modules))
 
 
 def lora_expand(
     partial_sums: jax.Array,
-    ys: Sequence[jax.Array],
     pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     plan: LoraPlan,
     modules: Sequence[int],
-) -> tuple[jax.Array, ...]:
-    """Adds every token's low-rank update to the base model's outputs.
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Every token's low-rank update of the base model's outputs, for several modules side by side.
 
     Semantics, with the ``segments`` given to ``plan_lora``, for token t of segment g and ``m = modules[j]``::
 
-        out[j][t, d] = ys[j][t, d] + sum over i < rank[g, m] of  partial_sums[t, j, i] * B[g, m][d, i]
+        out[t, first[j] + d] = sum over i < rank[g, m] of  partial_sums[t, j, i] * B[g, m][d, i]
 
-    accumulated in float32, cast to the dtype of ``ys[j]``. Tokens without a segment keep ``ys``.
+    where ``first[j]`` is the sum of d_out of the modules before, accumulated in float32. Tokens without a segment and
+    modules of rank 0 get 0.
 
     Args:
       partial_sums: ``[T, len(modules), max_rank]`` float32, as from ``lora_shrink``.
-      ys: one ``[T, d_out]`` a module; widths may differ.
       pool, layer, plan, modules: as in ``lora_shrink``.
+      dtype: of the result.
+
+    Returns:
+      ``[T, sum of d_out]``.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
     """
-    _check(pool, layer, plan, modules)
+    _check_modules(pool, layer, plan, modules)
     expected = (partial_sums.shape[0], len(modules), plan.max_rank)
     if partial_sums.shape != expected or partial_sums.dtype != jnp.float32:
         raise ValueError(f"partial_sums must be float32 {expected}, got {partial_sums.dtype} {partial_sums.shape}")
-    _check_outputs(ys, expected[0], modules)
-    return _backend(plan).lora_expand(partial_sums, tuple(ys), pool, layer, plan, tuple(modules))
+    return _backend(plan).lora_expand(partial_sums, pool, layer, plan, tuple(modules), jnp.dtype(dtype))
 
 
-def lora_update(
-    x: jax.Array,
-    ys: Sequence[jax.Array],
-    pool: jax.Array,
-    layer: int,
-    plan: LoraPlan,
-    modules: Sequence[int],
-) -> tuple[jax.Array, ...]:
-    """``lora_expand(lora_shrink(x, ...), ys, ...)``, for a caller with nothing to do in between.
+def lora_delta(
+    x: jax.Array, pool: jax.Array, layer: int | jax.Array, plan: LoraPlan, modules: Sequence[int]
+) -> jax.Array:
+    """``lora_expand(lora_shrink(x, ...), ..., x.dtype)``, for a caller with nothing to do in between.
 
-    A back end may do both in one launch. Arguments and errors as in those two.
+    It is a term of its own and not added to the base's output here, because a matrix product takes a term to start
+    from for free: ``dot(x, W) + lora_delta(x, ...)`` is one call of the GPU's library, while an update in place would
+    read and write the output once more. Arguments and errors as in those two.
     """
-    expect_rank("x", x, 2)
-    _check(pool, layer, plan, modules)
-    _check_outputs(ys, x.shape[0], modules)
-    return _backend(plan).lora_update(x, tuple(ys), pool, layer, plan, tuple(modules))
+    _check(x, pool, layer, plan, modules)
+    return _backend(plan).lora_delta(x, pool, layer, plan, tuple(modules))
 
 
 def _backend(plan: LoraPlan):
     return triton if isinstance(plan, TritonLoraPlan) else reference
 
 
-def _check(pool: jax.Array, layer: int, plan: LoraPlan, modules: Sequence[int]) -> None:
+def _check(x, pool, layer, plan: LoraPlan, modules: Sequence[int]) -> None:
+    _, d_in = expect_rank("x", x, 2)
+    _check_modules(pool, layer, plan, modules)
+    wrong = {m: plan.widths[m][0] for m in modules if plan.widths[m][0] != d_in}
+    if wrong:
+        raise ValueError(f"x has {d_in} columns, but the modules' d_in are {wrong}")
+
+
+def _check_modules(pool, layer, plan: LoraPlan, modules: Sequence[int]) -> None:
     check_pool(pool, layer)
-    if not all(0 <= m < len(plan.modules) for m in modules):
-        raise ValueError(f"modules must be in [0, {len(plan.modules)}), got {tuple(modules)}")
-
-
-def _check_outputs(ys: Sequence[jax.Array], num_tokens: int, modules: Sequence[int]) -> None:
-    if len(ys) != len(modules) or any(y.ndim != 2 or y.shape[0] != num_tokens for y in ys):
-        raise ValueError(f"ys must be {len(modules)} arrays [{num_tokens}, d_out], got {[y.shape for y in ys]}")
+    if not all(0 <= m < len(plan.widths) for m in modules):
+        raise ValueError(f"modules must be in [0, {len(plan.widths)}), got {tuple(modules)}")

@@ -41,6 +41,7 @@ class ReferenceLoraPlan:
     """What every layer of a step needs to know of its adapters."""
 
     modules: tuple[ModulePlan, ...]
+    widths: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
     max_rank: int = struct.field(pytree_node=False)
 
 
@@ -53,7 +54,7 @@ def plan(segments, *, num_tokens, row_width, widths):
         _plan_module(segments, m, segment, has_segment, row_width, *width) for m, width in enumerate(widths)
     )
     # The layers' gathers read these index arrays; without the barrier XLA recomputes them inside every gather.
-    return ReferenceLoraPlan(jax.lax.optimization_barrier(modules), max_rank=segments.max_rank)
+    return ReferenceLoraPlan(jax.lax.optimization_barrier(modules), tuple(widths), segments.max_rank)
 
 
 def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):
@@ -105,19 +106,18 @@ def lora_shrink(x, pool, layer, plan: ReferenceLoraPlan, modules):
     return jnp.stack(outputs, axis=1)
 
 
-def lora_expand(partial_sums, ys, pool, layer, plan: ReferenceLoraPlan, modules):
+def lora_expand(partial_sums, pool, layer, plan: ReferenceLoraPlan, modules, dtype):
     outputs = []
-    for j, (m, y) in enumerate(zip(modules, ys, strict=True)):
+    for j, m in enumerate(modules):
         of = plan.modules[m]
-        b = _read(pool, layer, of.rows_b, of.exists, y.shape[1])
+        b = _read(pool, layer, of.rows_b, of.exists, plan.widths[m][1])
         spread = jnp.where(of.own, take(partial_sums[:, j].T, of.index).T, 0.0)
-        delta = jax.lax.dot(spread, b.astype(jnp.float32), precision="highest")
-        outputs.append((y.astype(jnp.float32) + delta).astype(y.dtype))
-    return tuple(outputs)
+        outputs.append(jax.lax.dot(spread, b.astype(jnp.float32), precision="highest"))
+    return jnp.concatenate(outputs, axis=1).astype(dtype)
 
 
-def lora_update(x, ys, pool, layer, plan: ReferenceLoraPlan, modules):
-    return lora_expand(lora_shrink(x, pool, layer, plan, modules), ys, pool, layer, plan, modules)
+def lora_delta(x, pool, layer, plan: ReferenceLoraPlan, modules):
+    return lora_expand(lora_shrink(x, pool, layer, plan, modules), pool, layer, plan, modules, x.dtype)
 
 
 def _read(pool, layer, rows, exists, width):

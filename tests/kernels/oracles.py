@@ -64,17 +64,18 @@ def shrink(x, pool, layer, segments, modules):
     return out
 
 
-def expand(partial_sums, ys, pool, layer, segments, modules):
+def expand(partial_sums, widths, pool, layer, segments, modules):
+    """The modules' updates side by side; ``widths`` are (d_in, d_out) of all modules."""
     partial_sums, pool = np.asarray(partial_sums, np.float64), np.asarray(pool)
-    outs = [np.array(y, np.float64) for y in ys]
+    outs = [np.zeros((len(partial_sums), widths[m][1])) for m in modules]
     for g, pages, tokens in _adapters(segments):
         for j, m in enumerate(modules):
             rank = int(segments.rank[g, m])
             for i in range(rank):
-                b = rank_vector(pool, layer, pages, int(segments.start_b[g, m]), rank, i, outs[j].shape[1])
+                b = rank_vector(pool, layer, pages, int(segments.start_b[g, m]), rank, i, widths[m][1])
                 for t in tokens:
                     outs[j][t] += partial_sums[t, j, i] * b
-    return outs
+    return np.concatenate(outs, axis=1)
 
 
 def _adapters(segments):

@@ -1,16 +1,12 @@
 """The Triton LoRA kernels on a GPU against float64 loops."""
 
 import dataclasses
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from test_references import BFLOAT16, LORA, Adapters, assert_close
+from test_references import BFLOAT16, LORA, Adapters, check_lora, jitted_update
 
-from pallas_kernels.lora import triton as lora
 from pallas_kernels.lora.api import LoraSegments
 from pallas_kernels.pool import PAGE_SIZE
 
@@ -38,57 +34,18 @@ CASES = {
 }
 
 
-@partial(jax.jit, static_argnames=("layer", "modules", "widths"))
-def update(x, partial_sums, ys, pool, layer, segments, modules, widths):
-    plan = lora.plan(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths)
-    shrunk = lora.lora_shrink(x, pool, layer, plan, modules)
-    return shrunk, lora.lora_expand(partial_sums, ys, pool, layer, plan, modules)
-
-
-@partial(jax.jit, static_argnames=("layer", "modules", "widths"))
-def update_at_once(x, ys, pool, layer, segments, modules, widths):
-    plan = lora.plan(segments, num_tokens=x.shape[0], row_width=pool.shape[3], widths=widths)
-    return lora.lora_update(x, ys, pool, layer, plan, modules)
-
-
 def poison():
     """Leaves NaN in memory that the next outputs are likely to get."""
     for _ in range(4):
         jnp.full(1 << 22, jnp.nan).block_until_ready()
 
 
-def check(case, seed, pool_of=lambda pool, segments: (pool, segments)):
-    segments, pool, _ = case.build(seed)
-    rng = np.random.default_rng(1000 + seed)
-    modules = tuple(reversed(range(len(case.widths))))
-    x = rng.normal(size=(case.num_tokens, case.widths[0][0])).astype(case.input_dtype or case.dtype)
-    ys = tuple(rng.normal(size=(case.num_tokens, case.widths[m][1])).astype(x.dtype) for m in modules)
-    expected_sums = oracles.shrink(x, pool, case.layer, segments, modules)
-    # What a token without an adapter holds, or partial sums past a token's rank, must not matter.
-    partial_sums = np.full(expected_sums.shape, np.nan, np.float32)
-    for g in range(len(segments.rank)):
-        own = slice(segments.token_start[g], segments.token_start[g + 1])
-        for j, m in enumerate(modules):
-            partial_sums[own, j, : segments.rank[g, m]] = expected_sums[own, j, : segments.rank[g, m]]
-    expected = oracles.expand(np.nan_to_num(partial_sums), ys, pool, case.layer, segments, modules)
-    composed = oracles.expand(expected_sums, ys, pool, case.layer, segments, modules)
-    x[: case.before] = np.nan
-    x[case.num_tokens - case.after :] = np.nan
-    pool, segments = pool_of(pool, segments)
-    poison()
-    sums, outs = update(x, partial_sums, ys, pool, case.layer, segments, modules, case.widths)
-    # The matrix units' float32 sums are less exact than a chain of float32 additions.
-    np.testing.assert_allclose(sums, expected_sums, rtol=0, atol=5e-5 * max(1.0, np.abs(expected_sums).max()))
-    again = update(x, partial_sums, ys, pool, case.layer, segments, modules, case.widths)
-    for out, wanted, y, repeated in zip(outs, expected, ys, again[1], strict=True):
-        assert out.dtype == y.dtype
-        assert_close(out, wanted)
-        np.testing.assert_array_equal(out[: case.before], y[: case.before])
-        assert np.asarray(out).tobytes() == np.asarray(repeated).tobytes()
-    fused = update_at_once(x, ys, pool, case.layer, segments, modules, case.widths)
-    for out, wanted in zip(fused, composed, strict=True):
-        assert_close(out, wanted)
-    assert np.asarray(sums).tobytes() == np.asarray(again[0]).tobytes()
+def check(case, seed, in_pool=lambda pool, segments: (pool, segments)):
+    def run(*arguments):
+        poison()
+        return jitted_update(*arguments)
+
+    check_lora(case, seed, "triton", in_pool, run)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(CASES)))
