@@ -10,11 +10,12 @@ Shapes: ``x [T, d_in]``, partial sums ``[splits, T, M, max_rank]`` float32, ``de
 
 The unit of work is a *tile*: at most ``token_tile`` consecutive tokens of one segment. A tile of few tokens, the rule
 when every sequence decodes with an adapter of its own, multiplies and adds in float32 as the rows arrive; a tile of
-more reads A and B once and multiplies with the matrix unit. What a shrink program takes on next is an *item*: some
-rank rows of one module of a tile, and for tiles of more tokens one of ``splits`` ranges of d_in, so that a batch that
+more reads A and B once and multiplies with the matrix unit. To shrink, the modules' rank rows are *stacked*, one after
+the other, so that small ranks share a block of rows and one pass over x. What a program takes on next is an *item*: a
+block of stacked rows of a tile, and for tiles of more tokens one of ``splits`` ranges of d_in, so that a batch that
 shares one adapter still fills the GPU. The items of a step are counted by the real ranks and dealt to a fixed number
-of programs: rank is never padded, neither in bytes nor in programs. A block of rank rows that is cut by the rank reads
-its last row again, which costs no memory traffic, and drops the result.
+of programs: rank is never padded, neither in bytes nor in programs. A block that is cut by the rank reads its last row
+again, which costs no memory traffic, and drops the result.
 
 Padding: tokens without an adapter are tiles of rank 0: no item of shrink is theirs, and expand writes zeros. Sums over
 splits are taken in order: results do not depend on timing.
@@ -121,18 +122,17 @@ def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
     block = block_sizes("lora_shrink", device_kind(), _kind(num_tokens))
     columns = _columns(block["columns"] // _wide(x, pool), width)
     tile_columns = _columns(block["tile_columns"] // _wide(x, pool), width)
-    bound = triton.next_power_of_2(plan.max_rank)
-    ranks, tile_ranks = min(block["ranks"], bound), min(block["tile_ranks"], max(16, bound))
+    ranks, tile_ranks = block["ranks"], block["tile_ranks"]
     product_dtype = _product_dtype(x, pool)
     if product_dtype == tl.float32:
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 32)
     # Ranges of d_in begin where a block of columns does.
     unit = width if width % tile_columns else tile_columns
     split_width = triton.cdiv(triton.cdiv(d_in, splits), unit) * unit
-    rank = plan.records[:, jnp.array(modules), 2]
-    tokens = plan.records[:, :1, 1]
+    rank = jnp.sum(plan.records[:, jnp.array(modules), 2], axis=1)
+    tokens = plan.records[:, 0, 1]
     items = jnp.where(tokens <= block["few"], triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks) * splits)
-    ends = jnp.cumulative_sum(jnp.where(tokens > 0, items, 0).reshape(-1)).astype(jnp.int32)
+    ends = jnp.cumulative_sum(jnp.where(tokens > 0, items, 0)).astype(jnp.int32)
     ref = None if out is None else jax.new_ref(out)
     out_type = jax.ShapeDtypeStruct((splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
     arguments = (x, pool, plan.records, plan.pages, ends, layer_plane(layer), num_rows)
@@ -213,6 +213,7 @@ def _expand(partial_sums, pool, layer, plan, modules, dtype):
         RANKS=min(block["ranks"], bound),
         COLUMNS=columns,
         STAGES=block["stages"],
+        SMALL_RANK=16,
         TILE_RANKS=tile_ranks,
         TILE_COLUMNS=tile_columns,
         MASKED=width % columns > 0 or any(d_out % columns for d_out in widths),
@@ -290,7 +291,7 @@ def _shrink_kernel(
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
-    ends,  # [tiles * M]: items up to and with this module of this tile
+    ends,  # [tiles]: items up to and with this tile
     plane_at,  # [1], first plane of the layer: 2 * layer
     num_rows,
     out,  # [SPLITS, T, M, MAX_RANK]
@@ -322,44 +323,75 @@ def _shrink_kernel(
     all_ends = tl.load(ends + index, mask=index < ENDS, other=2147483647)
     for item in range(tl.program_id(0), tl.load(ends + ENDS - 1), PROGRAMS):
         before = all_ends <= item
-        of = tl.sum(before.to(tl.int32), 0)
+        tile = tl.sum(before.to(tl.int32), 0)
         part = item - tl.max(tl.where(before, all_ends, 0), 0)
-        tile = of // M
-        j = of % M
         first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
-        rank, start, scale = _module(records, tile, _pick(MODULES, j), 0, ALL_MODULES, FIELDS)
         x_at = x + first * D_IN
-        out_at = out + (first * M + j) * MAX_RANK
+        out_at = out + first * M * MAX_RANK
         if tokens <= FEW:
+            few_rows = _stacked_rows(
+                records, tile, part * RANKS + tl.arange(0, RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
+            )
             for t in range(tokens):
                 _shrink_token(
                     x_at + t * D_IN, pool, pages + page_start, plane, num_rows, out_at + t * M * MAX_RANK,
-                    part * RANKS, rank, start, plane_rows, scale, PAGE, D_IN, W, RANKS, COLUMNS,
+                    few_rows, plane_rows, PAGE, D_IN, W, RANKS, COLUMNS,
                 )  # fmt: skip
         else:
             split = part % SPLITS
+            many_rows = _stacked_rows(
+                records, tile, part // SPLITS * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS,
+                MAX_RANK,
+            )  # fmt: skip
             _shrink_tile(
                 x_at, pool, pages + page_start, plane, num_rows, out_at + split.to(tl.int64) * T * M * MAX_RANK,
-                part // SPLITS * TILE_RANKS, split * SPLIT_WIDTH, tokens, rank, start, plane_rows, scale,
+                many_rows, split * SPLIT_WIDTH, tokens, plane_rows,
                 PAGE, D_IN, W, M, MAX_RANK, TOKENS, SPLIT_WIDTH, TILE_RANKS, TILE_COLUMNS, DTYPE,
             )  # fmt: skip
 
 
 @triton.jit
+def _stacked_rows(
+    records, tile, lane, MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, FIELDS: tl.constexpr, MAX_RANK: tl.constexpr
+):
+    """Of these lanes of the stacked rank rows: list entry of the first chunk, how far it is to the next, scale, place
+    in a token's partial sums, and whether there is such a row. Lanes behind the last row are that row again.
+    """
+    rows = tl.full([], 0, tl.int32)
+    for j in tl.static_range(len(MODULES)):
+        rows += _module(records, tile, MODULES[j], 0, ALL_MODULES, FIELDS)[0]
+    exists = lane < rows
+    lane = tl.minimum(lane, rows - 1)
+    entry = tl.zeros_like(lane)
+    stride = tl.zeros_like(lane)
+    place = tl.zeros_like(lane)
+    scale = tl.zeros_like(lane).to(tl.float32)
+    base = tl.full([], 0, tl.int32)
+    for j in tl.static_range(len(MODULES)):
+        rank, start, its_scale = _module(records, tile, MODULES[j], 0, ALL_MODULES, FIELDS)
+        here = (lane >= base) & (rank > 0)
+        entry = tl.where(here, start + lane - base, entry)
+        stride = tl.where(here, rank, stride)
+        place = tl.where(here, j * MAX_RANK + lane - base, place)
+        scale = tl.where(here, its_scale, scale)
+        base += rank
+    return entry, stride, scale, place, exists
+
+
+@triton.jit
 def _shrink_token(
-    x, pool, pages, plane, num_rows, out, r, rank, start, plane_rows, scale,
+    x, pool, pages, plane, num_rows, out, stacked, plane_rows,
     PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``RANKS`` rank rows from ``r`` on of one token."""
+    """Some stacked rank rows of one token."""
     BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
     STEPS: tl.constexpr = D_IN // W * BLOCKS + (D_IN % W + COLUMNS - 1) // COLUMNS
-    lane = r + tl.arange(0, RANKS)
-    entry = start + tl.minimum(lane, rank - 1)
+    entry, stride, scale, place, exists = stacked
     total = tl.zeros([RANKS], tl.float32)
     for step in range(STEPS):
         chunk = step // BLOCKS
         column = step % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
-        rows = _pool_rows(entry + chunk * rank, pages, plane_rows, plane, num_rows, PAGE)
+        rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
         a = _load_columns(pool + (rows * W)[:, None], column[None, :], W, COLUMNS)
         d = chunk * W + column
         if W % COLUMNS:
@@ -369,24 +401,23 @@ def _shrink_token(
         else:
             values = tl.load(x + d)
         total += tl.sum(a.to(tl.float32) * values.to(tl.float32)[None, :], 1)
-    tl.store(out + lane, total * scale, mask=lane < rank)
+    tl.store(out + place, total * scale, mask=exists)
 
 
 @triton.jit
 def _shrink_tile(
-    x, pool, pages, plane, num_rows, out, r, d_first, tokens, rank, start, plane_rows, scale,
+    x, pool, pages, plane, num_rows, out, stacked, d_first, tokens, plane_rows,
     PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
     TOKENS: tl.constexpr, SPLIT_WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``RANKS`` rank rows from ``r`` on of several tokens, over ``SPLIT_WIDTH`` of d_in from ``d_first`` on."""
-    lane = r + tl.arange(0, RANKS)
+    """Some stacked rank rows of several tokens, over ``SPLIT_WIDTH`` of d_in from ``d_first`` on."""
+    entry, stride, scale, place, row_exists = stacked
     token = tl.arange(0, TOKENS)
     x_at = x + (tl.minimum(token, tokens - 1) * D_IN)[:, None]
-    entry = start + tl.minimum(lane, rank - 1)
     total = tl.zeros([TOKENS, RANKS], tl.float32)
     d_last = tl.minimum(d_first + SPLIT_WIDTH, D_IN)
     for chunk in range(d_first // W, (d_last + W - 1) // W):
-        rows = _pool_rows(entry + chunk * rank, pages, plane_rows, plane, num_rows, PAGE)
+        rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
         a_at = pool + (rows * W)[:, None]
         offset = chunk * W
         for begin in range(tl.maximum(d_first - offset, 0), tl.minimum(d_last - offset, W), COLUMNS):
@@ -400,8 +431,8 @@ def _shrink_tile(
                 values = tl.load(x_at + d)
             a = _load_columns(a_at, column, W, COLUMNS)
             total = tl.dot(values.to(DTYPE), tl.trans(a.to(DTYPE)), total, input_precision="ieee")
-    out_at = out + token[:, None] * M * MAX_RANK + lane[None, :]
-    tl.store(out_at, total * scale, mask=(token < tokens)[:, None] & (lane < rank)[None, :])
+    exists = (token < tokens)[:, None] & row_exists[None, :]
+    tl.store(out + token[:, None] * M * MAX_RANK + place[None, :], total * scale[None, :], mask=exists)
 
 
 @triton.jit
@@ -429,6 +460,7 @@ def _expand_kernel(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    SMALL_RANK: tl.constexpr,
     TILE_RANKS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -467,6 +499,12 @@ def _expand_kernel(
                     partial_sums + t * M * MAX_RANK, delta + t * FIRST_COLUMN[M], pool, pages, plane, num_rows,
                     begin, left, rank, start, plane_rows, PAGE, W, RANKS, COLUMNS, STAGES, MASKED,
                 )  # fmt: skip
+        elif rank <= SMALL_RANK:
+            _expand_tile(
+                partial_sums, delta, pool, pages, plane, num_rows, begin, left, tokens, rank, start, plane_rows,
+                PAGE, T, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, SMALL_RANK, TILE_COLUMNS, MASKED,
+                DTYPE,
+            )  # fmt: skip
         else:
             _expand_tile(
                 partial_sums, delta, pool, pages, plane, num_rows, begin, left, tokens, rank, start, plane_rows,
