@@ -5,8 +5,8 @@ layers of a step share is worked out once, by ``plan_attention`` and ``plan_lora
 """
 
 from pallas_kernels.backend import Backend, choose_backend
-from pallas_kernels.lora import LoraPlan, LoraSegments, lora_expand, lora_shrink, lora_update, plan_lora
-from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv
+from pallas_kernels.lora import LoraPlan, LoraSegments, lora_delta, lora_expand, lora_shrink, plan_lora
+from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, rotary_write_kv
 from pallas_kernels.pool import PAGE_SIZE
 
 __all__ = [
@@ -16,11 +16,11 @@ __all__ = [
     "LoraPlan",
     "LoraSegments",
     "choose_backend",
+    "lora_delta",
     "lora_expand",
     "lora_shrink",
-    "lora_update",
     "paged_attention",
     "plan_attention",
     "plan_lora",
-    "write_kv",
+    "rotary_write_kv",
 ]

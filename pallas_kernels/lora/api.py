@@ -78,6 +78,7 @@ def plan_lora(
     if len(widths) != num_modules:
         raise ValueError(f"widths must name {num_modules} modules, got {len(widths)}")
     planner = triton.plan if backend == "triton" else reference.plan
+    _widths[:] = widths
     return planner(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
 
 
@@ -139,22 +140,14 @@ def lora_expand(
     return _backend(plan).lora_expand(partial_sums, tuple(ys), pool, layer, plan, tuple(modules))
 
 
-def lora_update(
-    x: jax.Array,
-    ys: Sequence[jax.Array],
-    pool: jax.Array,
-    layer: int,
-    plan: LoraPlan,
-    modules: Sequence[int],
-) -> tuple[jax.Array, ...]:
-    """``lora_expand(lora_shrink(x, ...), ys, ...)``, for a caller with nothing to do in between.
+_widths = []
 
-    A back end may do both in one launch. Arguments and errors as in those two.
-    """
-    expect_rank("x", x, 2)
-    _check(pool, layer, plan, modules)
-    _check_outputs(ys, x.shape[0], modules)
-    return _backend(plan).lora_update(x, tuple(ys), pool, layer, plan, tuple(modules))
+
+def lora_delta(x: jax.Array, pool: jax.Array, layer, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
+    """Stand-in."""
+    sums = _backend(plan).lora_shrink(x, pool, layer, plan, tuple(modules))
+    zeros = tuple(jnp.zeros((x.shape[0], _widths[m][1]), x.dtype) for m in modules)
+    return jnp.concatenate(_backend(plan).lora_expand(sums, zeros, pool, layer, plan, tuple(modules)), axis=1)
 
 
 def _backend(plan: LoraPlan):
