@@ -151,7 +151,12 @@ def test_attention_compiles(name, capability, monkeypatch):
     kernels = rotary_kernels + kernels
 
     assert outs == (pool, q)
-    assert [name for name, _ in kernels] == ["_rotary_write_kernel", "_tile_kernel", "_decode_kernel", "_combine_kernel"]
+    assert [name for name, _ in kernels] == [
+        "_rotary_write_kernel",
+        "_tile_kernel",
+        "_decode_kernel",
+        "_combine_kernel",
+    ]
     shared_memory = {80: 163, 86: 99, 90: 227}[capability] * 1024
     assert all(code.metadata.shared <= shared_memory for _, code in kernels)
 

@@ -170,9 +170,7 @@ def test_layers_write_and_attend_in_place():
 
     @jax.jit
     def run_layer(q, pool, layer, plan, rows, rope):
-        q, pool = rotary_triton.rotary_write_kv(
-            qkv_of(q, jnp), rope, pool, layer, rows, num_kv_heads=4, head_dim=128
-        )
+        q, pool = rotary_triton.rotary_write_kv(qkv_of(q, jnp), rope, pool, layer, rows, num_kv_heads=4, head_dim=128)
         return attention.paged_attention(q, pool, layer, plan, num_kv_heads=4, scale=0.1), pool
 
     @partial(jax.jit, donate_argnums=1)
