@@ -82,6 +82,7 @@ FLAGS = {
             metavar="FOLDER",
         ),
         _flag("--no-compilation-cache", "Keep none.", is_flag=True),
+        _flag("--warm-up/--no-warm-up", "Compile every shape of step before saying ready; on a GPU if left out."),
         _flag("--seed", "Of dummy weights, and of requests without a seed.", default="0", type=int),
     ],
     "Adapters": [
@@ -294,6 +295,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
 
         engine = Engine.create(engine_config)
         try:
+            engine.warm_up()
             engine.start()
             app = create_app(
                 engine,

@@ -6,7 +6,7 @@ layers of a step share is worked out once, by ``plan_attention`` and ``plan_lora
 
 from pallas_kernels.backend import Backend, choose_backend
 from pallas_kernels.lora import LoraPlan, LoraSegments, lora_delta, lora_expand, lora_shrink, plan_lora
-from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv
+from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, rotary_write_kv
 from pallas_kernels.pool import PAGE_SIZE
 
 __all__ = [
@@ -22,5 +22,5 @@ __all__ = [
     "paged_attention",
     "plan_attention",
     "plan_lora",
-    "write_kv",
+    "rotary_write_kv",
 ]

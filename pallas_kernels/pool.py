@@ -7,23 +7,21 @@ PAGE_SIZE = 16
 """Rows in a page."""
 
 
-def check_pool(pool: jax.Array, layer: int | jax.Array, width: int | None = None) -> None:
-    """Raises ValueError unless ``pool`` is ``[layers, 2, pages * PAGE_SIZE, W]`` and has this layer.
+Layer = int | jax.Array
+"""Which layer's planes of the pool: a Python int, or an int32 scalar, so that one traced function serves all layers."""
 
-    A layer that is an array, as when one traced function serves all layers, must be an int32 scalar; its value is the
-    caller's to keep in range.
+
+def check_pool(pool: jax.Array, layer: Layer, width: int | None = None) -> None:
+    """Raises ValueError unless ``pool`` is ``[layers, 2, pages * PAGE_SIZE, W]`` and ``layer`` fits it.
+
+    Of an array only shape and dtype are checked; its value must be in range.
     """
     if pool.ndim != 4 or pool.shape[1] != 2 or pool.shape[2] % PAGE_SIZE or width not in (None, pool.shape[3]):
         raise ValueError(f"pool must be [layers, 2, pages * {PAGE_SIZE}, {width or 'W'}], got {pool.shape}")
-    if isinstance(layer, jax.Array):
+    if not isinstance(layer, int):
         expect_int32("layer", layer, ())
     elif not 0 <= layer < pool.shape[0]:
         raise ValueError(f"layer must be in [0, {pool.shape[0]}), got {layer}")
-
-
-def layer_plane(layer: int | jax.Array) -> jax.Array:
-    """``[1]`` int32, a kernel's argument: plane ``2 * layer`` of the pool seen as ``[2 * layers, rows, W]``."""
-    return jnp.reshape(2 * jnp.asarray(layer, jnp.int32), 1)
 
 
 def expect_rank(name: str, array: jax.Array, rank: int) -> tuple[int, ...]:
@@ -37,6 +35,11 @@ def expect_int32(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless ``array`` is int32 of this shape."""
     if array.shape != shape or array.dtype != jnp.int32:
         raise ValueError(f"{name} must be int32 {shape}, got {array.dtype} {array.shape}")
+
+
+def layer_array(layer: Layer) -> jax.Array:
+    """``[1]`` int32, as kernels take the layer: from memory, so that one compiled kernel serves all layers."""
+    return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
 def owner(starts: jax.Array, index: jax.Array) -> jax.Array:

@@ -76,6 +76,8 @@ class EngineConfig(_Frozen):
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
       compilation_cache: where compiled steps are kept, for faster starts; None keeps none.
+      warm_up: compile every shape of step before the server says that it is ready, so that no request waits for it;
+        None does so on a GPU, not on a CPU.
       pool, scheduler: see there.
       seed: seeds dummy weights and requests that bring no seed.
     """
@@ -89,6 +91,7 @@ class EngineConfig(_Frozen):
     max_model_len: int | None = pydantic.Field(None, ge=1)
     checkpoint_cache: str | None = "~/.cache/slora-jax/checkpoints"
     compilation_cache: str | None = "~/.cache/slora-jax/compiled"
+    warm_up: bool | None = None
     pool: PoolConfig = PoolConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     seed: int = 0

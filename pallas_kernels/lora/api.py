@@ -15,7 +15,7 @@ from pallas_kernels.backend import Backend
 from pallas_kernels.lora import reference, triton
 from pallas_kernels.lora.reference import ReferenceLoraPlan
 from pallas_kernels.lora.triton import TritonLoraPlan
-from pallas_kernels.pool import check_pool, expect_int32, expect_rank
+from pallas_kernels.pool import Layer, check_pool, expect_int32, expect_rank
 
 LoraPlan = ReferenceLoraPlan | TritonLoraPlan
 """Opaque to callers; its type says which back end runs."""
@@ -38,6 +38,8 @@ class LoraSegments:
       rank: ``[G, M]`` int32, 0 where the adapter leaves a module alone; at most ``max_rank``.
       start_a, start_b: ``[G, M]`` int32.
       scale: ``[G, M]`` float32.
+      active: static; modules that some adapter may change. The others have rank 0 throughout, and a caller can leave
+        them out.
       max_rank: static bound of any rank here: the width of the partial between shrink and expand.
       total_rank: static bound of the sum over segments of the rank of any one module.
     """
@@ -49,6 +51,7 @@ class LoraSegments:
     start_a: jax.Array
     start_b: jax.Array
     scale: jax.Array
+    active: tuple[int, ...] = struct.field(pytree_node=False)
     max_rank: int = struct.field(pytree_node=False)
     total_rank: int = struct.field(pytree_node=False)
 
@@ -81,9 +84,7 @@ def plan_lora(
     return planner(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
 
 
-def lora_shrink(
-    x: jax.Array, pool: jax.Array, layer: int | jax.Array, plan: LoraPlan, modules: Sequence[int]
-) -> jax.Array:
+def lora_shrink(x: jax.Array, pool: jax.Array, layer: Layer, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
     """Projects every token to its adapter's rank, for several modules that read the same input.
 
     Semantics, with the ``segments`` given to ``plan_lora``, for token t of segment g and ``m = modules[j]``::
@@ -112,7 +113,7 @@ def lora_shrink(
 def lora_expand(
     partial_sums: jax.Array,
     pool: jax.Array,
-    layer: int | jax.Array,
+    layer: Layer,
     plan: LoraPlan,
     modules: Sequence[int],
     dtype: jnp.dtype,
@@ -144,9 +145,7 @@ def lora_expand(
     return _backend(plan).lora_expand(partial_sums, pool, layer, plan, tuple(modules), jnp.dtype(dtype))
 
 
-def lora_delta(
-    x: jax.Array, pool: jax.Array, layer: int | jax.Array, plan: LoraPlan, modules: Sequence[int]
-) -> jax.Array:
+def lora_delta(x: jax.Array, pool: jax.Array, layer: Layer, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
     """``lora_expand(lora_shrink(x, ...), ..., x.dtype)``, for a caller with nothing to do in between.
 
     It is a term of its own and not added to the base's output here, because a matrix product takes a term to start

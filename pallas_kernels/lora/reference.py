@@ -41,6 +41,7 @@ class ReferenceLoraPlan:
     """What every layer of a step needs to know of its adapters."""
 
     modules: tuple[ModulePlan, ...]
+    active: tuple[int, ...] = struct.field(pytree_node=False)
     widths: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
     max_rank: int = struct.field(pytree_node=False)
 
@@ -54,7 +55,9 @@ def plan(segments, *, num_tokens, row_width, widths):
         _plan_module(segments, m, segment, has_segment, row_width, *width) for m, width in enumerate(widths)
     )
     # The layers' gathers read these index arrays; without the barrier XLA recomputes them inside every gather.
-    return ReferenceLoraPlan(jax.lax.optimization_barrier(modules), tuple(widths), segments.max_rank)
+    return ReferenceLoraPlan(
+        jax.lax.optimization_barrier(modules), segments.active, tuple(widths), max_rank=segments.max_rank
+    )
 
 
 def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE, layer_plane, owner
+from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
 
 FIELDS = 8
@@ -44,6 +44,7 @@ class TritonLoraPlan:
     Attributes:
       records: ``[tiles, M, FIELDS]`` int32; a tile of no tokens is padding.
       pages: the segments' ``pages``.
+      active: the segments' ``active``.
       widths: ``(d_in, d_out)`` of each module.
       token_tile: most tokens of a tile.
       max_rank: width of the partial sums.
@@ -51,6 +52,7 @@ class TritonLoraPlan:
 
     records: jax.Array
     pages: jax.Array
+    active: tuple[int, ...] = struct.field(pytree_node=False)
     widths: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
     token_tile: int = struct.field(pytree_node=False)
     max_rank: int = struct.field(pytree_node=False)
@@ -91,7 +93,14 @@ def plan(segments, *, num_tokens, row_width, widths):
         ],
         axis=-1,
     )
-    return TritonLoraPlan(records, segments.pages, tuple(widths), token_tile=token_tile, max_rank=segments.max_rank)
+    return TritonLoraPlan(
+        records,
+        segments.pages,
+        active=segments.active,
+        widths=tuple(widths),
+        token_tile=token_tile,
+        max_rank=segments.max_rank,
+    )
 
 
 def lora_shrink(x, pool, layer, plan: TritonLoraPlan, modules):
@@ -135,7 +144,7 @@ def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
     ends = jnp.cumulative_sum(jnp.where(tokens > 0, items, 0)).astype(jnp.int32)
     ref = None if out is None else jax.new_ref(out)
     out_type = jax.ShapeDtypeStruct((splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
-    arguments = (x, pool, plan.records, plan.pages, ends, layer_plane(layer), num_rows)
+    arguments = (x, pool, plan.records, plan.pages, ends, layer_array(layer), num_rows)
     result = jt.triton_call(
         *(arguments if ref is None else (*arguments, ref)),
         kernel=_shrink_kernel,
@@ -190,7 +199,7 @@ def _expand(partial_sums, pool, layer, plan, modules, dtype):
         pool,
         plan.records,
         plan.pages,
-        layer_plane(layer),
+        layer_array(layer),
         num_rows,
         kernel=_expand_kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, first_column[-1]), dtype),
@@ -292,7 +301,7 @@ def _shrink_kernel(
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
     ends,  # [tiles]: items up to and with this tile
-    plane_at,  # [1], first plane of the layer: 2 * layer
+    layer,  # [1]
     num_rows,
     out,  # [SPLITS, T, M, MAX_RANK]
     MODULES: tl.constexpr,
@@ -318,7 +327,7 @@ def _shrink_kernel(
 ):
     """One program: every PROGRAMS-th item."""
     M: tl.constexpr = len(MODULES)
-    plane = tl.load(plane_at)
+    plane = 2 * tl.load(layer)
     index = tl.arange(0, BLOCK_ENDS)
     all_ends = tl.load(ends + index, mask=index < ENDS, other=2147483647)
     for item in range(tl.program_id(0), tl.load(ends + ENDS - 1), PROGRAMS):
@@ -441,7 +450,7 @@ def _expand_kernel(
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
-    plane_at,  # [1]
+    layer,  # [1]
     num_rows,
     delta,  # [T, FIRST_COLUMN[M]]
     MODULES: tl.constexpr,
@@ -485,7 +494,7 @@ def _expand_kernel(
     first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
     if tokens > 0:
         rank, start, _ = _module(records, tile, _pick(MODULES, j), 1, ALL_MODULES, FIELDS)
-        plane = tl.load(plane_at)
+        plane = 2 * tl.load(layer)
         chunk = block // BLOCKS
         begin = block % BLOCKS * COLUMNS
         start += chunk * rank

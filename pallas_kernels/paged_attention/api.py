@@ -1,12 +1,13 @@
-"""Ragged paged attention and the KV write: contracts and argument checks."""
+"""Ragged paged attention, and rotary embedding with the KV write: contracts and argument checks."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.paged_attention import reference, triton
+from pallas_kernels.paged_attention import reference, rotary_reference, rotary_triton, triton
 from pallas_kernels.paged_attention.reference import ReferenceAttentionPlan
 from pallas_kernels.paged_attention.triton import TritonAttentionPlan
-from pallas_kernels.pool import check_pool, expect_int32, expect_rank
+from pallas_kernels.pool import Layer, check_pool, expect_int32, expect_rank
 
 AttentionPlan = ReferenceAttentionPlan | TritonAttentionPlan
 """Opaque to callers; its type says which back end runs."""
@@ -43,7 +44,7 @@ def plan_attention(
 
 
 def paged_attention(
-    q: jax.Array, pool: jax.Array, layer: int, plan: AttentionPlan, *, num_kv_heads: int, scale: float
+    q: jax.Array, pool: jax.Array, layer: Layer, plan: AttentionPlan, *, num_kv_heads: int, scale: float
 ) -> jax.Array:
     """Causal attention of every token over its own sequence's pages: decode, chunked prefill, and any mixture.
 
@@ -64,7 +65,7 @@ def paged_attention(
     Args:
       q: ``[T, H, D]``, any float dtype; H a multiple of ``num_kv_heads``.
       pool: ``[layers, 2, rows, num_kv_heads * D]``; the K and V of the query tokens are already written.
-      layer: which layer's planes to read; static.
+      layer: which layer's planes to read.
       plan: from ``plan_attention``, for the same T.
       num_kv_heads: KV heads; static.
       scale: multiplies the scores; static.
@@ -84,27 +85,62 @@ def paged_attention(
     return backend.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
-def write_kv(
-    pool: jax.Array, layer: int, rows: jax.Array, k: jax.Array, v: jax.Array, *, backend: Backend
-) -> jax.Array:
-    """Writes the K and V of new tokens into the pool; in place where the caller has donated it.
+def rotary_write_kv(
+    qkv: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    pool: jax.Array,
+    layer: Layer,
+    rows: jax.Array,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    backend: Backend,
+) -> tuple[jax.Array, jax.Array]:
+    """Rotates q and k of new tokens (arXiv 2104.09864), and writes their K and V into the pool.
 
-    Semantics: ``pool[layer, 0, rows[t]] = k[t]`` and ``pool[layer, 1, rows[t]] = v[t]``, cast to the pool's dtype.
+    Semantics, with ``D = head_dim``, ``K = num_kv_heads`` and the columns of ``qkv`` seen as the heads
+    ``[q_0 .. q_(H-1) | k_0 .. k_(K-1) | v_0 .. v_(K-1)]`` of D elements each, for token t, head h, ``i < D / 2``::
+
+        rotate(x)[i]         = x[i] * cos[t, i] - x[i + D / 2] * sin[t, i]
+        rotate(x)[i + D / 2] = x[i + D / 2] * cos[t, i] + x[i] * sin[t, i]
+
+        q[t, h]                    = rotate(q_h[t])
+        pool[layer, 0, rows[t], h] = rotate(k_h[t])
+        pool[layer, 1, rows[t], h] = v_h[t]
+
+    with pool rows seen as ``[K, D]``; rotated in float32, cast to the dtype of ``qkv`` and of the pool. The two halves
+    of D are the pair's parts, as in Hugging Face checkpoints. The write is in place where the caller has donated
+    the pool.
+
     Padding: padded tokens name a row of the trash page; rows of the trash page may repeat and hold any value after.
 
     Args:
-      pool: ``[layers, 2, rows, W]``.
-      layer: static.
+      qkv: ``[T, (H + 2 * K) * D]``, any float dtype; H a multiple of K.
+      rope: cosine and sine, ``[T, D / 2]`` float32 each.
+      pool: ``[layers, 2, rows, K * D]``.
+      layer: which layer's planes to write.
       rows: ``[T]`` int32, distinct outside the trash page.
-      k, v: ``[T, W]``.
+      num_kv_heads, head_dim: static; ``head_dim`` even.
       backend: static.
+
+    Returns:
+      Rotated q ``[T, H, D]`` of qkv's dtype, and the pool.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
     """
-    num_tokens, width = expect_rank("k", k, 2)
-    check_pool(pool, layer, width)
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {k.shape}, got {v.shape}")
+    num_tokens, width = expect_rank("qkv", qkv, 2)
+    check_pool(pool, layer, num_kv_heads * head_dim)
+    group, rest = divmod(width - 2 * num_kv_heads * head_dim, num_kv_heads * head_dim)
+    if group < 1 or rest or head_dim % 2:
+        raise ValueError(
+            f"qkv must be [T, (H + 2 * {num_kv_heads}) * {head_dim}] with H a multiple of {num_kv_heads} and an even "
+            f"head_dim, got {qkv.shape}"
+        )
+    for name, angles in zip(("cos", "sin"), rope, strict=True):
+        if angles.shape != (num_tokens, head_dim // 2) or angles.dtype != jnp.float32:
+            expected = (num_tokens, head_dim // 2)
+            raise ValueError(f"{name} must be float32 {expected}, got {angles.dtype} {angles.shape}")
     expect_int32("rows", rows, (num_tokens,))
-    return (triton if backend == "triton" else reference).write_kv(pool, layer, rows, k, v)
+    module = rotary_triton if backend == "triton" else rotary_reference
+    return module.rotary_write_kv(qkv, rope, pool, layer, rows, num_kv_heads=num_kv_heads, head_dim=head_dim)

@@ -106,8 +106,3 @@ def paged_attention(q, pool, layer, plan: ReferenceAttentionPlan, *, num_kv_head
     if tile == 1:
         return jnp.where(plan.in_tile[:, :, None], out, 0.0).astype(q.dtype)
     return jnp.zeros(q.shape, q.dtype).at[plan.target].set(out.astype(q.dtype), mode="drop")
-
-
-def write_kv(pool, layer, rows, k, v):
-    values = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    return pool.at[layer, :, rows].set(values, mode="promise_in_bounds")

@@ -1,4 +1,4 @@
-"""Ragged paged attention and the KV write for NVIDIA GPUs, from Ampere on, in Triton. See ``api`` for the contract.
+"""Ragged paged attention for NVIDIA GPUs, from Ampere on, in Triton. See ``api`` for the contract.
 
 Semantics, for query token t of sequence s at position p, head h of KV head ``g = h // (H // num_kv_heads)``::
 
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE, owner
+from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
 
 MAX_HEAD_DIM = 128
@@ -159,7 +159,7 @@ def paged_attention(q, pool, layer, plan: TritonAttentionPlan, *, num_kv_heads, 
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "FLOAT32": q.dtype == jnp.float32 or q.dtype != pool.dtype,
     }
-    arguments = q, pool, plan.page_table, 2 * layer, pool.shape[2]
+    arguments = q, pool, plan.page_table, layer_array(layer), pool.shape[2]
     out = None if plan.tiles is None else _attend_tiles(arguments, plan, constants)
     return _decode(arguments, plan, out, constants)
 
@@ -175,7 +175,7 @@ def _check_supported(query_dtype, pool_dtype, head_dim, group, scale):
 
 def _attend_tiles(arguments, plan, constants):
     """Attention of the tiles' tokens; the output's other tokens are not written."""
-    q, pool, page_table, plane, num_rows = arguments
+    q, pool, page_table, layer, num_rows = arguments
     sizes = block_sizes("prefill_attention", device_kind(), "float32" if constants["FLOAT32"] else "half")
     split = plan.query_tile // sizes["block_m"]
     return jt.triton_call(
@@ -183,7 +183,7 @@ def _attend_tiles(arguments, plan, constants):
         pool,
         page_table,
         plan.tiles,
-        plane,
+        layer,
         num_rows,
         kernel=_tile_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -200,7 +200,7 @@ def _attend_tiles(arguments, plan, constants):
 
 def _decode(arguments, plan, out, constants):
     """Attention of the decoding tokens, added to ``out`` in place, which holds the others; None when there are none."""
-    q, pool, page_table, plane, num_rows = arguments
+    q, pool, page_table, layer, num_rows = arguments
     group, num_heads = constants["GROUP"], constants["HEADS"]
     key = "multi_head" if group == 1 else "float32" if constants["FLOAT32"] else "grouped"
     sizes = block_sizes("decode_attention", device_kind(), key)
@@ -217,7 +217,7 @@ def _decode(arguments, plan, out, constants):
     out_ref = jax.new_ref(out) if has_out else None
     call = partial(
         jt.triton_call,
-        *(q, pool, page_table, decode.items, plane, num_rows),
+        *(q, pool, page_table, decode.items, layer, num_rows),
         kernel=_decode_kernel,
         grid=(num_kv_heads, num_items),
         num_warps=sizes["num_warps"],
@@ -254,46 +254,12 @@ def _decode(arguments, plan, out, constants):
     return jax.freeze(out_ref)
 
 
-def write_kv(pool, layer, rows, k, v):
-    """See ``api.write_kv``."""
-    num_tokens, width = k.shape
-    pool_ref = jax.new_ref(pool)
-    jt.triton_call(
-        rows,
-        k,
-        v,
-        2 * layer,
-        pool.shape[2],
-        pool_ref,
-        kernel=_write_kernel,
-        out_type=(),
-        grid=(num_tokens,),
-        num_warps=block_sizes("write_kv", device_kind(), "any")["num_warps"],
-        num_stages=1,
-        W=width,
-        BLOCK_W=triton.next_power_of_2(width),
-    )
-    return jax.freeze(pool_ref)
-
-
 @triton.jit
-def _write_kernel(
-    rows,  # [T]
-    k,  # [T, W]
-    v,  # [T, W]
-    plane,  # of K in the pool; V's is the next
-    num_rows,
-    pool,  # [planes, num_rows, W]
-    W: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    w = tl.arange(0, BLOCK_W)
-    row = tl.load(rows + token).to(tl.int64) + plane * tl.cast(num_rows, tl.int64)
-    k_row = tl.load(k + token * W + w, mask=w < W)
-    v_row = tl.load(v + token * W + w, mask=w < W)
-    tl.store(pool + row * W + w, k_row.to(pool.dtype.element_ty), mask=w < W)
-    tl.store(pool + (row + num_rows) * W + w, v_row.to(pool.dtype.element_ty), mask=w < W)
+def _planes(pool, layer, num_rows, W: tl.constexpr):
+    """Where the layer's K and V begin."""
+    plane_size = tl.cast(num_rows, tl.int64) * W
+    k_base = pool + 2 * tl.load(layer).to(tl.int64) * plane_size
+    return k_base, k_base + plane_size
 
 
 @triton.jit
@@ -327,7 +293,7 @@ def _decode_kernel(
     pool,  # [planes, num_rows, W]
     page_table,  # [S, TABLE_WIDTH]
     items,  # [N, FIELDS]
-    plane,  # of K in the pool; V's is the next
+    layer,  # [1]
     num_rows,
     out,  # [T, HEADS, D]: written for items that are a whole context
     parts,  # [N, HEADS, D] float32: written for the others
@@ -357,8 +323,9 @@ def _decode_kernel(
     is_part = tl.load(record + 4)
     if begin < end:
         d = tl.arange(0, BLOCK_D)
-        k_base = pool + plane * tl.cast(num_rows, tl.int64) * W + kv_head * D
-        v_base = k_base + tl.cast(num_rows, tl.int64) * W
+        k_base, v_base = _planes(pool, layer, num_rows, W)
+        k_base += kv_head * D
+        v_base += kv_head * D
         if DOT:
             _decode_grouped(
                 q, k_base, v_base, table, out, parts, lse, token, item, kv_head, begin, end, is_part, d,
@@ -490,7 +457,7 @@ def _tile_kernel(
     pool,  # [planes, num_rows, W]
     page_table,  # [S, TABLE_WIDTH]
     tiles,  # [N, FIELDS]
-    plane,  # of K in the pool; V's is the next
+    layer,  # [1]
     num_rows,
     out,  # [T, HEADS, D]
     SCALE: tl.constexpr,
@@ -528,8 +495,9 @@ def _tile_kernel(
         query = tl.load(q + base + offsets, mask=inside, other=0.0)
         if FLOAT32:
             query = query.to(tl.float32)
-        k_base = pool + plane * tl.cast(num_rows, tl.int64) * W + head // GROUP * D
-        v_base = k_base + tl.cast(num_rows, tl.int64) * W
+        k_base, v_base = _planes(pool, layer, num_rows, W)
+        k_base += head // GROUP * D
+        v_base += head // GROUP * D
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)

@@ -3,6 +3,7 @@
 One buffer, because each further argument of a jitted call costs host time, and one copy moves faster than ten.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,31 +39,86 @@ class AdapterSlice:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that batches are padded to: few on a CPU, where compiling is slow, many on a GPU.
+    """The shapes that batches are padded to: few on a CPU, where compiling is slow, many on a GPU.
 
     Attributes:
-      sizes: allowed numbers of tokens and of sequences, increasing.
-      total_ranks: allowed sums of ranks of a step's distinct adapters, increasing.
+      decode: numbers of sequences, and of tokens, of steps in which every sequence has one token; increasing.
+      tokens, sequences: those of the other steps; increasing.
+      total_ranks: sums of ranks of a step's distinct adapters; increasing.
     """
 
-    sizes: tuple[int, ...]
+    decode: tuple[int, ...]
+    tokens: tuple[int, ...]
+    sequences: tuple[int, ...]
     total_ranks: tuple[int, ...]
 
     @classmethod
-    def geometric(cls, largest: int, ratio: int, smallest: int = 4) -> "Buckets":
-        """Sizes ``smallest, smallest * ratio, ...`` with ``largest`` as the last."""
-        sizes = [smallest]
-        while sizes[-1] * ratio < largest:
-            sizes.append(sizes[-1] * ratio)
-        if sizes[-1] < largest:
-            sizes.append(largest)
-        return cls(tuple(sizes), tuple(64 * 4**i for i in range(8)))
+    def geometric(cls, max_tokens: int, max_sequences: int, ratio: int, smallest: int = 4) -> "Buckets":
+        """Sizes ``smallest, smallest * ratio, ...`` with ``max_tokens`` as the last."""
+        tokens = [smallest]
+        while tokens[-1] * ratio < max_tokens:
+            tokens.append(tokens[-1] * ratio)
+        if tokens[-1] < max_tokens:
+            tokens.append(max_tokens)
+        sequences = tuple(tokens[: tokens.index(_first_at_least(tokens, max_sequences)) + 1])
+        return cls(sequences, tuple(tokens), sequences, tuple(64 * 4**i for i in range(8)))
 
-    def size(self, needed: int) -> int:
-        return _first_at_least(self.sizes, needed)
+    @classmethod
+    def fine(cls, max_tokens: int, max_sequences: int) -> "Buckets":
+        """Close sizes, as a GPU's time follows them; steps with prompts have one S, and all steps one sum of ranks.
 
-    def total_rank(self, needed: int) -> int:
-        return _first_at_least(self.total_ranks, needed)
+        Those two cost the Triton kernels nothing: their work follows the batch, not its padding.
+        """
+        sizes = [
+            1,
+            2,
+            4,
+            8,
+            16,
+            *range(32, 257, 32),
+            *range(320, 513, 64),
+            640,
+            768,
+            *range(1024, max_tokens + 512, 512),
+        ]
+        decode = tuple(size for size in sizes if size < max_sequences)
+        room = _first_at_least(sizes, max_sequences)
+        tokens = tuple(size for size in sizes if 64 <= size < max_tokens)
+        return cls((*decode, room), (*tokens, max(64, max_tokens)), (room,), (MAX_RANK * max_sequences,))
+
+    @property
+    def max_sequences(self) -> int:
+        """The largest S of any step."""
+        return max(self.decode[-1], self.sequences[-1])
+
+    def shape(
+        self, num_tokens: int, num_sequences: int, table_width: int, total_rank: int = 0, adapter_pages: int = 0
+    ) -> "BatchShape":
+        """The smallest shape that holds a batch; see ``BatchShape`` for the arguments, here without padding."""
+        decode_only = num_tokens == num_sequences
+        sequences = _first_at_least(self.decode if decode_only else self.sequences, num_sequences)
+        tokens = sequences if decode_only else _first_at_least(self.tokens, num_tokens)
+        if not total_rank:
+            return BatchShape(tokens, sequences, table_width, 0, 0, decode_only)
+        total_rank = _first_at_least(self.total_ranks, total_rank)
+        return BatchShape(
+            tokens, sequences, table_width, total_rank, _adapter_pages(sequences, adapter_pages), decode_only
+        )
+
+    def all_shapes(self, table_width: int, with_adapters: bool) -> "list[BatchShape]":
+        """Every shape that ``shape`` gives, but for adapters of more than 16 pages a sequence."""
+        sizes = [(n, n) for n in self.decode]
+        # A step that is not of this kind has at least one token more than sequences.
+        fewest = (0, *self.sequences)
+        sizes += [
+            (t, s) for t in self.tokens for s, below in zip(self.sequences, fewest, strict=False) if t > below + 1
+        ]
+        num_decode = len(self.decode)
+        return [
+            BatchShape(t, s, table_width, rank, _adapter_pages(s, 0) if rank else 0, decode_only=i < num_decode)
+            for rank in ((0, *self.total_ranks) if with_adapters else (0,))
+            for i, (t, s) in enumerate(sizes)
+        ]
 
 
 def _first_at_least(values: Sequence[int], needed: int) -> int:
@@ -70,6 +126,14 @@ def _first_at_least(values: Sequence[int], needed: int) -> int:
         if value >= needed:
             return value
     raise AssertionError(f"no bucket holds {needed}; the largest is {values[-1]}")
+
+
+def _adapter_pages(num_sequences: int, needed: int) -> int:
+    """Padded pages of a step's adapters: room for 16 a sequence, or four times, sixteen times, ... as many."""
+    size = 1 << (16 * num_sequences - 1).bit_length()
+    while size < needed:
+        size *= 4
+    return size
 
 
 @dataclass(frozen=True)
@@ -80,7 +144,7 @@ class BatchShape:
       tokens, sequences: padded T and S.
       table_width: pages a sequence can have.
       total_rank: padded sum of ranks of the distinct adapters; 0 when no token has an adapter.
-      adapter_pages: padded pages of the distinct adapters.
+      adapter_pages: padded pages of the distinct adapters; 0 when no token has an adapter.
       decode_only: every sequence has one token, and T = S.
     """
 
@@ -113,6 +177,12 @@ class BatchShape:
             }
         return fields
 
+    @property
+    def packed_size(self) -> int:
+        """Length of the vector of ``pack``."""
+        sizes = [math.prod(shape) for shape, _ in self._fields.values()]
+        return sum(size + -size % _ALIGNMENT for size in sizes)
+
     def pack(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """One int32 vector of all fields; float32 fields keep their bits."""
         parts = []
@@ -139,7 +209,12 @@ class BatchShape:
         positions, rows = _place_tokens(self.tokens, page_table, query_start, context_len)
         lora = None
         if self.total_rank:
-            lora = LoraSegments(**arrays, max_rank=min(MAX_RANK, self.total_rank), total_rank=self.total_rank)
+            lora = LoraSegments(
+                **arrays,
+                active=tuple(range(len(MODULES))),
+                max_rank=min(MAX_RANK, self.total_rank),
+                total_rank=self.total_rank,
+            )
         return TokenBatch(token_ids, positions, rows, page_table, query_start, context_len, lora, self.decode_only)
 
 
@@ -189,19 +264,14 @@ def build_batch(
     # Sequences without an adapter come last, behind every segment.
     entries = tuple(sorted(entries, key=lambda e: order.get(e.sequence.adapter_key, len(order))))
     counts = [e.count for e in entries]
-    decode_only = max(counts) == 1
-    num_sequences = buckets.size(len(entries))
-    num_tokens = num_sequences if decode_only else buckets.size(sum(counts))
-    shape = BatchShape(
-        tokens=num_tokens,
-        sequences=num_sequences,
+    shape = buckets.shape(
+        num_tokens=sum(counts),
+        num_sequences=len(entries),
         table_width=table_width,
-        total_rank=buckets.total_rank(max(sum(a.ranks[m] for a in adapters.values()) for m in range(len(MODULES))))
-        if adapters
-        else 0,
-        adapter_pages=_next_power_of_four(sum(len(a.pages) for a in adapters.values())),
-        decode_only=decode_only,
+        total_rank=max(sum(a.ranks[m] for a in adapters.values()) for m in range(len(MODULES))),
+        adapter_pages=sum(len(a.pages) for a in adapters.values()),
     )
+    num_tokens, num_sequences = shape.tokens, shape.sequences
     starts = np.cumsum([0, *counts], dtype=np.int32)
     arrays = {
         "token_ids": np.zeros(num_tokens, np.int32),
@@ -247,10 +317,3 @@ def _segment_arrays(entries, starts, adapters, order, shape):
         arrays["start_b"][g] = adapter.start_b
         arrays["scale"][g] = adapter.scales
     return arrays
-
-
-def _next_power_of_four(needed: int, smallest: int = 64) -> int:
-    size = smallest
-    while size < needed:
-        size *= 4
-    return size

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,9 +80,7 @@ class Engine:
         self._wake_event = threading.Event()
         self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake)
         self._scheduler = Scheduler(config.scheduler, self._pages)
-        self._runner = Runner(
-            model_config, params, self._pool, _buckets(config), config.scheduler.max_sequences, self.max_model_len
-        )
+        self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
@@ -348,6 +347,19 @@ class Engine:
         self._scheduler.finish(sequence)
         self._answers.pop(sequence.sequence_id, None)
 
+    def warm_up(self) -> None:
+        """Compiles the steps' shapes, so that no request waits for it, if the configuration asks for that.
+
+        Call it before the first step. Shapes with adapters are compiled if any adapter is registered.
+        """
+        on_gpu = jax.default_backend() != "cpu"
+        if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
+            return
+        start = time.perf_counter()
+        shapes = self._runner.all_shapes(with_adapters=bool(self.adapters()))
+        self._runner.compile(shapes)
+        logger.info("compiled %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
+
     def start(self) -> None:
         """Runs steps in a background thread until ``close``."""
         if self._thread is not None:
@@ -420,7 +432,9 @@ def _enable_compilation_cache(folder: str | None) -> None:
     """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # Warming up compiles many shapes on a GPU: each counts, however short.
+        least = 0.5 if jax.default_backend() == "cpu" else 0
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def _dtype(config: EngineConfig) -> jnp.dtype:
@@ -449,5 +463,8 @@ def _num_pages(config: PoolConfig, page_bytes: int) -> int:
 
 
 def _buckets(config: EngineConfig) -> Buckets:
-    # Compiling takes seconds a shape on a CPU, and a padded step costs little there for the small models it can run.
-    return Buckets.geometric(config.scheduler.max_batch_tokens, ratio=4 if jax.default_backend() == "cpu" else 2)
+    limits = config.scheduler
+    if jax.default_backend() == "cpu":
+        # Compiling takes seconds a shape there, and a padded step costs little for the small models it can run.
+        return Buckets.geometric(limits.max_batch_tokens, limits.max_sequences, ratio=4)
+    return Buckets.fine(limits.max_batch_tokens, limits.max_sequences)

@@ -1,7 +1,9 @@
 """Runs plans on the device: the one place that knows which functions are compiled and what stays on the device."""
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,20 +62,62 @@ class Runner:
       model, params: the base model.
     """
 
-    def __init__(
-        self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_sequences: int, max_len: int
-    ):
+    def __init__(self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_len: int):
         dtype = pool.array.dtype
         self.model = Llama(config, dtype, choose_backend(jax.default_backend()))
         self.params = params
+        # What makes logits of hidden states.
+        self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
         self._buckets = buckets
         self._vocab_size = config.vocab_size
         self._table_width = PoolLayout.token_pages(max_len)
-        self._num_rows_out = buckets.size(max_sequences)
-        self._tokens = jnp.zeros(self._num_rows_out, jnp.int32)
+        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32)
         self._rows: dict[int, int] = {}
-        self._compiled: set[object] = set()
+        self._executables: dict[BatchShape | SamplerShape, jax.stages.Compiled] = {}
+
+    def all_shapes(self, with_adapters: bool) -> list[BatchShape]:
+        """Every shape that a step can have, but for steps with unusually large adapters."""
+        return self._buckets.all_shapes(self._table_width, with_adapters)
+
+    def compile(self, shapes: Sequence[BatchShape]) -> None:
+        """Compiles what steps of these shapes run, with greedy and with plain random sampling.
+
+        Other ways of sampling, and shapes not given here, are compiled when a step first needs them.
+        """
+        samplers = {
+            SamplerShape(shape.sequences, random=random, filtered=False, history=0, logprobs=False): None
+            for shape in shapes
+            for random in (False, True)
+        }
+        # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
+        with ThreadPoolExecutor((os.cpu_count() or 1) // 2 + 1) as workers:
+            compiling = {}
+            for shape in (*samplers, *shapes):
+                if shape not in self._executables:
+                    compiling[shape] = workers.submit(self._lower(shape).compile)
+            for shape, future in compiling.items():
+                self._executables[shape] = future.result()
+
+    def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
+        if isinstance(shape, BatchShape):
+            packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
+            return _forward.lower(self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape)
+        hidden = jax.ShapeDtypeStruct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
+        # The inputs' shapes depend on nothing else when there is no history.
+        _, inputs = build_sampler_inputs((), np.zeros(0, np.int32), {}, shape.sequences, self._vocab_size)
+        return self._lower_sampler(shape, hidden, inputs)
+
+    def _lower_sampler(self, shape: SamplerShape, hidden, inputs: SamplerInputs) -> jax.stages.Lowered:
+        return _sample.lower(
+            self._head,
+            hidden,
+            inputs,
+            self._tokens,
+            model=self.model,
+            shape=shape,
+            num_tokens_out=self._buckets.max_sequences,
+        )
 
     def run(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> StepInFlight:
         """Starts a step and returns at once.
@@ -87,38 +131,34 @@ class Runner:
         sampler_shape, sampler_inputs = build_sampler_inputs(
             batch.entries, last_tokens, self._rows, batch.shape.sequences, self._vocab_size
         )
-        for shape in (batch.shape, sampler_shape):
-            if shape not in self._compiled:
-                self._compiled.add(shape)
-                logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
-        hidden, self._pool.array = _forward(
-            self.params, batch.packed, self._tokens, self._pool.array, model=self.model, shape=batch.shape
-        )
-        sampled = _sample(
-            self.params,
-            hidden,
-            sampler_inputs,
-            self._tokens,
-            model=self.model,
-            shape=sampler_shape,
-            num_tokens_out=self._num_rows_out,
-        )
+        forward = self._executable(batch.shape, lambda: self._lower(batch.shape))
+        hidden, self._pool.array = forward(self.params, batch.packed, self._tokens, self._pool.array)
+        sampler = self._executable(sampler_shape, lambda: self._lower_sampler(sampler_shape, hidden, sampler_inputs))
+        sampled = sampler(self._head, hidden, sampler_inputs, self._tokens)
         self._tokens = sampled.tokens
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         return StepInFlight(batch.entries, sampled)
 
+    def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        if shape not in self._executables:
+            logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
+            self._executables[shape] = lower().compile()
+        return self._executables[shape]
+
 
 @partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool")
 def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape):
+    """Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool."""
     batch = shape.unpack(packed, previous_tokens)
-    return model.apply({"params": params}, batch, pool)
+    hidden, pool = model.apply({"params": params}, batch, pool)
+    return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
 
 
 @partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out"))
 def _sample(
     params, hidden, inputs: SamplerInputs, previous_tokens, *, model: Llama, shape: SamplerShape, num_tokens_out: int
 ) -> Sampled:
-    logits = model.apply({"params": params}, hidden[inputs.last_token], method=Llama.logits)
+    logits = model.apply({"params": params}, hidden, method=Llama.logits)
     return sample(logits, inputs, previous_tokens, shape, num_tokens_out)

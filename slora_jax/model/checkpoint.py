@@ -28,7 +28,7 @@ from slora_jax.model.weights import ShardingRule, load_params, sharded_abstract_
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise when the parameter tree changes; entries of other formats are then stale
+_FORMAT = 2  # raise when the parameter tree changes; entries of other formats are then stale
 _PARAMS = "params"
 _MANIFEST = "manifest.json"
 _HOST_COPY_GB = 2  # host memory for arrays on their way between disk and device

@@ -1,10 +1,10 @@
 """Llama (1, 2, 3.x and what shares its architecture) over a ragged batch and the unified pool.
 
-Axis letters of shape comments: T tokens of the step, S sequences, h hidden_size, K KV heads, G query heads a KV head,
-D head_dim, f intermediate_size, V vocabulary.
+Axis letters of shape comments: T tokens of the step, S sequences, h hidden_size, D head_dim, V vocabulary.
 
-``Llama(config, dtype).apply({"params": params}, batch, pool)`` is a pure function. Layers are unrolled in Python: a
-scan over stacked layers copies every layer's weights each step.
+``Llama(config, dtype).apply({"params": params}, batch, pool)`` is a pure function. Layers are unrolled: a scan over
+stacked layers copies every layer's weights each step. They are calls of one jitted function, so that all are traced
+and lowered once; XLA inlines the calls.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -21,11 +22,11 @@ from pallas_kernels import (
     Backend,
     LoraPlan,
     LoraSegments,
-    lora_update,
+    lora_delta,
     paged_attention,
     plan_attention,
     plan_lora,
-    write_kv,
+    rotary_write_kv,
 )
 from slora_jax.memory.layout import MODULES, module_shapes
 from slora_jax.model.config import ModelConfig, RopeScaling
@@ -86,10 +87,10 @@ class Llama(nn.Module):
             param_dtype=self.dtype,
             embedding_init=nn.initializers.normal(1.0),
         )
-        self.layers = [Block(config, self.dtype, i, self.backend) for i in range(config.num_layers)]
+        self.layers = [Block(config, self.dtype, self.backend) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = Projection((config.vocab_size,), self.dtype)
+            self.lm_head = Projection(config.vocab_size, self.dtype)
 
     def __call__(self, batch: TokenBatch, pool: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Runs the layers.
@@ -103,11 +104,16 @@ class Llama(nn.Module):
         """
         x = self.embed(batch.token_ids)
         step = self._plan(batch, pool.shape[3])
-        for layer in self.layers:
-            x, pool = layer(x, step, pool)
+        for i, block in enumerate(self.layers):
+            layer = np.int32(i)
+            if self.is_initializing():
+                x, pool = block(x, step, pool, layer)
+            else:
+                params = block.variables["params"]
+                x, pool = _apply_block(params, x, step, pool, layer, self.config, self.dtype, self.backend)
         return self.norm(x), pool
 
-    def _plan(self, batch: TokenBatch, row_width: int) -> "StepTables":
+    def _plan(self, batch: TokenBatch, row_width: int) -> StepTables:
         num_tokens = batch.token_ids.shape[0]
         lora = None
         if batch.lora is not None:
@@ -142,72 +148,67 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
-    layer: int
     backend: Backend
 
     def setup(self):
         config = self.config
-        group = config.num_heads // config.num_kv_heads
         self.attention_norm = RMSNorm(config.rms_norm_eps, self.dtype)
-        # One product for q, k and v; by KV head, so that sharding that axis keeps each head's q, k and v together.
-        self.qkv = Projection((config.num_kv_heads, group + 2, config.head_dim), self.dtype)
-        self.o = Projection((config.hidden_size,), self.dtype)
+        # Columns [q | k | v], heads in order, and [gate | up].
+        self.qkv = Projection(config.q_size + 2 * config.kv_size, self.dtype)
+        self.o = Projection(config.hidden_size, self.dtype)
         self.mlp_norm = RMSNorm(config.rms_norm_eps, self.dtype)
-        self.gate_up = Projection((2, config.intermediate_size), self.dtype)
-        self.down = Projection((config.hidden_size,), self.dtype)
+        self.gate_up = Projection(2 * config.intermediate_size, self.dtype)
+        self.down = Projection(config.hidden_size, self.dtype)
 
-    def __call__(self, x: jax.Array, step: StepTables, pool: jax.Array) -> tuple[jax.Array, jax.Array]:
-        attended, pool = self._attention(self.attention_norm(x), step, pool)
-        x = x + attended
-        return x + self._mlp(self.mlp_norm(x), step, pool), pool
+    def __call__(
+        self, x: jax.Array, step: StepTables, pool: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states ``[T, h]`` and the pool after this layer; ``layer`` is its number, an int32 scalar."""
 
-    def _attention(self, x, step: StepTables, pool):
+        def project(projection, x, *modules):
+            y = projection(x)
+            if step.lora is None or not set(modules) & set(step.lora.active):
+                return y
+            # Nothing between the product and the sum: cuBLAS then does both in one kernel.
+            return y + lora_delta(x, pool, layer, step.lora, modules)
+
         config = self.config
-        tokens = x.shape[0]
-        qkv = self.qkv(x)  # [T, K, G + 2, D]
-        q = qkv[:, :, :-2].reshape(tokens, config.q_size)
-        k = qkv[:, :, -2].reshape(tokens, config.kv_size)
-        v = qkv[:, :, -1].reshape(tokens, config.kv_size)
-        q, k, v = self._add_lora(x, (q, k, v), step, pool, (Q, K, V))
-        # The write below needs k and v only. Without this XLA may not order it behind the reads of q's adapter rows,
-        # and copies the whole pool to keep them valid.
-        q, k, v, pool = jax.lax.optimization_barrier((q, k, v, pool))
-        q = apply_rotary(q.reshape(tokens, config.num_heads, config.head_dim), step.rope)
-        k = apply_rotary(k.reshape(tokens, config.num_kv_heads, config.head_dim), step.rope)
-        pool = write_kv(pool, self.layer, step.rows, k.reshape(tokens, config.kv_size), v, backend=self.backend)
+        # Every read of the adapters' rows comes before the write, which needs all of qkv: XLA copies no pool to keep
+        # them valid.
+        qkv = project(self.qkv, self.attention_norm(x), Q, K, V)
+        q, pool = rotary_write_kv(
+            qkv,
+            step.rope,
+            pool,
+            layer,
+            step.rows,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            backend=self.backend,
+        )
         scale = 1.0 / math.sqrt(config.head_dim)
-        attended = paged_attention(
-            q, pool, self.layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale
-        ).reshape(tokens, config.q_size)
-        (out,) = self._add_lora(attended, (self.o(attended),), step, pool, (O,))
-        return out, pool
+        attended = paged_attention(q, pool, layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale)
+        x = x + project(self.o, attended.reshape(-1, config.q_size), O)
+        gate, up = jnp.split(project(self.gate_up, self.mlp_norm(x), GATE, UP), 2, axis=1)
+        return x + project(self.down, nn.silu(gate) * up, DOWN), pool
 
-    def _mlp(self, x, step: StepTables, pool):
-        gate_up = self.gate_up(x)  # [T, 2, f]
-        gate, up = self._add_lora(x, (gate_up[:, 0], gate_up[:, 1]), step, pool, (GATE, UP))
-        activated = nn.silu(gate) * up
-        (out,) = self._add_lora(activated, (self.down(activated),), step, pool, (DOWN,))
-        return out
 
-    def _add_lora(self, x, ys, step: StepTables, pool, modules):
-        if step.lora is None:
-            return ys
-        return lora_update(x, ys, pool, self.layer, step.lora, modules)
+@partial(jax.jit, static_argnames=("config", "dtype", "backend"))
+def _apply_block(params, x, step: StepTables, pool, layer, config: ModelConfig, dtype: jnp.dtype, backend: Backend):
+    """``Block`` as a function that knows neither its layer nor its parameters: the same for all layers."""
+    return Block(config, dtype, backend, parent=None).apply({"params": params}, x, step, pool, layer)
 
 
 class Projection(nn.Module):
-    """A linear map without bias; ``kernel`` is ``[in, *features]``."""
+    """A linear map without bias; ``kernel`` is ``[in, features]``."""
 
-    features: tuple[int, ...]
+    features: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, out_dtype=None):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], *self.features), self.dtype)
-        # A plain matrix product: XLA's CPU and GPU libraries see [T, in] x [in, out] whatever the features' shape.
-        flat = kernel.reshape(x.shape[-1], -1)
-        y = _dot(x, flat, (((x.ndim - 1,), (0,)), ((), ())), out_dtype or self.dtype)
-        return y.reshape(*x.shape[:-1], *self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
+        return _dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), out_dtype or self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -231,12 +232,12 @@ def _dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine ``[T, 1, D / 2]`` float32 of each position's rotary angles (arXiv 2104.09864)."""
+    """Cosine and sine ``[T, D / 2]`` float32 of each position's rotary angles (arXiv 2104.09864)."""
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     if config.rope_scaling is not None:
         frequency = _llama3_scaled(frequency, config.rope_scaling)
-    angle = positions.astype(jnp.float32)[:, None, None] * frequency
+    angle = positions.astype(jnp.float32)[:, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -247,14 +248,6 @@ def _llama3_scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
     blend = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)
     return (1.0 - blend) * frequency / scaling.factor + blend * frequency
-
-
-def apply_rotary(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates ``[T, heads, D]``; the two halves of D are the pair's parts, as in Hugging Face checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict:

@@ -220,35 +220,32 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor, the shape it must have, and the shape it is seen in."""
+    """A tensor, and the shape it must have."""
 
     name: str
     shape: tuple[int, ...]
-    view: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to make a parameter: join ``pieces`` along ``axis``; if ``input_last``, move the last axis to the front.
+    """How to make a parameter: join ``pieces`` along the first axis and, if ``transposed``, swap the axes.
 
-    Files hold linear maps as ``[out, in]``, parameters as ``[in, *features]``.
+    Files hold linear maps as ``[out, in]``, parameters as ``[in, out]``.
     """
 
     pieces: tuple[_Piece, ...]
-    axis: int = 0
-    input_last: bool = True
+    transposed: bool = True
 
 
 def _recipes(config: ModelConfig, names) -> dict[ParamPath, _Recipe]:
     """Recipe of every parameter; ``names`` are those of the checkpoint."""
-    hidden, ffn, depth = config.hidden_size, config.intermediate_size, config.head_dim
-    kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    hidden, ffn = config.hidden_size, config.intermediate_size
 
-    def linear(name, num_out, num_in, *features):
-        return _Piece(f"{name}.weight", (num_out, num_in), (*(features or (num_out,)), num_in))
+    def linear(num_in, *maps):
+        return _Recipe(tuple(_Piece(f"{name}.weight", (num_out, num_in)) for name, num_out in maps))
 
     def plain(name, *shape):
-        return _Recipe((_Piece(f"{name}.weight", shape, shape),), input_last=False)
+        return _Recipe((_Piece(f"{name}.weight", shape),), transposed=False)
 
     embedding = "model.embed_tokens"
     if config.tie_word_embeddings and f"{embedding}.weight" not in names and "lm_head.weight" in names:
@@ -258,27 +255,22 @@ def _recipes(config: ModelConfig, names) -> dict[ParamPath, _Recipe]:
         ("norm", "scale"): plain("model.norm", hidden),
     }
     if not config.tie_word_embeddings:
-        recipes["lm_head", "kernel"] = _Recipe((linear("lm_head", config.vocab_size, hidden),))
+        recipes["lm_head", "kernel"] = linear(hidden, ("lm_head", config.vocab_size))
     for i in range(config.num_layers):
         layer, prefix = f"layers_{i}", f"model.layers.{i}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         recipes |= {
             (layer, "attention_norm", "scale"): plain(f"{prefix}.input_layernorm", hidden),
             (layer, "mlp_norm", "scale"): plain(f"{prefix}.post_attention_layernorm", hidden),
-            # Query heads k * group to (k + 1) * group - 1 share KV head k, so [K, G, D] is a view of q's rows.
-            (layer, "qkv", "kernel"): _Recipe(
-                (
-                    linear(f"{attention}.q_proj", config.q_size, hidden, kv_heads, group, depth),
-                    linear(f"{attention}.k_proj", config.kv_size, hidden, kv_heads, 1, depth),
-                    linear(f"{attention}.v_proj", config.kv_size, hidden, kv_heads, 1, depth),
-                ),
-                axis=1,
+            (layer, "qkv", "kernel"): linear(
+                hidden,
+                (f"{attention}.q_proj", config.q_size),
+                (f"{attention}.k_proj", config.kv_size),
+                (f"{attention}.v_proj", config.kv_size),
             ),
-            (layer, "o", "kernel"): _Recipe((linear(f"{attention}.o_proj", hidden, config.q_size),)),
-            (layer, "gate_up", "kernel"): _Recipe(
-                (linear(f"{mlp}.gate_proj", ffn, hidden, 1, ffn), linear(f"{mlp}.up_proj", ffn, hidden, 1, ffn))
-            ),
-            (layer, "down", "kernel"): _Recipe((linear(f"{mlp}.down_proj", hidden, ffn),)),
+            (layer, "o", "kernel"): linear(config.q_size, (f"{attention}.o_proj", hidden)),
+            (layer, "gate_up", "kernel"): linear(hidden, (f"{mlp}.gate_proj", ffn), (f"{mlp}.up_proj", ffn)),
+            (layer, "down", "kernel"): linear(ffn, (f"{mlp}.down_proj", hidden)),
         }
     return recipes
 
@@ -287,32 +279,26 @@ def _build(recipe: _Recipe, tensors: dict[str, _Tensor], dtype: jnp.dtype, place
     # On a CPU `raw` may be the host buffer itself, so every path below ends in a new array. Transposing and casting
     # are two programs because XLA's CPU back end is several times slower at both in one.
     host = _read(recipe, tensors)
-    raw = jax.device_put(host, _file_sharding(place, host.ndim) if recipe.input_last else place)
+    raw = jax.device_put(host, _file_sharding(place) if recipe.transposed else place)
     del host
-    if recipe.input_last:
-        raw = jax.jit(_input_first, out_shardings=place)(raw)
-    if not recipe.input_last or raw.dtype != dtype:
+    if recipe.transposed:
+        raw = jax.jit(jnp.transpose, out_shardings=place)(raw)
+    if not recipe.transposed or raw.dtype != dtype:
         raw = jax.jit(_copy_as, static_argnums=1, out_shardings=place)(raw, dtype)
     return raw.block_until_ready()
 
 
 def _read(recipe: _Recipe, tensors: dict[str, _Tensor]) -> np.ndarray:
     """The recipe's tensors, joined, in the file's dtype."""
-    axis, views = recipe.axis, [piece.view for piece in recipe.pieces]
-    shape = (*views[0][:axis], sum(view[axis] for view in views), *views[0][axis + 1 :])
-    dtype = tensors[recipe.pieces[0].name].dtype
-    host = _aligned_empty(math.prod(shape) * dtype.itemsize)
-    blocks = host.reshape(math.prod(shape[:axis]), -1)
+    found = [tensors[piece.name] for piece in recipe.pieces]
+    host = _aligned_empty(sum(tensor.nbytes for tensor in found))
     start = 0
-    for piece in recipe.pieces:
-        tensor = tensors[piece.name]
-        end = start + tensor.nbytes // len(blocks)
+    for tensor in found:
         with tensor.file.open("rb", buffering=0) as stream:
             stream.seek(tensor.offset)
-            for block in blocks:
-                _read_into(stream, block[start:end])
-        start = end
-    return host.view(dtype).reshape(shape)
+            _read_into(stream, host[start : start + tensor.nbytes])
+        start += tensor.nbytes
+    return host.view(found[0].dtype).reshape(-1, *found[0].shape[1:])
 
 
 def _aligned_empty(nbytes: int) -> np.ndarray:
@@ -333,20 +319,16 @@ def _read_into(stream, target: np.ndarray) -> None:
         left = left[count:]
 
 
-def _input_first(x):
-    return jnp.moveaxis(x, -1, 0)
-
-
 def _copy_as(x, dtype):
     return jnp.copy(x).astype(dtype)
 
 
-def _file_sharding(place: Sharding, ndim: int) -> Sharding:
-    """The sharding of ``[*features, in]`` that makes ``[in, *features]`` have sharding ``place``."""
+def _file_sharding(place: Sharding) -> Sharding:
+    """The sharding of ``[out, in]`` that makes ``[in, out]`` have sharding ``place``."""
     if not isinstance(place, NamedSharding):
         return place
-    spec = (*place.spec, *[None] * (ndim - len(place.spec)))
-    return NamedSharding(place.mesh, PartitionSpec(*spec[1:], spec[0]), memory_kind=place.memory_kind)
+    spec = (*place.spec, *[None] * (2 - len(place.spec)))
+    return NamedSharding(place.mesh, PartitionSpec(*reversed(spec)), memory_kind=place.memory_kind)
 
 
 def _read_headers(folder: Path) -> dict[str, _Tensor]:

@@ -164,6 +164,9 @@ class FakeEngine:
             self.generations.append(generation)
         return generation
 
+    def warm_up(self) -> None:
+        pass
+
     def start(self) -> None:
         self._thread.start()
 

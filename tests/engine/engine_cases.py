@@ -82,7 +82,7 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
         slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"
     entry = ScheduledSequence(sequence, 0, len(tokens), True, 0)
-    batch = build_batch([entry], slices, {}, Buckets((4, 16, 512), (64, 256)), 64)
+    batch = build_batch([entry], slices, {}, Buckets.geometric(512, 512, ratio=8), 64)
     model = engine._runner.model
     hidden, engine._pool.array = _forced_hidden(
         engine._runner.params, batch.packed, engine._pool.array, model=model, shape=batch.shape

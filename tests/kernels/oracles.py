@@ -25,13 +25,26 @@ def attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_he
     return out
 
 
-def written(pool, layer, rows, k, v):
-    """The pool with each token's K and V in its row."""
-    pool = np.array(pool)
+def rotary_write(qkv, cos, sin, pool, layer, rows, *, num_kv_heads, head_dim):
+    """Rotated q ``[T, H, D]`` in float64; the pool in float64 with each token's rotated K, and V, in its row."""
+    qkv, pool = np.asarray(qkv, np.float64), np.array(pool, np.float64)
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q = np.zeros((len(qkv), num_heads, head_dim))
     for t, row in enumerate(rows):
-        pool[layer, 0, row] = k[t].astype(pool.dtype)
-        pool[layer, 1, row] = v[t].astype(pool.dtype)
-    return pool
+        for n in range(num_heads + 2 * num_kv_heads):
+            head = qkv[t, n * head_dim : (n + 1) * head_dim]
+            if n < num_heads + num_kv_heads:
+                pairs = [
+                    complex(head[i], head[i + head_dim // 2]) * complex(cos[t, i], sin[t, i])
+                    for i in range(head_dim // 2)
+                ]
+                head = [pair.real for pair in pairs] + [pair.imag for pair in pairs]
+            if n < num_heads:
+                q[t, n] = head
+            else:
+                plane, g = divmod(n - num_heads, num_kv_heads)
+                pool[layer, plane, row, g * head_dim : (g + 1) * head_dim] = head
+    return q, pool
 
 
 def list_entry(pool, layer, pages, entry):

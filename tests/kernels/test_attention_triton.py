@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_references import ATTENTION, BFLOAT16, Attention, assert_close
+from test_references import ATTENTION, BFLOAT16, ROTARY, Attention, assert_close
 from triton_on_cpu import compiled, interpreted
 
+from pallas_kernels.paged_attention import rotary_triton
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
 
@@ -35,7 +36,7 @@ def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "by_interpreter", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert f"{len(INTERPRETED) + 1} passed" in result.stdout
+    assert f"{len(INTERPRETED) + len(ROTARY)} passed" in result.stdout
 
 
 @pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")
@@ -58,14 +59,20 @@ def test_attention_by_interpreter(seed, name):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")
-def test_write_by_interpreter():
-    rng = np.random.default_rng(0)
-    pool = rng.normal(size=(3, 2, 64, 48)).astype(np.float32)
-    k, v = rng.normal(size=(2, 5, 48)).astype(np.float16)
-    rows = np.array([3, 63, 17, 0, 2], np.int32)
-    with interpreted(attention):
-        out = attention.write_kv(jnp.asarray(pool), 2, jnp.asarray(rows), jnp.asarray(k), jnp.asarray(v))
-    np.testing.assert_array_equal(out, oracles.written(pool, 2, rows, k, v))
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(ROTARY)))
+def test_rotary_write_by_interpreter(seed, name):
+    case = ROTARY[name]
+    qkv, cos, sin, pool, rows = case.build(seed)
+    arguments = map(jnp.asarray, (pool, 1, rows))
+    with interpreted(rotary_triton):
+        q, written = rotary_triton.rotary_write_kv(
+            jnp.asarray(qkv),
+            (jnp.asarray(cos), jnp.asarray(sin)),
+            *arguments,
+            num_kv_heads=case.kv_heads,
+            head_dim=case.depth,
+        )
+    case.check((q, written), qkv, cos, sin, pool, rows)
 
 
 @pytest.mark.parametrize("max_query_len", [None, 1])
@@ -122,24 +129,34 @@ def test_attention_compiles(name, capability, monkeypatch):
     num_tokens, num_heads, num_kv_heads, head_dim, dtype, pool_dtype = COMPILED[name]
     kind = {80: "NVIDIA A100-SXM4-40GB", 86: "NVIDIA A10G", 90: "NVIDIA H200"}[capability]
     monkeypatch.setattr(attention, "device_kind", lambda: kind)
+    monkeypatch.setattr(rotary_triton, "device_kind", lambda: kind)
 
-    def step(q, k, pool, rows, page_table, query_start, context_len):
+    def step(qkv, rope, pool, layer, rows, page_table, query_start, context_len):
         plan = attention.plan(page_table, query_start, context_len, num_tokens=num_tokens)
-        pool = attention.write_kv(pool, 1, rows, k, k)
-        return pool, attention.paged_attention(q, pool, 1, plan, num_kv_heads=num_kv_heads, scale=0.1)
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        q, pool = rotary_triton.rotary_write_kv(qkv, rope, pool, layer, rows, **sizes)
+        return pool, attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=0.1)
 
     def integers(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     width = num_kv_heads * head_dim
     q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype)
-    k = jax.ShapeDtypeStruct((num_tokens, width), dtype)
+    qkv = jax.ShapeDtypeStruct((num_tokens, q.shape[1] * head_dim + 2 * width), dtype)
+    rope = (jax.ShapeDtypeStruct((num_tokens, head_dim // 2), jnp.float32),) * 2
     pool = jax.ShapeDtypeStruct((2, 2, 64 * PAGE_SIZE, width), pool_dtype)
-    with compiled(attention, capability) as kernels:
-        outs = jax.eval_shape(step, q, k, pool, integers(num_tokens), integers(8, 5), integers(9), integers(8))
+    ragged = integers(num_tokens), integers(8, 5), integers(9), integers(8)
+    with compiled(attention, capability) as kernels, compiled(rotary_triton, capability) as rotary_kernels:
+        outs = jax.eval_shape(step, qkv, rope, pool, integers(), *ragged)
+    kernels = rotary_kernels + kernels
 
     assert outs == (pool, q)
-    assert [name for name, _ in kernels] == ["_write_kernel", "_tile_kernel", "_decode_kernel", "_combine_kernel"]
+    assert [name for name, _ in kernels] == [
+        "_rotary_write_kernel",
+        "_tile_kernel",
+        "_decode_kernel",
+        "_combine_kernel",
+    ]
     shared_memory = {80: 163, 86: 99, 90: 227}[capability] * 1024
     assert all(code.metadata.shared <= shared_memory for _, code in kernels)
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_references import BFLOAT16, Attention, assert_close
+from test_references import BFLOAT16, ROTARY, Attention, Rotary, assert_close
 
+from pallas_kernels.paged_attention import rotary_triton
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
 
@@ -134,6 +135,24 @@ def test_a_page_table_in_the_middle_of_a_buffer():
     assert_close(unpack_and_attend(packed, q, pool), expected)
 
 
+ROTARY_ON_THE_GPU = {
+    **ROTARY,
+    "7B": Rotary(32, 32, 128, BFLOAT16, tokens=60),
+    "8B": Rotary(32, 8, 128, BFLOAT16, tokens=60),
+}
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(ROTARY_ON_THE_GPU)))
+def test_rotary_write_on_the_gpu(seed, name):
+    case = ROTARY_ON_THE_GPU[name]
+    qkv, cos, sin, pool, rows = case.build(seed)
+    write = partial(rotary_triton.rotary_write_kv, num_kv_heads=case.kv_heads, head_dim=case.depth)
+    arguments = jnp.asarray(qkv), (jnp.asarray(cos), jnp.asarray(sin)), jnp.asarray(pool), jnp.int32(1)
+    compiled = jax.jit(write).lower(*arguments, rows).compile()
+    poison()
+    case.check(compiled(*arguments, rows), qkv, cos, sin, pool, rows)
+
+
 def test_layers_write_and_attend_in_place():
     case = Attention(((1, 300), (40, 200), (1, 17), (2, 33)), 8, 4, 128, BFLOAT16)
     q, pool, *ragged = case.build(0)
@@ -142,35 +161,48 @@ def test_layers_write_and_attend_in_place():
         (table[: -(-length // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[length - count : length]
         for table, (count, length) in zip(ragged[0], case.sequences, strict=True)
     ] + [np.zeros(case.padding)]).astype(np.int32)  # fmt: skip
+    angle = np.random.default_rng(2).uniform(0, 6, (num_tokens, 64))
+    rope = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+    def qkv_of(q, numpy):
+        q = q.reshape(num_tokens, -1)
+        return numpy.concatenate([q, q[:, :512], -q[:, 512:]], axis=1)
+
+    @jax.jit
+    def run_layer(q, pool, layer, plan, rows, rope):
+        q, pool = rotary_triton.rotary_write_kv(qkv_of(q, jnp), rope, pool, layer, rows, num_kv_heads=4, head_dim=128)
+        return attention.paged_attention(q, pool, layer, plan, num_kv_heads=4, scale=0.1), pool
 
     @partial(jax.jit, donate_argnums=1)
-    def step(q, pool, rows, *ragged):
+    def step(q, pool, rope, rows, *ragged):
         plan = attention.plan(*ragged, num_tokens=num_tokens)
         outs = []
         for layer in range(layers):
-            k = q[:, :4].reshape(num_tokens, -1)
-            pool = attention.write_kv(pool, layer, rows, k, -k)
-            q = attention.paged_attention(q, pool, layer, plan, num_kv_heads=4, scale=0.1)
+            q, pool = run_layer(q, pool, np.int32(layer), plan, rows, rope)
             outs.append(q)
         return outs, pool
 
     pool = np.random.default_rng(1).normal(size=pool.shape).astype(BFLOAT16)
     q = np.nan_to_num(q.astype(np.float32)).astype(BFLOAT16)
     device_pool = jnp.asarray(pool)
-    compiled = step.lower(q, device_pool, rows, *ragged).compile()
+    compiled = step.lower(q, device_pool, rope, rows, *ragged).compile()
     shape = f"bf16[{','.join(map(str, pool.shape))}]"
     copies = [line for line in compiled.as_text().splitlines() if shape in line and " copy" in line.partition("(")[0]]
     assert not copies
     address = device_pool.unsafe_buffer_pointer()
-    outs, device_pool = compiled(q, device_pool, rows, *ragged)
+    outs, device_pool = compiled(q, device_pool, rope, rows, *ragged)
     assert device_pool.unsafe_buffer_pointer() == address
 
     real = slice(num_tokens - case.padding)
+    own = np.setdiff1d(np.arange(pool.shape[2]), rows[num_tokens - case.padding :])
     for layer, out in enumerate(outs):
-        k = np.asarray(q)[:, :4].reshape(num_tokens, -1)
-        pool = oracles.written(pool, layer, rows[real], k[real], -k[real])
-        np.testing.assert_array_equal(
-            np.asarray(device_pool[layer, :, PAGE_SIZE:], np.float32), pool[layer, :, PAGE_SIZE:].astype(np.float32)
+        queries, expected = oracles.rotary_write(
+            qkv_of(np.asarray(q), np), *rope, pool, layer, rows, num_kv_heads=4, head_dim=128
         )
-        assert_close(out, expected_attention(q, pool, layer, *ragged, num_kv_heads=4, scale=0.1))
+        actual = np.asarray(device_pool[layer])
+        assert_close(actual[:, own], expected[layer][:, own])
+        # From here on as the device rounded them.
+        pool[layer] = actual
+        queries = queries.astype(BFLOAT16)
+        assert_close(out[real], expected_attention(queries, pool, layer, *ragged, num_kv_heads=4, scale=0.1)[real])
         q = np.asarray(out)

@@ -19,7 +19,7 @@ from pallas_kernels import (
     paged_attention,
     plan_attention,
     plan_lora,
-    write_kv,
+    rotary_write_kv,
 )
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -156,27 +156,75 @@ def test_paged_attention_refuses(change, message):
         jax.eval_shape(partial(attend, layer=layer, num_kv_heads=2, scale=1.0, backend="reference"), **arrays)
 
 
-# The KV write.
+# Rotary embedding and the KV write.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Inputs of one call; token 3 is padding, and so are the last two, all in one row of the trash page."""
+
+    heads: int
+    kv_heads: int
+    depth: int
+    dtype: np.dtype = np.dtype(np.float32)  # noqa: RUF009
+    pool_dtype: np.dtype | None = None
+    tokens: int = 12
+
+    def build(self, seed: int):
+        """Returns ``qkv``, cosine, sine, the pool and the rows; NaN in the layers that must be left alone."""
+        rng = np.random.default_rng(seed)
+        pool = rng.normal(size=(3, 2, 5 * PAGE_SIZE, self.kv_heads * self.depth)).astype(self.pool_dtype or self.dtype)
+        pool[[0, 2]] = np.nan
+        qkv = rng.normal(size=(self.tokens, (self.heads + 2 * self.kv_heads) * self.depth)).astype(self.dtype)
+        angle = rng.uniform(0, 6, (self.tokens, self.depth // 2))
+        rows = rng.permutation(np.arange(PAGE_SIZE, pool.shape[2]))[: self.tokens].astype(np.int32)
+        rows[[3, -2, -1]] = 5
+        qkv[3] = np.nan
+        return qkv, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32), pool, rows
+
+    def check(self, actual, qkv, cos, sin, pool, rows):
+        """Compares a call's ``(q, pool)`` for layer 1 with the oracle."""
+        q, written = actual
+        expected_q, expected = oracles.rotary_write(
+            qkv, cos, sin, pool, 1, rows, num_kv_heads=self.kv_heads, head_dim=self.depth
+        )
+        real = rows != 5
+        assert q.dtype == qkv.dtype and q.shape == expected_q.shape and written.dtype == pool.dtype
+        assert_close(q[real], expected_q[real])
+        written = np.asarray(written)
+        assert_close(written[1][:, np.arange(pool.shape[2]) != 5], np.delete(expected[1], 5, axis=1))
+        untouched = np.setdiff1d(np.arange(pool.shape[2]), rows)
+        assert written[1][:, untouched].tobytes() == pool[1][:, untouched].tobytes()
+        assert written[[0, 2]].tobytes() == pool[[0, 2]].tobytes()
+        # V is copied, not computed with.
+        v = qkv[:, -self.kv_heads * self.depth :].astype(pool.dtype)
+        assert written[1, 1][rows[real]].tobytes() == v[real].tobytes()
+
+
+HALF = np.dtype(np.float16)
+ROTARY = {
+    "multi-head": Rotary(4, 4, 64),
+    "grouped, halves of 40": Rotary(6, 2, 80, HALF),
+    "multi-query, halves of 3": Rotary(3, 1, 6),
+    "many heads": Rotary(32, 8, 16, HALF),
+    "bf16": Rotary(9, 3, 64, BFLOAT16),
+    "f32 input, f16 pool": Rotary(2, 1, 24, pool_dtype=HALF, tokens=40),
+}
+jitted_rotary = jax.jit(
+    rotary_write_kv,
+    static_argnames=("num_kv_heads", "head_dim", "backend"),
+    compiler_options=COMPILER_OPTIONS,
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_write_kv(dtype, backend):
-    rng = np.random.default_rng(1)
-    pool = rng.normal(size=(3, 2, 5 * PAGE_SIZE, 24)).astype(dtype)
-    pool[0] = np.nan
-    rows = rng.permutation(np.arange(PAGE_SIZE, pool.shape[2]))[:20].astype(np.int32)
-    rows[[3, 8, 11]] = 5  # padding, all in one row of the trash page
-    k, v = rng.normal(size=(2, 20, 24)).astype(np.float32)
-    expected = oracles.written(pool, 1, rows, k, v)
-
-    actual = np.asarray(
-        jax.jit(write_kv, static_argnums=1, static_argnames="backend")(pool, 1, rows, k, v, backend=backend)
-    )
-
-    own = np.arange(pool.shape[2]) != 5
-    np.testing.assert_array_equal(actual[1][:, own], expected[1][:, own])
-    assert actual[[0, 2]].tobytes() == pool[[0, 2]].tobytes()
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(ROTARY)))
+def test_rotary_write_kv(seed, name, backend):
+    case = ROTARY[name]
+    qkv, cos, sin, pool, rows = case.build(seed)
+    options = {"num_kv_heads": case.kv_heads, "head_dim": case.depth, "backend": backend}
+    out = jitted_rotary(qkv, (cos, sin), pool, np.int32(1), rows, **options)
+    case.check(out, qkv, cos, sin, pool, rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -188,13 +236,13 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
     adapters = Adapters(ranks=((4,), (2,)), tokens=(8, 16), widths=((256, 256),), row_width=width)
     segments, *_ = adapters.build(0)
 
-    def step(pool, x, rows, table, query_start, context_len, segments):
+    def step(pool, x, rope, rows, table, query_start, context_len, segments):
         attention = plan_attention(table, query_start, context_len, num_tokens=tokens, max_query_len=1, backend=backend)
         lora = plan_lora(segments, num_tokens=tokens, row_width=width, widths=adapters.widths, backend=backend)
         for layer in range(layers):
-            pool = write_kv(pool, layer, rows, x[:, :width], x[:, width:], backend=backend)
             q = x + lora_delta(x, pool, layer, lora, (0,))
-            q = q.reshape(tokens, heads, depth)
+            qkv = jnp.concatenate([q, x], axis=1)
+            q, pool = rotary_write_kv(qkv, rope, pool, layer, rows, num_kv_heads=2, head_dim=depth, backend=backend)
             out = paged_attention(q, pool, layer, attention, num_kv_heads=kv_heads, scale=0.1)
             x = x + out.reshape(tokens, -1)
         return pool, x
@@ -202,6 +250,7 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
     table = jnp.arange(1, 1 + 2 * tokens, dtype=jnp.int32).reshape(tokens, 2)
     arguments = (
         jnp.ones((tokens, heads * depth)),
+        (jnp.ones((tokens, depth // 2)), jnp.zeros((tokens, depth // 2))),
         table[:, 0] * PAGE_SIZE,
         table,
         jnp.arange(tokens + 1, dtype=jnp.int32),
@@ -220,24 +269,31 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": jnp.zeros((4, 2, 8))}, "k must have 2 axes"),
-        ({"k": jnp.zeros((4, 8))}, r"pool must be \[layers, 2, pages \* 16, 8\]"),
-        ({"v": jnp.zeros((3, 16))}, "v must have k's shape"),
+        ({"qkv": jnp.zeros((4, 2, 64))}, "qkv must have 2 axes"),
+        ({"qkv": jnp.zeros((4, 72))}, r"qkv must be \[T, \(H \+ 2 \* 2\) \* 8\] with H a multiple of 2"),
+        ({"qkv": jnp.zeros((4, 32))}, "qkv must be"),
+        ({"head_dim": 16}, r"pool must be \[layers, 2, pages \* 16, 32\]"),
+        ({"rope": (jnp.zeros((4, 8)), jnp.zeros((4, 4)))}, r"cos must be float32 \(4, 4\)"),
+        ({"rope": (jnp.zeros((4, 4)), jnp.zeros((4, 4), jnp.bfloat16))}, "sin must be float32"),
         ({"rows": jnp.zeros(3, jnp.int32)}, "rows must be int32"),
         ({"rows": jnp.zeros(4)}, "rows must be int32"),
         ({"layer": 5}, "layer must be in"),
+        ({"layer": jnp.zeros(1, jnp.int32)}, r"layer must be int32 \(\)"),
+        ({"layer": jnp.zeros(())}, "layer must be int32"),
     ],
 )
-def test_write_kv_refuses(change, message):
+def test_rotary_write_kv_refuses(change, message):
     arguments = {
+        "qkv": jnp.zeros((4, 64)),
+        "rope": (jnp.zeros((4, 4)), jnp.zeros((4, 4))),
         "pool": jnp.zeros((2, 2, 32, 16)),
         "layer": 0,
         "rows": jnp.zeros(4, jnp.int32),
-        "k": jnp.zeros((4, 16)),
-        "v": jnp.zeros((4, 16)),
+        "num_kv_heads": 2,
+        "head_dim": 8,
     }
     with pytest.raises(ValueError, match=message):
-        write_kv(**arguments | change, backend="reference")
+        rotary_write_kv(**arguments | change, backend="reference")
 
 
 # Gathered LoRA.
@@ -315,6 +371,7 @@ class Adapters:
             start_a=starts[0],
             start_b=starts[1],
             scale=rng.uniform(0.2, 2.0, ranks.shape).astype(np.float32),
+            active=tuple(range(len(self.widths))),
             max_rank=int(ranks.max()) + self.slack,
             total_rank=int(ranks.sum(axis=0).max()) + self.slack,
         )

@@ -100,22 +100,17 @@ def test_every_element_lands_where_the_model_reads_it(tmp_path, config, dtype):
     if not config.tie_word_embeddings:
         np.testing.assert_array_equal(params["lm_head"]["kernel"], tensors["lm_head.weight"].T)
 
-    depth, group = config.head_dim, config.num_heads // config.num_kv_heads
     for i in range(config.num_layers):
         layer, prefix = params[f"layers_{i}"], f"model.layers.{i}"
-        qkv = layer["qkv"]["kernel"]
-        for k in range(config.num_kv_heads):
-            rows = slice(k * depth, (k + 1) * depth)
-            np.testing.assert_array_equal(qkv[:, k, group], tensors[f"{prefix}.self_attn.k_proj.weight"][rows].T)
-            np.testing.assert_array_equal(qkv[:, k, group + 1], tensors[f"{prefix}.self_attn.v_proj.weight"][rows].T)
-            for g in range(group):
-                head = k * group + g
-                rows_q = slice(head * depth, (head + 1) * depth)
-                np.testing.assert_array_equal(qkv[:, k, g], tensors[f"{prefix}.self_attn.q_proj.weight"][rows_q].T)
+        q, k, v = np.split(layer["qkv"]["kernel"], [config.q_size, config.q_size + config.kv_size], axis=1)
+        gate, up = np.split(layer["gate_up"]["kernel"], 2, axis=1)
         for actual, name in (
+            (q, "self_attn.q_proj"),
+            (k, "self_attn.k_proj"),
+            (v, "self_attn.v_proj"),
             (layer["o"]["kernel"], "self_attn.o_proj"),
-            (layer["gate_up"]["kernel"][:, 0], "mlp.gate_proj"),
-            (layer["gate_up"]["kernel"][:, 1], "mlp.up_proj"),
+            (gate, "mlp.gate_proj"),
+            (up, "mlp.up_proj"),
             (layer["down"]["kernel"], "mlp.down_proj"),
             (layer["attention_norm"]["scale"], "input_layernorm"),
             (layer["mlp_norm"]["scale"], "post_attention_layernorm"),
@@ -411,7 +406,7 @@ from slora_jax.model.config import ModelConfig
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.weights import dummy_params, load_params
 
-SPECS = {"qkv": P(None, "x"), "gate_up": P(None, None, "x"), "o": P("x"), "down": P("x"), "lm_head": P(None, "x")}
+SPECS = {"qkv": P(None, "x"), "gate_up": P(None, "x"), "o": P("x"), "down": P("x"), "lm_head": P(None, "x")}
 mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 
 def sharding(path, leaf):

@@ -1,0 +1,90 @@
+"""Padding to shapes, compiling them ahead, and what the compiled step does with the pool."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine_cases import FIXTURES, greedy, make_engine, run
+
+from slora_jax.engine.batch import BatchShape, Buckets
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import Llama, abstract_params
+
+FINE = Buckets.fine(1100, 200)
+COARSE = Buckets.geometric(512, 200, ratio=4)
+
+
+def test_sizes():
+    decode = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224)
+    tokens = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1100)
+    assert Buckets(decode, tokens, (224,), (256 * 200,)) == FINE
+    assert Buckets.fine(16, 16) == Buckets((1, 2, 4, 8, 16), (64,), (16,), (256 * 16,))
+    assert Buckets.fine(2048, 512).tokens[-4:] == (768, 1024, 1536, 2048)
+    assert Buckets((4, 16, 64, 256), (4, 16, 64, 256, 512), (4, 16, 64, 256), COARSE.total_ranks) == COARSE
+
+
+@pytest.mark.parametrize("buckets", [FINE, COARSE])
+def test_all_shapes_are_all_shapes(buckets):
+    max_tokens, seen = buckets.tokens[-1], set()
+    for num_sequences in range(1, 201):
+        for num_tokens in range(num_sequences, max_tokens + 1):
+            shape = buckets.shape(num_tokens, num_sequences, 7)
+            assert shape.tokens >= num_tokens and shape.sequences >= num_sequences
+            seen.add(shape)
+    assert set(buckets.all_shapes(7, with_adapters=False)) == seen
+    for rank in buckets.total_ranks:
+        seen |= {buckets.shape(n, m, 7, rank, 3) for n, m in ((1, 1), (200, 200), (201, 2))}
+    both = buckets.all_shapes(7, with_adapters=True)
+    assert seen <= set(both) and len(both) == len(set(both))
+    assert {s.total_rank for s in both} == {0, *buckets.total_ranks}
+
+
+def test_pages_of_adapters():
+    assert FINE.shape(20, 20, 7).adapter_pages == 0
+    for needed, padded in ((1, 512), (512, 512), (513, 2048), (9000, 32768)):
+        assert FINE.shape(20, 20, 7, total_rank=8, adapter_pages=needed).adapter_pages == padded
+
+
+def test_a_warm_engine_compiles_no_more():
+    case = FIXTURES / "llama3_gqa"
+    limits = {"max_batch_tokens": 16, "max_sequences": 4}
+    engine = make_engine(case / "model", warm_up=True, scheduler=limits, max_model_len=64)
+    engine.warm_up()
+    compiled = dict(engine._runner._executables)
+    assert len(compiled) == 5  # (4, 4), (4, 4) decoding and (16, 4); two samplers
+    random = {"temperature": 1.0, "seed": 3}
+    for changes in ({}, random):
+        run(engine, *(engine.submit(greedy((1, 2, 3), None, 4, **changes)) for _ in range(3)))
+    assert engine._runner._executables == compiled
+    run(engine, engine.submit(greedy((1, 2, 3), None, 4, temperature=1.0, seed=3, top_k=2)))
+    assert len(engine._runner._executables) == 6, "what was not foreseen is compiled when needed"
+
+
+def test_warming_up_is_off_on_a_cpu_unless_asked_for():
+    engine = make_engine(FIXTURES / "llama3_gqa" / "model")
+    engine.warm_up()
+    assert not engine._runner._executables
+
+
+@pytest.mark.parametrize("total_rank", [0, 64])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_never_copies_the_pool(dtype, total_rank):
+    config = ModelConfig(64, 32, 48, 3, 4, 2, 8)
+    shape = BatchShape(8, 4, 3, total_rank, 64 if total_rank else 0, decode_only=False)
+    model = Llama(config, jnp.dtype(dtype), "reference")
+    pool = jax.ShapeDtypeStruct((3, 2, 16 * 4096, config.kv_size), dtype)
+
+    def step(params, packed, pool):
+        return model.apply({"params": params}, shape.unpack(packed, jnp.zeros(4, jnp.int32)), pool)
+
+    packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
+    lowered = jax.jit(step, donate_argnums=2).lower(abstract_params(config, dtype), packed, pool)
+    assert lowered.as_text().count("call @_apply_block") == 3, "layers are calls of one function"
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    dims = f"[{','.join(map(str, pool.shape))}]"
+    copies = [line for line in text.splitlines() if dims in line.partition("=")[2][:60] and " copy(" in line]
+    assert not copies
+    memory, nbytes = compiled.memory_analysis(), int(np.prod(pool.shape)) * jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes == nbytes
+    assert memory.temp_size_in_bytes < nbytes / 4
