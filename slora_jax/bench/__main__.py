@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from slora_jax.bench.timing import command_line
+
 
 @click.group(context_settings={"max_content_width": 100})
 def main():
@@ -37,6 +39,33 @@ def demo(requests: int, tokens: int, repeats: int, torch_python: str | None, out
         out.write_text(text + "\n")
     else:
         click.echo(text)
+
+
+@main.command()
+@click.option("--only", default="*", show_default=True, metavar="GLOB", help="Cases to measure, by name.")
+@click.option("--scale", default=1, show_default=True, help="Divide every size by this: to try the benchmark itself.")
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Time cuDNN's attention too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def kernels(only: str, scale: int, peers: bool, out: Path | None):
+    """Attention, gathered LoRA and decode steps against copy bandwidth and cuDNN on this device."""
+    from slora_jax.bench.kernels import run_kernels
+
+    if not run_kernels(only, scale, peers, command_line(), out):
+        raise click.ClickException("a case failed; see above")
+
+
+@main.command()
+@click.argument("op")
+@click.argument("key")
+@click.option("--grid", required=True, help='Values of each block size, as JSON: {"ranks": [1, 2], "num_warps": [4]}.')
+@click.option("--only", metavar="GLOB", help="Kernel cases to time; without it those that the op serves.")
+@click.option("--scale", default=1, show_default=True, help="As in `kernels`.")
+def tune(op: str, key: str, grid: str, only: str | None, scale: int):
+    """Times an op of pallas_kernels/tuned for every combination of block sizes, e.g. `tune lora_shrink decode`."""
+    from slora_jax.bench.kernels import run_tuning
+
+    if not run_tuning(op, key, json.loads(grid), only, scale):
+        raise click.ClickException("no combination worked; see above")
 
 
 if __name__ == "__main__":

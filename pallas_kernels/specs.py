@@ -1,0 +1,205 @@
+"""Named shapes of the kernels' arguments, shared by benchmark and tests, and random arguments of these shapes.
+
+Pages lie scattered through the pool, as in service. Every argument that is read anew in each layer of a model exists
+once a layer, so that a caller who goes through the layers does not find it in the GPU's cache.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.lora import LoraSegments
+from pallas_kernels.pool import PAGE_SIZE
+
+
+class AttentionInputs(NamedTuple):
+    """Arguments of ``plan_attention`` and ``paged_attention``; ``qs`` holds one ``[T, H, D]`` a layer."""
+
+    qs: tuple[jax.Array, ...]
+    pool: jax.Array
+    page_table: jax.Array
+    query_start: jax.Array
+    context_len: jax.Array
+
+
+class LoraInputs(NamedTuple):
+    """Arguments of ``plan_lora`` and ``lora_delta``; ``xs`` holds one ``[T, d_in]`` a layer."""
+
+    xs: tuple[jax.Array, ...]
+    pool: jax.Array
+    segments: LoraSegments
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """``sequences`` sequences, each of ``queries`` query tokens that end a context of ``context`` tokens."""
+
+    sequences: int
+    queries: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    layers: int = 8
+    dtype: str = "bfloat16"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequences * self.queries
+
+    @property
+    def bytes(self) -> int:
+        """What one layer must move: K and V of every context, the queries, the output."""
+        kv = 2 * self.sequences * self.context * self.kv_heads
+        return (kv + 2 * self.num_tokens * self.heads) * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """What one layer must compute: two products of ``head_dim`` for every causal pair of every head."""
+        pairs = self.queries * self.context - self.queries * (self.queries - 1) // 2
+        return 4 * self.sequences * pairs * self.heads * self.head_dim
+
+    def scaled(self, divisor: int) -> "AttentionSpec":
+        """The same in small: sequences, tokens, heads and layers divided; the heads' group is kept."""
+        kv_heads = _divided(self.kv_heads, divisor)
+        context = _divided(self.context, divisor, least=min(self.context, 24))
+        return dataclasses.replace(
+            self,
+            sequences=_divided(self.sequences, divisor),
+            queries=min(self.queries, context),
+            context=context,
+            heads=kv_heads * (self.heads // self.kv_heads),
+            kv_heads=kv_heads,
+            layers=_divided(self.layers, divisor, least=2),
+        )
+
+    def build(self, seed: int) -> AttentionInputs:
+        """Draws arguments; the pool has just the pages needed and the trash page 0."""
+        rng = np.random.default_rng(seed)
+        pages_each = -(-self.context // PAGE_SIZE)
+        num_pages = 1 + self.sequences * pages_each
+        table = rng.permutation(np.arange(1, num_pages, dtype=np.int32)).reshape(self.sequences, pages_each)
+        key_q, key_pool = jax.random.split(jax.random.key(seed))
+        shape = (2, num_pages * PAGE_SIZE, self.kv_heads * self.head_dim)
+        return AttentionInputs(
+            tuple(normal(key_q, self.layers, (self.num_tokens, self.heads, self.head_dim), self.dtype)),
+            normal(key_pool, self.layers, shape, self.dtype),
+            jnp.asarray(table),
+            jnp.arange(self.sequences + 1, dtype=jnp.int32) * self.queries,
+            jnp.full(self.sequences, self.context, jnp.int32),
+        )
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """One segment of ``tokens_each`` tokens for each of ``ranks``; every module of an adapter has its rank.
+
+    Attributes:
+      widths: ``(d_in, d_out)`` of the modules, which read one input.
+      row_width: W of the pool.
+      slots: segments with those that are empty, as many as sequences in service.
+    """
+
+    ranks: tuple[int, ...]
+    tokens_each: int
+    slots: int
+    widths: tuple[tuple[int, int], ...] = ((4096, 4096),) * 3
+    row_width: int = 4096
+    layers: int = 8
+    dtype: str = "bfloat16"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ranks) * self.tokens_each
+
+    @property
+    def bytes(self) -> int:
+        """What one layer must move: every adapter's A and B once, the input, the low-rank outputs."""
+        weights = sum(self.ranks) * sum(d_in + d_out for d_in, d_out in self.widths)
+        activations = self.num_tokens * (self.widths[0][0] + sum(d_out for _, d_out in self.widths))
+        return (weights + activations) * jnp.dtype(self.dtype).itemsize
+
+    def scaled(self, divisor: int) -> "LoraSpec":
+        """The same in small: adapters, tokens, widths and layers divided; ranks are kept."""
+        return dataclasses.replace(
+            self,
+            ranks=self.ranks[: _divided(len(self.ranks), divisor)],
+            tokens_each=_divided(self.tokens_each, divisor),
+            slots=_divided(self.slots, divisor),
+            widths=tuple((_divided(d_in, divisor), _divided(d_out, divisor)) for d_in, d_out in self.widths),
+            row_width=_divided(self.row_width, divisor),
+            layers=_divided(self.layers, divisor, least=2),
+        )
+
+    def build(self, seed: int) -> LoraInputs:
+        """Draws arguments; the pool has just the pages needed and the trash page 0."""
+        rng = np.random.default_rng(seed)
+        modules = len(self.widths)
+        ranks = np.zeros((self.slots, modules), np.int32)
+        ranks[: len(self.ranks)] = np.array(self.ranks)[:, None]
+        # The chunk list of an adapter: every module's A, then every module's B.
+        chunks = np.array([[-(-d // self.row_width) for d in side] for side in zip(*self.widths, strict=True)])
+        entries = ranks[:, None] * chunks
+        starts = np.cumsum(entries.reshape(self.slots, -1), axis=1).reshape(entries.shape) - entries
+        pages_each = -(-entries.sum(axis=(1, 2)) // (2 * PAGE_SIZE))
+        num_pages = 1 + int(pages_each.sum())
+        token_start = np.full(self.slots + 1, self.num_tokens)
+        token_start[: len(self.ranks) + 1] = np.arange(len(self.ranks) + 1) * self.tokens_each
+        int32 = partial(jnp.asarray, dtype=jnp.int32)
+        segments = LoraSegments(
+            token_start=int32(token_start),
+            page_start=int32(np.cumsum([0, *pages_each])),
+            pages=int32(rng.permutation(np.arange(1, num_pages))),
+            rank=int32(ranks),
+            start_a=int32(starts[:, 0]),
+            start_b=int32(starts[:, 1]),
+            scale=jnp.asarray(rng.uniform(1e-3, 4e-3, ranks.shape), jnp.float32),
+            max_rank=max(self.ranks),
+            total_rank=sum(self.ranks),
+        )
+        key_x, key_pool = jax.random.split(jax.random.key(seed))
+        shape = (2, num_pages * PAGE_SIZE, self.row_width)
+        return LoraInputs(
+            tuple(normal(key_x, self.layers, (self.num_tokens, self.widths[0][0]), self.dtype)),
+            normal(key_pool, self.layers, shape, self.dtype),
+            segments,
+        )
+
+
+def normal(key: jax.Array, layers: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Standard normal ``[layers, *shape]``, drawn layer by layer: the generator needs several times its output."""
+
+    @jax.jit
+    def draw(key):
+        return jax.lax.map(partial(jax.random.normal, shape=shape, dtype=dtype), jax.random.split(key, layers))
+
+    return draw(key)
+
+
+def _divided(size: int, divisor: int, least: int = 1) -> int:
+    return max(least, size // divisor)
+
+
+ATTENTION = {
+    "attention-decode-mha-128x512": AttentionSpec(128, 1, 512, heads=32, kv_heads=32),
+    "attention-decode-gqa-128x2048": AttentionSpec(128, 1, 2048, heads=32, kv_heads=8),
+    "attention-decode-gqa-4x32768": AttentionSpec(4, 1, 32768, heads=32, kv_heads=8),
+    "attention-prefill-gqa-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=8),
+    "attention-prefill-mha-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=32),
+}
+
+# q, k and v of Llama-2-7B. With less to read there are more layers, so that all of them never fit a cache.
+LORA = {
+    "lora-decode-r64": LoraSpec((64,) * 128, 1, 128),
+    "lora-decode-mixed": LoraSpec((64, 32, 16, 8) * 32, 1, 128, layers=16),
+    "lora-decode-r16": LoraSpec((16,) * 128, 1, 128, layers=32),
+    "lora-decode-r8": LoraSpec((8,) * 128, 1, 128, layers=32),
+    "lora-decode-r64-one": LoraSpec((64,), 128, 128, layers=32),
+    "lora-prefill-r64": LoraSpec((64,) * 16, 512, 16),
+    "lora-prefill-r16": LoraSpec((16,) * 16, 512, 16),
+}

@@ -1,0 +1,555 @@
+"""The kernels against what the device can move and compute, measured in the same run.
+
+A case is one jitted function that goes through the layers of one pool, so that nothing it reads is still in the cache,
+and that XLA captures as one CUDA graph, as in the engine. Its time is that of many queued executions, gaps included.
+"""
+
+import dataclasses
+import datetime
+import fnmatch
+import itertools
+import json
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import (
+    PAGE_SIZE,
+    LoraSegments,
+    choose_backend,
+    lora_delta,
+    paged_attention,
+    plan_attention,
+    plan_lora,
+    tuning,
+)
+from pallas_kernels.specs import ATTENTION, LORA, AttentionSpec, LoraSpec, normal
+from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_per_execution
+from slora_jax.config import read_yaml
+from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import Llama, TokenBatch
+from slora_jax.model.weights import dummy_params
+
+_SEED = 7
+_MAX_ERROR = 1e-2
+"""Largest ``||out - ref|| / ||ref||``; a bfloat16 result, rounded once, has about 2e-3."""
+_MAX_STEP_ERROR = 3e-2
+"""The same after two whole layers that round in every operation."""
+_LLAMA_7B = Path(__file__).parents[2] / "configs" / "shapes" / "llama-7b.yaml"
+
+
+class Timing(NamedTuple):
+    """One call or step: seconds by the clock, seconds in which a kernel runs (None: not known), relative error."""
+
+    seconds: float
+    busy: float | None
+    error: float
+
+
+class Result(NamedTuple):
+    """One row of the table.
+
+    ``value`` is what ``target``, a comparison with a number, is about; None is a case without one.
+    """
+
+    timing: Timing
+    quantity: str
+    value: float | None
+    target: str | None = None
+    details: Mapping[str, object] = MappingProxyType({})
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None or self.value is None:
+            return None
+        bound = float(self.target[2:])
+        return self.value >= bound if self.target.startswith(">=") else self.value <= bound
+
+
+class WrongResult(Exception):
+    """A kernel's result is too far from the reference's, or not a number."""
+
+
+class KernelBench:
+    """Times specs, each once, however many cases ask.
+
+    Attributes:
+      scale: divides every size; 1 is what the targets are about.
+      peers: whether to time other implementations too.
+    """
+
+    def __init__(self, scale: int, peers: bool):
+        self.scale = scale
+        self.peers = peers
+        self.backend = choose_backend(jax.default_backend())
+        self.time_attention = cache(self._time_attention)
+        self.time_lora = cache(self._time_lora)
+        self.time_qkv = cache(self._time_qkv)
+        self.time_cudnn = cache(self._time_cudnn)
+
+    # The device.
+
+    @cached_property
+    def copy(self) -> dict:
+        """The fastest of several ways to copy: bytes read and written a second, and which."""
+        ways = {
+            "jnp.copy": jax.jit(jnp.copy),
+            "device_put": lambda x: jax.device_put(x, jax.devices()[0], may_alias=False),
+            "barrier": jax.jit(jax.lax.optimization_barrier),
+            "multiply": jax.jit(lambda x: x * jnp.bfloat16(1.0078125)),
+        }
+        rates = {}
+        for gib, (name, way) in itertools.product((2, 4), ways.items()):
+            x = jnp.ones(max(1, gib * 2**29 // self.scale**2), jnp.bfloat16)
+            # A way that hands out its argument moves nothing.
+            if _address(way(x)) != _address(x):
+                rates[f"{name}, {gib} GiB"] = 2 * x.nbytes / seconds_per_execution(partial(way, x))
+        way = max(rates, key=rates.get)
+        return {"bytes_per_second": rates[way], "way": way, "ways": rates}
+
+    @cached_property
+    def matmul_flops(self) -> float:
+        """Operations a second of a bfloat16 product of 8192³."""
+        size = 8192 // self.scale
+        a, b = normal(jax.random.key(_SEED), 2, (size, size), "bfloat16")
+        return 2 * size**3 / seconds_per_execution(partial(jax.jit(jnp.dot), a, b))
+
+    # Attention.
+
+    def _time_attention(self, spec: AttentionSpec) -> Timing:
+        return self._time_attention_inputs(spec.scaled(self.scale))
+
+    def _time_attention_inputs(self, spec: AttentionSpec) -> Timing:
+        inputs = spec.build(_SEED)
+        attend = partial(paged_attention, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5)
+
+        def plan(backend, *arrays):
+            longest = spec.queries
+            return plan_attention(*arrays, num_tokens=spec.num_tokens, backend=backend, max_query_len=longest)
+
+        def planned(backend):
+            return jax.jit(partial(plan, backend))(inputs.page_table, inputs.query_start, inputs.context_len)
+
+        @jax.jit
+        def layers(qs, pool, plan):
+            return [attend(q, pool, layer, plan) for layer, q in enumerate(qs)]
+
+        run = partial(layers, inputs.qs, inputs.pool, planned(self.backend))
+        layer = spec.layers - 1
+        reference = jax.jit(attend, static_argnums=2)(
+            inputs.qs[layer].astype(jnp.float32), inputs.pool[layer:], 0, planned("reference")
+        )
+        return _timed(run, spec.layers, run()[layer], reference)
+
+    def _time_cudnn(self, spec: AttentionSpec) -> Timing:
+        """The same queries by cuDNN, over dense K and V."""
+        spec = spec.scaled(self.scale)
+        assert spec.sequences == 1 and spec.queries == spec.context
+        inputs = spec.build(_SEED)
+        rows = (inputs.page_table[0][:, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE)).reshape(-1)[: spec.context]
+        dense = [
+            (q[None], *plane[:, rows].reshape(2, 1, spec.context, spec.kv_heads, spec.head_dim))
+            for q, plane in zip(inputs.qs, inputs.pool, strict=True)
+        ]
+        attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        run = partial(jax.jit(lambda dense: [attend(*qkv) for qkv in dense]), dense)
+        plan = plan_attention(*inputs[2:], num_tokens=spec.num_tokens, backend="reference", max_query_len=spec.queries)
+        reference = jax.jit(
+            partial(paged_attention, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5), static_argnums=2
+        )(inputs.qs[0].astype(jnp.float32), inputs.pool[:1], 0, plan)
+        return _timed(run, spec.layers, run()[0][0], reference)
+
+    # Gathered LoRA.
+
+    def _time_lora(self, spec: LoraSpec) -> Timing:
+        spec = spec.scaled(self.scale)
+        inputs = spec.build(_SEED)
+        modules = tuple(range(len(spec.widths)))
+        planned = partial(
+            plan_lora, inputs.segments, num_tokens=spec.num_tokens, row_width=spec.row_width, widths=spec.widths
+        )
+
+        @jax.jit
+        def layers(xs, pool, plan):
+            return [lora_delta(x, pool, layer, plan, modules) for layer, x in enumerate(xs)]
+
+        run = partial(layers, inputs.xs, inputs.pool, jax.jit(partial(planned, backend=self.backend))())
+        layer = spec.layers - 1
+        reference = jax.jit(lora_delta, static_argnums=(2, 4))(
+            inputs.xs[layer].astype(jnp.float32),
+            inputs.pool[layer:].astype(jnp.float32),
+            0,
+            jax.jit(partial(planned, backend="reference"))(),
+            modules,
+        )
+        return _timed(run, spec.layers, run()[layer], reference)
+
+    def _time_qkv(self, spec: LoraSpec, with_lora: bool) -> float:
+        """Seconds of the base model's product for the spec's modules, with or without the low-rank update."""
+        spec = spec.scaled(self.scale)
+        inputs = spec.build(_SEED)
+        modules = tuple(range(len(spec.widths)))
+        shape = (spec.widths[0][0], sum(d_out for _, d_out in spec.widths))
+        kernels = tuple(normal(jax.random.key(_SEED), spec.layers, shape, spec.dtype))
+        plan = partial(
+            plan_lora, num_tokens=spec.num_tokens, row_width=spec.row_width, widths=spec.widths, backend=self.backend
+        )
+
+        @jax.jit
+        def layers(xs, kernels, pool, plan):
+            outs = []
+            for layer, (x, kernel) in enumerate(zip(xs, kernels, strict=True)):
+                y = jnp.dot(x, kernel)
+                outs.append(y + lora_delta(x, pool, layer, plan, modules) if with_lora else y)
+            return outs
+
+        run = partial(layers, inputs.xs, kernels, inputs.pool, jax.jit(plan)(inputs.segments))
+        return seconds_per_execution(run) / spec.layers
+
+    # The model.
+
+    @cached_property
+    def steps(self) -> "StepBench":
+        return StepBench(self.scale, self.backend)
+
+
+class StepBench:
+    """Decode steps of a dummy Llama-2-7B: layers, logits, greedy choice; q, k, v and o have adapters."""
+
+    def __init__(self, scale: int, backend):
+        self.scale = scale
+        self.backend = backend
+        config = ModelConfig.from_hf(read_yaml(_LLAMA_7B))
+        head_dim = config.head_dim
+        heads = max(1, config.num_heads // scale)
+        self.config = dataclasses.replace(
+            config,
+            vocab_size=config.vocab_size // scale,
+            hidden_size=heads * head_dim,
+            intermediate_size=config.intermediate_size // scale,
+            num_layers=max(1, config.num_layers // scale),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+        )
+        self.sequences = max(1, 128 // scale)
+        self.context = max(24, 512 // scale)
+        self.dtype = jnp.dtype(jnp.bfloat16)
+        self.params = dummy_params(self.config, self.dtype, _SEED)
+        self.pool_layout = PoolLayout.for_model(self.config)
+        largest = self.pool_layout.adapter(dict.fromkeys(MODULES[:4], 64)).num_pages
+        # Room for every adapter of a step at the mean of the mixed ranks (64, 32, 16, 8), or for one of the largest.
+        adapter_pages = max(largest, -(-self.sequences * largest * 30 // 64) + 4)
+        num_pages = 1 + self.sequences * PoolLayout.token_pages(self.context) + adapter_pages
+        self.pool = self._draw_pool(num_pages)
+        self.time = cache(self._time)
+
+    def _draw_pool(self, num_pages: int) -> jax.Array:
+        layers, *shape = self.pool_layout.pool_shape(num_pages)
+        return normal(jax.random.key(_SEED), layers, tuple(shape), str(self.dtype))
+
+    @property
+    def read_bytes(self) -> int:
+        """Weights that a step reads: all but the embedding table."""
+        config = self.config
+        return (config.num_params() - config.vocab_size * config.hidden_size) * self.dtype.itemsize
+
+    def batch(self, sequences: int, ranks: tuple[int, ...], seed: int = _SEED) -> TokenBatch:
+        """A decode-only batch in which sequence i has an adapter of its own, of rank ``ranks[i mod len(ranks)]``."""
+        rng = np.random.default_rng(seed)
+        pages_each = PoolLayout.token_pages(self.context)
+        free = rng.permutation(np.arange(1, self.pool.shape[2] // PAGE_SIZE, dtype=np.int32))
+        table = np.zeros((sequences, PoolLayout.token_pages(self.config.max_position_embeddings)), np.int32)
+        table[:, :pages_each] = free[: sequences * pages_each].reshape(sequences, pages_each)
+        last = self.context - 1
+        rows = table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE
+        int32 = partial(jnp.asarray, dtype=jnp.int32)
+        return TokenBatch(
+            token_ids=int32(rng.integers(0, self.config.vocab_size, sequences)),
+            positions=jnp.full(sequences, last, jnp.int32),
+            rows=int32(rows),
+            page_table=int32(table),
+            query_start=jnp.arange(sequences + 1, dtype=jnp.int32),
+            context_len=jnp.full(sequences, self.context, jnp.int32),
+            lora=self._segments(sequences, ranks, free[sequences * pages_each :]) if ranks else None,
+            decode_only=True,
+        )
+
+    def _segments(self, sequences: int, ranks: tuple[int, ...], free: np.ndarray) -> LoraSegments:
+        layouts = [
+            self.pool_layout.adapter(dict.fromkeys(MODULES[:4], ranks[i % len(ranks)])) for i in range(sequences)
+        ]
+        page_start = np.cumsum([0, *(layout.num_pages for layout in layouts)])
+        assert page_start[-1] <= len(free), "the pool is too small for these ranks"
+        rank = np.array([layout.ranks for layout in layouts])
+        int32 = partial(jnp.asarray, dtype=jnp.int32)
+        return LoraSegments(
+            token_start=jnp.arange(sequences + 1, dtype=jnp.int32),
+            page_start=int32(page_start),
+            pages=int32(free[: page_start[-1]]),
+            rank=int32(rank),
+            start_a=int32([layout.start_a for layout in layouts]),
+            start_b=int32([layout.start_b for layout in layouts]),
+            # The pool is drawn with variance 1; this keeps the update as small as a trained one.
+            scale=jnp.full(rank.shape, 1e-4, jnp.float32),
+            max_rank=int(rank.max()),
+            total_rank=int(rank.sum(axis=0).max()),
+        )
+
+    def _time(self, sequences: int, ranks: tuple[int, ...]) -> Timing:
+        batch = self.batch(sequences, ranks)
+        error = self._error(batch)
+        step = jax.jit(partial(_step, Llama(self.config, self.dtype, self.backend)), donate_argnums=2)
+
+        def run():
+            tokens, self.pool = step(self.params, batch, self.pool)
+            return tokens
+
+        return Timing(seconds_per_execution(run, 0.2), busy_seconds_per_execution(run), error)
+
+    def _error(self, batch: TokenBatch) -> float:
+        """Of the first two layers' hidden states, against the same layers on the reference kernels."""
+        config = dataclasses.replace(self.config, num_layers=min(2, self.config.num_layers))
+        params = dummy_params(config, self.dtype, _SEED)
+        hidden = {}
+        for backend in (self.backend, "reference"):
+            model = Llama(config, self.dtype, backend)
+            hidden[backend], _ = jax.jit(model.apply)({"params": params}, batch, self.pool[: config.num_layers])
+        return checked_error(hidden[self.backend], hidden["reference"], _MAX_STEP_ERROR)
+
+
+def _step(model: Llama, params, batch: TokenBatch, pool):
+    hidden, pool = model.apply({"params": params}, batch, pool)
+    logits = model.apply({"params": params}, hidden, method=Llama.logits)
+    return jnp.argmax(logits, axis=-1), pool
+
+
+def checked_error(out: jax.Array, reference: jax.Array, largest: float = _MAX_ERROR) -> float:
+    """``||out - reference|| / ||reference||`` in float32.
+
+    Raises:
+      WrongResult: it is above ``largest`` or not a number, or the shapes differ.
+    """
+    if out.shape != reference.shape:
+        raise WrongResult(f"the result is {out.shape}, the reference's {reference.shape}")
+    out, reference = out.astype(jnp.float32), reference.astype(jnp.float32)
+    error = float(jnp.linalg.norm((out - reference).ravel()) / jnp.linalg.norm(reference.ravel()))
+    if not error <= largest:
+        raise WrongResult(f"relative error {error:.3g} against the reference; at most {largest:g} is right")
+    return error
+
+
+def _timed(run: Callable[[], list], calls: int, out: jax.Array, reference: jax.Array) -> Timing:
+    """Checks one of the calls, then times all of them."""
+    error = checked_error(out, reference)
+    busy = busy_seconds_per_execution(run)
+    return Timing(seconds_per_execution(run) / calls, busy / calls if busy else None, error)
+
+
+def _address(x: jax.Array) -> int:
+    return x.unsafe_buffer_pointer()
+
+
+# The cases: what is measured of the timings, and how much is wanted.
+
+
+def _bandwidth(name: str, target: str | None, bench: KernelBench) -> Result:
+    spec = ATTENTION.get(name) or LORA[name]
+    timing = bench.time_attention(spec) if name in ATTENTION else bench.time_lora(spec)
+    rate = spec.scaled(bench.scale).bytes / timing.seconds
+    details = {"bytes": spec.scaled(bench.scale).bytes, "bytes_per_second": rate}
+    return Result(timing, "of copy", rate / bench.copy["bytes_per_second"], target, details)
+
+
+def _one_adapter(bench: KernelBench) -> Result:
+    timing = bench.time_lora(LORA["lora-decode-r64-one"])
+    distinct = bench.time_lora(LORA["lora-decode-r64"])
+    return Result(timing, "of distinct", timing.seconds / distinct.seconds, "<= 0.125")
+
+
+def _prefill_attention(name: str, target: str | None, bench: KernelBench) -> Result:
+    spec = ATTENTION[name]
+    timing = bench.time_attention(spec)
+    rate = spec.scaled(bench.scale).flops / timing.seconds
+    details = {"flops_per_second": rate, "of_matmul": rate / bench.matmul_flops}
+    if not bench.peers:
+        return Result(timing, "of cuDNN", None, target, details)
+    peer = bench.time_cudnn(spec)
+    details |= {"cudnn_seconds": peer.seconds, "cudnn_busy": peer.busy}
+    return Result(timing, "of cuDNN", peer.seconds / timing.seconds, target, details)
+
+
+def _prefill_lora(name: str, target: str | None, bench: KernelBench) -> Result:
+    spec = LORA[name]
+    timing = bench.time_lora(spec)
+    base, with_lora = bench.time_qkv(spec, False), bench.time_qkv(spec, True)
+    details = {"base_seconds": base, "with_lora_seconds": with_lora, "alone_over_base": timing.seconds / base}
+    return Result(timing, "over base", (with_lora - base) / base, target, details)
+
+
+def _step_over_base(ranks: tuple[int, ...], target: str | None, bench: KernelBench) -> Result:
+    steps = bench.steps
+    base, timing = steps.time(steps.sequences, ()), steps.time(steps.sequences, ranks)
+    details = {"base_seconds": base.seconds}
+    return Result(timing, "x base", timing.seconds / base.seconds, target, details)
+
+
+def _step_base(bench: KernelBench) -> Result:
+    return Result(bench.steps.time(bench.steps.sequences, ()), "", None)
+
+
+def _one_user(bench: KernelBench) -> Result:
+    timing = bench.steps.time(1, ())
+    # Reading alone: the copy's bytes are read and written.
+    least = bench.steps.read_bytes / bench.copy["bytes_per_second"]
+    return Result(timing, "x read", timing.seconds / least, "<= 1.25", {"read_bytes": bench.steps.read_bytes})
+
+
+def _one_user_with_adapter(bench: KernelBench) -> Result:
+    base, timing = bench.steps.time(1, ()), bench.steps.time(1, (16,))
+    return Result(timing, "x base", timing.seconds / base.seconds, "<= 1.05", {"base_seconds": base.seconds})
+
+
+CASES: dict[str, Callable[[KernelBench], Result]] = {
+    **{
+        name: partial(_bandwidth, name, target)
+        for name, target in {
+            "attention-decode-mha-128x512": ">= 0.88",
+            "attention-decode-gqa-128x2048": ">= 0.80",
+            "attention-decode-gqa-4x32768": ">= 0.75",
+            "lora-decode-r64": ">= 0.80",
+            "lora-decode-mixed": ">= 0.70",
+            "lora-decode-r16": ">= 0.60",
+            "lora-decode-r8": None,
+        }.items()
+    },
+    "lora-decode-r64-one": _one_adapter,
+    "attention-prefill-gqa-8192": partial(_prefill_attention, "attention-prefill-gqa-8192", ">= 0.80"),
+    "attention-prefill-mha-8192": partial(_prefill_attention, "attention-prefill-mha-8192", None),
+    "lora-prefill-r64": partial(_prefill_lora, "lora-prefill-r64", "<= 0.15"),
+    "lora-prefill-r16": partial(_prefill_lora, "lora-prefill-r16", "<= 0.08"),
+    "step-128": _step_base,
+    "step-128-r16": partial(_step_over_base, (16,), "<= 1.10"),
+    "step-128-r8": partial(_step_over_base, (8,), None),
+    "step-128-mixed": partial(_step_over_base, (64, 32, 16, 8), None),
+    "step-1": _one_user,
+    "step-1-r16": _one_user_with_adapter,
+}
+
+
+def run_kernels(only: str, scale: int, peers: bool, command: str, out: Path | None) -> bool:
+    """Measures the cases whose names match ``only``, printing each; returns whether every result was right.
+
+    The JSON is written after each case, so that a run that is cut short leaves what it has.
+    """
+    bench = KernelBench(scale, peers)
+    report = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **machine(),
+        "backend": bench.backend,
+        "scale": scale,
+        "copy": bench.copy,
+        "matmul_flops_per_second": bench.matmul_flops,
+        "cases": {},
+    }
+    click.echo(
+        f"{report['device']}, jax {report['jax']}: copy {bench.copy['bytes_per_second'] / 1e12:.3f} TB/s "
+        f"({bench.copy['way']}), matmul {bench.matmul_flops / 1e12:.0f} TFLOP/s"
+    )
+    click.echo(f"{'case':30} {'µs':>10} {'busy µs':>10} {'error':>8} {'value':>8} {'':12} {'target':8}")
+    all_right = True
+    for name in fnmatch.filter(CASES, only):
+        try:
+            result = CASES[name](bench)
+        except Exception as e:
+            all_right = False
+            report["cases"][name] = {"failure": f"{type(e).__name__}: {e}"}
+            if not isinstance(e, WrongResult):
+                traceback.print_exc()
+            click.echo(f"{name:30} FAILED: {type(e).__name__}: {str(e)[:300]}")
+        else:
+            report["cases"][name] = _as_json(result)
+            click.echo(_as_row(name, result))
+        if out:
+            out.write_text(json.dumps(report, indent=2) + "\n")
+    if not out:
+        click.echo(json.dumps(report))
+    return all_right
+
+
+def _as_json(result: Result) -> dict:
+    seconds, busy, error = result.timing
+    return {
+        "seconds": seconds,
+        "busy_seconds": busy,
+        "error": error,
+        "quantity": result.quantity,
+        "value": result.value,
+        "target": result.target,
+        "met": result.met,
+        **result.details,
+    }
+
+
+def _as_row(name: str, result: Result) -> str:
+    seconds, busy, error = result.timing
+    busy = "" if busy is None else f"{busy * 1e6:.1f}"
+    value = "" if result.value is None else f"{result.value:.3f}"
+    verdict = {True: "met", False: "missed", None: ""}[result.met]
+    return (
+        f"{name:30} {seconds * 1e6:10.1f} {busy:>10} {error:8.1e} {value:>8} {result.quantity:12} "
+        f"{result.target or '':8} {verdict}"
+    )
+
+
+def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale: int) -> bool:
+    """Times the cases of an op's kind for every combination of block sizes; returns whether any worked.
+
+    ``key`` is as in the files of ``pallas_kernels/tuned``. Prints each combination, and all of them sorted at the end.
+    """
+    specs = fnmatch.filter([*ATTENTION, *LORA], only or _affected(op, key))
+    rows = []
+    for values in itertools.product(*grid.values()):
+        sizes = dict(zip(grid, values, strict=True))
+        # New for every combination: block sizes are read when a function is traced.
+        bench = KernelBench(scale, peers=False)
+        micros = {}
+        with tuning.override(op, key, sizes):
+            for name in specs:
+                try:
+                    timing = bench.time_attention(ATTENTION[name]) if name in ATTENTION else bench.time_lora(LORA[name])
+                    micros[name] = timing.seconds * 1e6
+                except Exception as e:
+                    micros[name] = math.inf
+                    click.echo(f"{json.dumps(sizes)} {name}: {type(e).__name__}: {str(e)[:200]}", err=True)
+        rows.append((sum(micros.values()), sizes, micros))
+        click.echo(_tuning_row(*rows[-1]))
+    click.echo(f"\n{op} {key} on {jax.devices()[0].device_kind}, µs: sum; {'; '.join(specs)}")
+    for row in sorted(rows, key=lambda row: row[0]):
+        click.echo(_tuning_row(*row))
+    return any(math.isfinite(total) for total, *_ in rows)
+
+
+def _tuning_row(total: float, sizes: dict[str, int], micros: dict[str, float]) -> str:
+    return f"{total:10.1f} {' '.join(f'{value:9.1f}' for value in micros.values())}  {json.dumps(sizes)}"
+
+
+def _affected(op: str, key: str) -> str:
+    if op.startswith("lora"):
+        return f"lora-{key}-*"
+    if op == "prefill_attention":
+        return "attention-prefill-*"
+    if op == "decode_attention" and key in ("multi_head", "grouped"):
+        return "attention-decode-mha-*" if key == "multi_head" else "attention-decode-gqa-*"
+    return "attention-*"
