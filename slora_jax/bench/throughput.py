@@ -1,0 +1,376 @@
+"""The engine on the paper's synthetic workload: saturated, or with requests that arrive in time."""
+
+import contextlib
+import dataclasses
+import datetime
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import click
+import jax
+import numpy as np
+import psutil
+
+from slora_jax import Engine, Request, SamplingParams
+from slora_jax.adapters.peft import AdapterHeader, AdapterShape, HostAdapter
+from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
+from slora_jax.config import build_config
+from slora_jax.engine.generation import Generation
+from slora_jax.engine.runner import StepInFlight
+from slora_jax.memory.layout import MODULES, PoolLayout
+
+SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16)}
+"""Ranks of the adapters of each setting, in turn; q, k, v and o."""
+
+_SHORTEST = 8
+_WARM_UP_REQUESTS = 64
+_PROFILED_STEPS = range(100, 110)
+_IDLE_WAIT_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One request: its tokens, how many to generate, its adapter (None: the base), and when it comes, in seconds."""
+
+    prompt: tuple[int, ...]
+    num_output: int
+    adapter: int | None
+    arrival: float = 0.0
+
+
+@dataclass(frozen=True)
+class OpenTrace:
+    """Arrivals with Gamma intervals of ``rate`` a second and coefficient of variation ``cv``.
+
+    Adapter i is asked for in proportion to ``(i + 1) ** -alpha``.
+    """
+
+    rate: float
+    cv: float
+    alpha: float
+
+
+def draw_workload(
+    num_requests: int, num_adapters: int, vocab_size: int, seed: int, longest: int = 512, trace: OpenTrace | None = None
+) -> list[WorkItem]:
+    """Prompt and output lengths uniform in [8, longest); the order of the draws is part of the definition."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(_SHORTEST, longest, num_requests)
+    outputs = rng.integers(_SHORTEST, longest, num_requests)
+    if trace is None:
+        adapters = rng.integers(0, max(1, num_adapters), num_requests)
+        arrivals = np.zeros(num_requests)
+    else:
+        weights = np.arange(1.0, max(1, num_adapters) + 1) ** -trace.alpha
+        adapters = rng.choice(len(weights), num_requests, p=weights / weights.sum())
+        intervals = np.random.default_rng(seed + 1).gamma(trace.cv**-2, trace.cv**2 / trace.rate, num_requests)
+        arrivals = np.cumsum(intervals)
+    return [
+        WorkItem(
+            tuple(rng.integers(0, vocab_size, prompt).tolist()),
+            int(output),
+            int(adapter) if num_adapters else None,
+            float(arrival),
+        )
+        for prompt, output, adapter, arrival in zip(prompts, outputs, adapters, arrivals, strict=True)
+    ]
+
+
+def register_adapters(engine: Engine, setting: str, num_adapters: int) -> None:
+    """Registers "adapter-0" and on, of the setting's ranks in turn. Those of one rank share one buffer on the host."""
+    ranks = SETTINGS[setting]
+    hosts: dict[int, HostAdapter] = {}
+    for i in range(num_adapters):
+        rank = ranks[i % len(ranks)]
+        if rank not in hosts:
+            hosts[rank] = _random_adapter(engine, rank)
+        # Each has a content of its own as far as the engine can tell, so each takes its own pages.
+        engine.register_loaded_adapter(
+            _adapter_name(i), dataclasses.replace(hosts[rank], content_hash=f"{setting}-{rank}-{i}")
+        )
+
+
+def _random_adapter(engine: Engine, rank: int) -> HostAdapter:
+    ranks = dict.fromkeys(MODULES[:4], rank)
+    layout = PoolLayout.for_model(engine.model_config).adapter(ranks)
+    dtype = engine._pool.array.dtype
+    shape = (layout.pool.num_layers, 2, layout.num_rows, layout.pool.row_width)
+    packed = (np.random.default_rng(rank).random(shape, np.float32) - 0.5).astype(dtype)
+    packed *= np.array(0.04, dtype)
+    packed.flags.writeable = False
+    scales = tuple(1.0 if module in ranks else 0.0 for module in MODULES)
+    header = AdapterHeader(
+        Path(f"random-r{rank}"), AdapterShape(ranks, scales, layout, layout.num_pages), packed.nbytes, b"", (0, 0)
+    )
+    return HostAdapter(header, packed, "")
+
+
+def _adapter_name(index: int) -> str:
+    return f"adapter-{index}"
+
+
+@dataclass
+class Recorder:
+    """What a timed run of the loop saw.
+
+    Attributes:
+      step_seconds: of each call of ``Engine.step`` that did something.
+      waiting_seconds: of these, in which the host waited for the device.
+      sequences: running ones at each step.
+      peak_pages: most pages of the pool in use.
+    """
+
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
+    waiting_seconds: float = 0.0
+    sequences: list[int] = dataclasses.field(default_factory=list)
+    peak_pages: int = 0
+
+
+@dataclass
+class Times:
+    """Of one request, in seconds since the start of the run: arrival, first and last token."""
+
+    arrival: float
+    first: float | None = None
+    last: float | None = None
+
+
+def run_loop(engine: Engine, workload: list[WorkItem], profile: Path | None = None):
+    """Submits the workload and runs steps until everything is answered.
+
+    Returns:
+      Wall seconds, the ``Recorder``, and each request's ``Times``.
+    """
+    recorder = Recorder()
+    with _waiting_recorded(recorder):
+        start = time.perf_counter()
+        todo = sorted(enumerate(workload), key=lambda item: -item[1].arrival)
+        times = [Times(item.arrival) for item in workload]
+        generations: list[Generation | None] = [None] * len(workload)
+        tracing = contextlib.ExitStack()
+        while True:
+            now = time.perf_counter() - start
+            while todo and todo[-1][1].arrival <= now:
+                index, item = todo.pop()
+                generations[index] = _submit(engine, item)
+                _watch(generations[index], times[index], start)
+            if profile and len(recorder.step_seconds) == _PROFILED_STEPS.start:
+                tracing.enter_context(profiled(profile))
+            before = time.perf_counter()
+            worked = engine.step()
+            after = time.perf_counter()
+            if len(recorder.step_seconds) == _PROFILED_STEPS.stop:
+                tracing.close()
+            if worked:
+                stats = engine.stats()
+                recorder.step_seconds.append(after - before)
+                recorder.sequences.append(stats["running"])
+                recorder.peak_pages = max(recorder.peak_pages, stats["pages_used"])
+            elif not todo and all(t.last is not None for t in times):
+                break
+            else:
+                next_arrival = todo[-1][1].arrival - (after - start) if todo else _IDLE_WAIT_SECONDS
+                engine.wait_for_work(min(max(next_arrival, 0.0), _IDLE_WAIT_SECONDS))
+        tracing.close()
+        seconds = time.perf_counter() - start
+    for item, generation in zip(workload, generations, strict=True):
+        (completion,) = generation.result(timeout=1).completions
+        if completion.finish_reason != "length" or len(completion.token_ids) != item.num_output:
+            raise AssertionError(
+                f"a request got {len(completion.token_ids)} of {item.num_output} tokens: "
+                f"{completion.finish_reason}, {completion.error}"
+            )
+    return seconds, recorder, times
+
+
+def _submit(engine: Engine, item: WorkItem) -> Generation:
+    sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
+    adapter = None if item.adapter is None else _adapter_name(item.adapter)
+    return engine.submit(Request(item.prompt, adapter, sampling))
+
+
+def _watch(generation: Generation, times: Times, start: float) -> None:
+    """Notes when the engine hands out a generation's first and last delta."""
+    put = generation.put
+
+    def timed_put(delta):
+        if times.first is None:
+            times.first = time.perf_counter() - start
+        if delta.finish_reason is not None:
+            times.last = time.perf_counter() - start
+        put(delta)
+
+    generation.put = timed_put
+
+
+@contextlib.contextmanager
+def _waiting_recorded(recorder: Recorder) -> Iterator[None]:
+    read = StepInFlight.read
+
+    def timed_read(step):
+        start = time.perf_counter()
+        jax.block_until_ready(step.sampled)
+        recorder.waiting_seconds += time.perf_counter() - start
+        return read(step)
+
+    with mock.patch.object(StepInFlight, "read", timed_read):
+        yield
+
+
+@contextlib.contextmanager
+def compilations_counted() -> Iterator[Callable[[], int]]:
+    """Yields a function that says how many programs were compiled, or read from the cache, since."""
+    count = 0
+
+    def listen(event: str, duration: float, **_) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def run_throughput(
+    *,
+    model: str,
+    setting: str,
+    adapters: int,
+    requests: int,
+    seed: int,
+    longest: int,
+    scheduler: dict[str, int | bool],
+    pool: dict[str, int | float],
+    trace: OpenTrace | None,
+    profile: Path | None,
+    command: str,
+) -> dict:
+    """Starts an engine with random weights, warms it up, and times the workload."""
+    if bool(adapters) != bool(SETTINGS[setting]):
+        raise click.UsageError("setting base has no adapters, and every other one needs --adapters")
+    config = build_config(
+        {
+            "model": model,
+            "dummy": True,
+            "checkpoint_cache": None,
+            "scheduler": {"max_waiting": max(1000, 2 * requests), **scheduler},
+            "pool": pool,
+        }
+    )
+    engine = Engine.create(config, progress=False)
+    try:
+        engine.warm_up()
+        # Of the process: what a server that starts cold makes its user wait.
+        start_seconds = time.time() - psutil.Process().create_time()
+        # The warm-up has adapters of its own, so that each of the others is copied to the device in the timed part.
+        spare = min(adapters, _WARM_UP_REQUESTS)
+        register_adapters(engine, setting, adapters + spare)
+        vocab = engine.model_config.vocab_size
+        warm_up = draw_workload(min(requests, _WARM_UP_REQUESTS), spare, vocab, seed + 1000, longest)
+        if adapters:
+            warm_up = [dataclasses.replace(item, adapter=item.adapter + adapters) for item in warm_up]
+        run_loop(engine, warm_up)
+        before = engine.stats()
+        workload = draw_workload(requests, adapters, vocab, seed, longest, trace)
+        with compilations_counted() as compilations:
+            seconds, recorder, times = run_loop(engine, workload, profile)
+            num_compilations = compilations()
+        after = engine.stats()
+        memory = jax.devices()[0].memory_stats() or {}
+    finally:
+        engine.close()
+    counts = {name: after[name] - before[name] for name in after}
+    steps = counts["steps"]
+    step_milliseconds = np.array(recorder.step_seconds) * 1e3
+    result = {
+        "setting": setting,
+        "n": adapters,
+        "requests": requests,
+        "requests_per_second": requests / seconds,
+        "output_tokens_per_second": sum(item.num_output for item in workload) / seconds,
+        "wall_seconds": seconds,
+        "steps": steps,
+        "tokens_per_step": (counts["prefill_tokens"] + counts["decode_tokens"]) / steps,
+        "sequences_per_step": float(np.mean(recorder.sequences)),
+        "adapter_loads": counts["adapter_loads"],
+        "adapter_load_bytes": counts["adapter_load_bytes"],
+        "preemptions": counts["preemptions"],
+        "pages_total": after["pages_total"],
+        "pages_peak": recorder.peak_pages,
+        "peak_memory_bytes": memory.get("peak_bytes_in_use"),
+        "start_seconds": start_seconds,
+        "host_seconds": sum(recorder.step_seconds) - recorder.waiting_seconds,
+        "host_milliseconds_per_step": (sum(recorder.step_seconds) - recorder.waiting_seconds) / steps * 1e3,
+        "step_milliseconds": _percentiles(step_milliseconds),
+        "compilations": num_compilations,
+        "model": Path(model).stem,
+        "seed": seed,
+        "scheduler": config.scheduler.model_dump(),
+        "profiled": profile is not None,
+        **machine(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+    if trace is not None:
+        result |= {
+            "trace": dataclasses.asdict(trace),
+            "first_token_seconds": _percentiles([t.first - t.arrival for t in times]),
+            "latency_seconds": _percentiles([t.last - t.arrival for t in times]),
+        }
+    return result
+
+
+def _percentiles(values) -> dict[str, float]:
+    return {f"p{p}": float(np.percentile(values, p)) for p in (10, 50, 90, 99)} | {"mean": float(np.mean(values))}
+
+
+# Where a step's time goes.
+
+_GROUPS = (
+    ("LoRA", r"shrink|expand|lora"),
+    ("attention", r"attention|attend|flash|_decode_kernel|_combine_kernel|_tile_kernel"),
+    ("rotary, KV write", r"_write_kernel|write_kv|rotary|rope"),
+    ("copies", r"memcpy|memset|copy"),
+    ("products", r"gemm|nvjet|cutlass|cublas|splitk|matmul|xmma|dot"),
+)
+_REST = "norms, other fusions"
+
+
+def kernel_group(name: str) -> str:
+    """Which of the groups a kernel belongs to, by its name."""
+    for group, pattern in _GROUPS:
+        if re.search(pattern, name, re.IGNORECASE):
+            return group
+    return _REST
+
+
+def profile_table(events: list[KernelEvent], steps: int) -> str:
+    """Microseconds a step by group and by kernel; "gaps" is the time in which nothing runs."""
+    micros: dict[str, float] = defaultdict(float)
+    counts = Counter(event.name for event in events)
+    groups: dict[str, float] = defaultdict(float)
+    for event in events:
+        duration = (event.end - event.start) * 1e-3 / steps
+        micros[event.name] += duration
+        groups[kernel_group(event.name)] += duration
+    span = (max(e.end for e in events) - min(e.start for e in events)) * 1e-3 / steps
+    groups["gaps"] = span - union_seconds(events) * 1e6 / steps
+    lines = [f"{'a step':24} {span:10.1f} µs"]
+    lines += [f"{group:24} {t:10.1f} µs {t / span:6.1%}" for group, t in sorted(groups.items(), key=lambda x: -x[1])]
+    lines += ["", f"{'µs a step':>10} {'count':>8}  kernel"]
+    for name, duration in sorted(micros.items(), key=lambda item: -item[1]):
+        lines.append(f"{duration:10.1f} {counts[name] / steps:8.1f}  {name[:90]} ({kernel_group(name)})")
+    return "\n".join(lines)
+
+
+def profile_of(folder: Path) -> str:
+    """The table of what ``run_loop`` recorded there."""
+    events = gpu_events(read_profile(folder))
+    return profile_table(events, len(_PROFILED_STEPS)) if events else "the profile has no GPU kernels"

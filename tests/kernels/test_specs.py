@@ -1,0 +1,51 @@
+"""The named shapes: what they say they move and compute, and that the arguments drawn from them mean what they say."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import oracles
+import pytest
+
+from pallas_kernels import PAGE_SIZE, lora_delta, paged_attention, plan_attention, plan_lora
+from pallas_kernels.specs import ATTENTION, LORA, AttentionSpec, LoraSpec
+
+
+def test_bytes_and_operations():
+    spec = AttentionSpec(3, 2, 5, heads=4, kv_heads=2, head_dim=8)
+    assert spec.bytes == 2 * (2 * 3 * 5 * 2 * 8 + 2 * 3 * 2 * 4 * 8)
+    assert spec.flops == 3 * (4 + 5) * 4 * (2 * 8 + 2 * 8)
+    lora = LoraSpec((4, 2), 3, 4, widths=((16, 32), (16, 8)), row_width=16)
+    assert lora.bytes == 2 * ((4 + 2) * (16 + 32 + 16 + 8) + 6 * (16 + 32 + 8))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_specs(name):
+    spec = ATTENTION[name].scaled(256)
+    inputs = spec.build(3)
+    assert len(np.unique(inputs.page_table)) == inputs.page_table.size and inputs.page_table.min() > 0
+    assert inputs.page_table.max() < inputs.pool.shape[2] // PAGE_SIZE
+    plan = plan_attention(*inputs[2:], num_tokens=spec.num_tokens, backend="reference", max_query_len=spec.queries)
+    out = jax.jit(partial(paged_attention, num_kv_heads=spec.kv_heads, scale=0.1), static_argnums=2)(
+        inputs.qs[1].astype("float32"), inputs.pool, 1, plan
+    )
+    expected = oracles.attention(inputs.qs[1], inputs.pool, 1, *inputs[2:], num_kv_heads=spec.kv_heads, scale=0.1)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_lora_specs(name):
+    spec = LORA[name].scaled(64)
+    x, pool, segments = (spec.build(3)[0][1], *spec.build(3)[1:])
+    pages = np.asarray(segments.pages)
+    assert sorted(pages) == list(range(1, pool.shape[2] // PAGE_SIZE)), "every page belongs to one adapter"
+    modules = tuple(range(len(spec.widths)))
+    plan = plan_lora(
+        segments, num_tokens=spec.num_tokens, row_width=spec.row_width, widths=spec.widths, backend="reference"
+    )
+    out = jax.jit(lora_delta, static_argnums=(2, 4))(x.astype("float32"), pool.astype("float32"), 1, plan, modules)
+    sums = oracles.shrink(x, pool, 1, segments, modules)
+    widths = [d_out for _, d_out in spec.widths]
+    zeros = [np.zeros((spec.num_tokens, width)) for width in widths]
+    expected = np.concatenate(oracles.expand(sums, zeros, pool, 1, segments, modules), axis=1)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
