@@ -58,6 +58,7 @@ def shape(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_throughput_of_a_toy(shape):
     result = run_throughput(
         model=str(shape),
