@@ -12,7 +12,7 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,6 +24,9 @@ import numpy as np
 
 from pallas_kernels import (
     PAGE_SIZE,
+    AttentionPlan,
+    Backend,
+    LoraPlan,
     LoraSegments,
     choose_backend,
     lora_delta,
@@ -32,7 +35,7 @@ from pallas_kernels import (
     plan_lora,
     tuning,
 )
-from pallas_kernels.specs import ATTENTION, LORA, AttentionSpec, LoraSpec, normal
+from pallas_kernels.specs import ATTENTION, LORA, AttentionInputs, AttentionSpec, LoraInputs, LoraSpec, normal
 from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_per_execution
 from slora_jax.config import read_yaml
 from slora_jax.memory.layout import MODULES, AdapterLayout, PoolLayout
@@ -87,17 +90,25 @@ class KernelBench:
 
     Attributes:
       scale: divides every size; 1 is what the targets are about.
-      peers: whether to time other implementations too.
+      peers: whether to time other implementations too, where there are any.
+      profiles: whether to ask the profiler too.
     """
 
-    def __init__(self, scale: int, peers: bool):
+    def __init__(self, scale: int, peers: bool, profiles: bool = True):
         self.scale = scale
-        self.peers = peers
+        self.peers = peers and jax.default_backend() == "gpu"
+        self.profiles = profiles
         self.backend = choose_backend(jax.default_backend())
         self.time_attention = cache(self._time_attention)
         self.time_lora = cache(self._time_lora)
         self.time_qkv = cache(self._time_qkv)
         self.time_cudnn = cache(self._time_cudnn)
+
+    def _timed(self, run: Callable[[], list], calls: int, out: jax.Array, reference: jax.Array) -> Timing:
+        """Checks one of an execution's calls, then times all of them."""
+        error = checked_error(out, reference)
+        busy = busy_seconds_per_execution(run) if self.profiles else None
+        return Timing(seconds_per_execution(run) / calls, busy / calls if busy else None, error)
 
     # The device.
 
@@ -129,35 +140,22 @@ class KernelBench:
     # Attention.
 
     def _time_attention(self, spec: AttentionSpec) -> Timing:
-        return self._time_attention_inputs(spec.scaled(self.scale))
-
-    def _time_attention_inputs(self, spec: AttentionSpec) -> Timing:
-        inputs = spec.build(_SEED)
-        attend = partial(paged_attention, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5)
-
-        def plan(backend, *arrays):
-            longest = spec.queries
-            return plan_attention(*arrays, num_tokens=spec.num_tokens, backend=backend, max_query_len=longest)
-
-        def planned(backend):
-            return jax.jit(partial(plan, backend))(inputs.page_table, inputs.query_start, inputs.context_len)
+        spec = spec.scaled(self.scale)
+        inputs, reference = _attention_problem(spec)
+        attend = _attend(spec)
 
         @jax.jit
         def layers(qs, pool, plan):
             return [attend(q, pool, layer, plan) for layer, q in enumerate(qs)]
 
-        run = partial(layers, inputs.qs, inputs.pool, planned(self.backend))
-        layer = spec.layers - 1
-        reference = jax.jit(attend, static_argnums=2)(
-            inputs.qs[layer].astype(jnp.float32), inputs.pool[layer:], 0, planned("reference")
-        )
-        return _timed(run, spec.layers, run()[layer], reference)
+        run = partial(layers, inputs.qs, inputs.pool, _attention_plan(spec, inputs, self.backend))
+        return self._timed(run, spec.layers, run()[0], reference)
 
     def _time_cudnn(self, spec: AttentionSpec) -> Timing:
         """The same queries by cuDNN, over dense K and V."""
         spec = spec.scaled(self.scale)
         assert spec.sequences == 1 and spec.queries == spec.context
-        inputs = spec.build(_SEED)
+        inputs, reference = _attention_problem(spec)
         rows = (inputs.page_table[0][:, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE)).reshape(-1)[: spec.context]
         dense = [
             (q[None], *plane[:, rows].reshape(2, 1, spec.context, spec.kv_heads, spec.head_dim))
@@ -165,47 +163,29 @@ class KernelBench:
         ]
         attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         run = partial(jax.jit(lambda dense: [attend(*qkv) for qkv in dense]), dense)
-        plan = plan_attention(*inputs[2:], num_tokens=spec.num_tokens, backend="reference", max_query_len=spec.queries)
-        reference = jax.jit(
-            partial(paged_attention, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5), static_argnums=2
-        )(inputs.qs[0].astype(jnp.float32), inputs.pool[:1], 0, plan)
-        return _timed(run, spec.layers, run()[0][0], reference)
+        return self._timed(run, spec.layers, run()[0][0], reference)
 
     # Gathered LoRA.
 
     def _time_lora(self, spec: LoraSpec) -> Timing:
         spec = spec.scaled(self.scale)
-        inputs = spec.build(_SEED)
+        inputs, reference = _lora_problem(spec)
         modules = tuple(range(len(spec.widths)))
-        planned = partial(
-            plan_lora, inputs.segments, num_tokens=spec.num_tokens, row_width=spec.row_width, widths=spec.widths
-        )
 
         @jax.jit
         def layers(xs, pool, plan):
             return [lora_delta(x, pool, layer, plan, modules) for layer, x in enumerate(xs)]
 
-        run = partial(layers, inputs.xs, inputs.pool, jax.jit(partial(planned, backend=self.backend))())
-        layer = spec.layers - 1
-        reference = jax.jit(lora_delta, static_argnums=(2, 4))(
-            inputs.xs[layer].astype(jnp.float32),
-            inputs.pool[layer:].astype(jnp.float32),
-            0,
-            jax.jit(partial(planned, backend="reference"))(),
-            modules,
-        )
-        return _timed(run, spec.layers, run()[layer], reference)
+        run = partial(layers, inputs.xs, inputs.pool, _lora_plan(spec, inputs, self.backend))
+        return self._timed(run, spec.layers, run()[0], reference)
 
     def _time_qkv(self, spec: LoraSpec, with_lora: bool) -> float:
         """Seconds of the base model's product for the spec's modules, with or without the low-rank update."""
         spec = spec.scaled(self.scale)
-        inputs = spec.build(_SEED)
+        inputs, _ = _lora_problem(spec)
         modules = tuple(range(len(spec.widths)))
         shape = (spec.widths[0][0], sum(d_out for _, d_out in spec.widths))
         kernels = tuple(normal(jax.random.key(_SEED), spec.layers, shape, spec.dtype))
-        plan = partial(
-            plan_lora, num_tokens=spec.num_tokens, row_width=spec.row_width, widths=spec.widths, backend=self.backend
-        )
 
         @jax.jit
         def layers(xs, kernels, pool, plan):
@@ -215,20 +195,59 @@ class KernelBench:
                 outs.append(y + lora_delta(x, pool, layer, plan, modules) if with_lora else y)
             return outs
 
-        run = partial(layers, inputs.xs, kernels, inputs.pool, jax.jit(plan)(inputs.segments))
+        run = partial(layers, inputs.xs, kernels, inputs.pool, _lora_plan(spec, inputs, self.backend))
         return seconds_per_execution(run) / spec.layers
 
     # The model.
 
     @cached_property
     def steps(self) -> "StepBench":
+        # The model and its pool need the room.
+        _attention_problem.cache_clear()
+        _lora_problem.cache_clear()
         return StepBench(self.scale, self.backend)
+
+
+# A kernel's arguments and the reference's result for layer 0, kept until another spec's are wanted.
+
+
+@lru_cache(maxsize=1)
+def _attention_problem(spec: AttentionSpec) -> tuple[AttentionInputs, jax.Array]:
+    inputs = spec.build(_SEED)
+    plan = _attention_plan(spec, inputs, "reference")
+    reference = jax.jit(_attend(spec), static_argnums=2)(inputs.qs[0].astype(jnp.float32), inputs.pool[:1], 0, plan)
+    return inputs, reference
+
+
+def _attend(spec: AttentionSpec) -> Callable[..., jax.Array]:
+    return partial(paged_attention, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5)
+
+
+def _attention_plan(spec: AttentionSpec, inputs: AttentionInputs, backend: Backend) -> AttentionPlan:
+    sizes = {"num_tokens": spec.num_tokens, "max_query_len": spec.queries}
+    return jax.jit(partial(plan_attention, backend=backend, **sizes))(
+        inputs.page_table, inputs.query_start, inputs.context_len
+    )
+
+
+@lru_cache(maxsize=1)
+def _lora_problem(spec: LoraSpec) -> tuple[LoraInputs, jax.Array]:
+    inputs = spec.build(_SEED)
+    x, pool = inputs.xs[0].astype(jnp.float32), inputs.pool[:1].astype(jnp.float32)
+    plan = _lora_plan(spec, inputs, "reference")
+    modules = tuple(range(len(spec.widths)))
+    return inputs, jax.jit(lora_delta, static_argnums=(2, 4))(x, pool, 0, plan, modules)
+
+
+def _lora_plan(spec: LoraSpec, inputs: LoraInputs, backend: Backend) -> LoraPlan:
+    sizes = {"num_tokens": spec.num_tokens, "row_width": spec.row_width, "widths": spec.widths}
+    return jax.jit(partial(plan_lora, backend=backend, **sizes))(inputs.segments)
 
 
 class StepBench:
     """Decode steps of a dummy Llama-2-7B: layers, logits, greedy choice; q, k, v and o have adapters."""
 
-    def __init__(self, scale: int, backend):
+    def __init__(self, scale: int, backend: Backend):
         self.scale = scale
         self.backend = backend
         config = ModelConfig.from_hf(read_yaml(_LLAMA_7B))
@@ -349,13 +368,6 @@ def checked_error(out: jax.Array, reference: jax.Array, largest: float = _MAX_ER
     if not error <= largest:
         raise WrongResult(f"relative error {error:.3g} against the reference; at most {largest:g} is right")
     return error
-
-
-def _timed(run: Callable[[], list], calls: int, out: jax.Array, reference: jax.Array) -> Timing:
-    """Checks one of the calls, then times all of them."""
-    error = checked_error(out, reference)
-    busy = busy_seconds_per_execution(run)
-    return Timing(seconds_per_execution(run) / calls, busy / calls if busy else None, error)
 
 
 def _address(x: jax.Array) -> int:
@@ -520,24 +532,23 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
 
     ``key`` is as in the files of ``pallas_kernels/tuned``. Prints each combination, and all of them sorted at the end.
     """
-    specs = fnmatch.filter([*ATTENTION, *LORA], only or _affected(op, key))
-    rows = []
-    for values in itertools.product(*grid.values()):
-        sizes = dict(zip(grid, values, strict=True))
+    names = fnmatch.filter([*ATTENTION, *LORA], only or _affected(op, key))
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    micros: list[dict[str, float]] = [{} for _ in combinations]
+    # Cases outside, so that each one's arguments are drawn once.
+    for name, (sizes, row) in itertools.product(names, zip(combinations, micros, strict=True)):
         # New for every combination: block sizes are read when a function is traced.
-        bench = KernelBench(scale, peers=False)
-        micros = {}
-        with tuning.override(op, key, sizes):
-            for name in specs:
-                try:
-                    timing = bench.time_attention(ATTENTION[name]) if name in ATTENTION else bench.time_lora(LORA[name])
-                    micros[name] = timing.seconds * 1e6
-                except Exception as e:
-                    micros[name] = math.inf
-                    click.echo(f"{json.dumps(sizes)} {name}: {type(e).__name__}: {str(e)[:200]}", err=True)
-        rows.append((sum(micros.values()), sizes, micros))
-        click.echo(_tuning_row(*rows[-1]))
-    click.echo(f"\n{op} {key} on {jax.devices()[0].device_kind}, µs: sum; {'; '.join(specs)}")
+        bench = KernelBench(scale, peers=False, profiles=False)
+        try:
+            with tuning.override(op, key, sizes):
+                timing = bench.time_attention(ATTENTION[name]) if name in ATTENTION else bench.time_lora(LORA[name])
+            row[name] = timing.seconds * 1e6
+            click.echo(f"{row[name]:10.1f} {name} {json.dumps(sizes)}")
+        except Exception as e:
+            row[name] = math.inf
+            click.echo(f"{'failed':>10} {name} {json.dumps(sizes)}: {type(e).__name__}: {str(e)[:200]}")
+    rows = [(sum(row.values()), sizes, row) for sizes, row in zip(combinations, micros, strict=True)]
+    click.echo(f"\n{op} {key} on {jax.devices()[0].device_kind}, µs: sum; {'; '.join(names)}")
     for row in sorted(rows, key=lambda row: row[0]):
         click.echo(_tuning_row(*row))
     return any(math.isfinite(total) for total, *_ in rows)

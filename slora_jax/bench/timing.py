@@ -68,6 +68,7 @@ def profiled(folder: Path):
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = 0
     options.python_tracer_level = 0
+    options.enable_hlo_proto = False
     return jax.profiler.trace(folder, profiler_options=options)
 
 

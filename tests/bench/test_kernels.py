@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from jax.profiler import ProfileData
 
+from pallas_kernels.specs import ATTENTION
 from slora_jax.bench import kernels
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.timing import KernelEvent, gpu_events, union_seconds
@@ -29,11 +30,12 @@ def test_kernels_report(tmp_path):
     assert case["value"] == pytest.approx(case["bytes_per_second"] / report["copy"]["bytes_per_second"])
 
 
-def test_a_wrong_kernel_fails_the_command(monkeypatch, tmp_path):
+def test_a_result_that_differs_fails_the_command(monkeypatch, tmp_path):
     out = tmp_path / "kernels.json"
     monkeypatch.setattr(kernels.KernelBench, "copy", {"bytes_per_second": 1e9, "way": "none"})
     monkeypatch.setattr(kernels.KernelBench, "matmul_flops", 1e9)
-    monkeypatch.setattr(kernels, "paged_attention", lambda q, *_, **__: q * jnp.nan)
+    inputs, reference = kernels._attention_problem(ATTENTION[SMALL].scaled(128))
+    monkeypatch.setattr(kernels, "_attention_problem", lambda _: (inputs, reference * jnp.nan))
     arguments = ["kernels", "--only", SMALL, "--scale", "128", "--no-peers", "--out", str(out)]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and "FAILED" in done.output
