@@ -338,12 +338,16 @@ class StepBench:
 
         return Timing(seconds_per_execution(run, 0.2), busy_seconds_per_execution(run), error)
 
+    @cached_property
+    def _short_model(self) -> tuple[ModelConfig, dict]:
+        config = dataclasses.replace(self.config, num_layers=min(2, self.config.num_layers))
+        return config, dummy_params(config, self.dtype, _SEED)
+
     def _error(self, batch: TokenBatch) -> float:
         """Of the first two layers' hidden states, against the same layers on the reference kernels."""
-        config = dataclasses.replace(self.config, num_layers=min(2, self.config.num_layers))
-        params = dummy_params(config, self.dtype, _SEED)
+        config, params = self._short_model
         hidden = {}
-        for backend in (self.backend, "reference"):
+        for backend in {self.backend, "reference"}:
             model = Llama(config, self.dtype, backend)
             hidden[backend], _ = jax.jit(model.apply)({"params": params}, batch, self.pool[: config.num_layers])
         return checked_error(hidden[self.backend], hidden["reference"], _MAX_STEP_ERROR)
