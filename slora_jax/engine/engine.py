@@ -4,7 +4,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
-from slora_jax.memory.pool import UnifiedPool
+from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
 from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import Sequence, StepPlan
+from slora_jax.scheduler.sequence import AdapterLoad, Sequence, StepPlan
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,9 @@ class Engine:
         self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * PAGE_SIZE)
         self._pool = UnifiedPool(layout, num_pages, dtype)
         self._wake_event = threading.Event()
-        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake)
+        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
+        self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
+        self._slices: dict[Hashable, AdapterSlice] = {}
         self._scheduler = Scheduler(config.scheduler, self._pages)
         self._runner = Runner(
             model_config, params, self._pool, _buckets(config), config.scheduler.max_sequences, self.max_model_len
@@ -93,8 +95,12 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
         self._counts = dict.fromkeys(
-            ("steps", "prefill_tokens", "decode_tokens", "adapter_loads", "preemptions", "cached_tokens"), 0
-        )
+            (
+                "steps", "prefill_tokens", "decode_tokens", "adapter_loads", "adapter_load_bytes", "preemptions",
+                "cached_tokens",
+            ),
+            0,
+        )  # fmt: skip
 
     @classmethod
     def create(cls, config: EngineConfig, progress: bool = True) -> "Engine":
@@ -260,18 +266,25 @@ class Engine:
         """
         self._take_submitted()
         self._take_cancelled()
+        self._take_arrived()
         plan = self._scheduler.plan()
         for sequence, reason in plan.failed:
             self._end(sequence, "error", reason)
         previous, self._in_flight = self._in_flight, self._launch(plan)
         if previous is not None:
             self._commit(*previous)
+        elif self._in_flight is None and self._copies:
+            # Nothing runs until an adapter is there.
+            self._copies[0][1].wait()
+            return True
         return previous is not None or self._in_flight is not None or bool(plan.failed)
 
     def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
         for load in plan.loads:
-            self._pool.write_adapter(load.adapter.host().packed, load.pages)
-        self._counts["adapter_loads"] += len(plan.loads)
+            staged = load.adapter.host().packed
+            self._copies.append((load, self._pool.start_copy(staged, load.pages)))
+            self._counts["adapter_loads"] += 1
+            self._counts["adapter_load_bytes"] += staged.nbytes
         self._counts["preemptions"] += plan.num_preempted
         if not plan.entries:
             return None
@@ -282,20 +295,28 @@ class Engine:
             self._counts["decode_tokens"] += entry.count - prefill
         return plan, self._runner.run(plan.entries, self._adapter_slices(plan))
 
-    def _adapter_slices(self, plan: StepPlan) -> dict[object, AdapterSlice]:
-        slices = {}
-        for entry in plan.entries:
-            sequence = entry.sequence
-            if sequence.adapter is not None and sequence.adapter_key not in slices:
-                header = sequence.adapter.header
-                slices[sequence.adapter_key] = AdapterSlice(
-                    pages=self._scheduler.adapter_pages(sequence),
-                    ranks=header.layout.ranks,
-                    start_a=header.layout.start_a,
-                    start_b=header.layout.start_b,
-                    scales=header.scales,
-                )
-        return slices
+    def _adapter_slices(self, plan: StepPlan) -> dict[Hashable, AdapterSlice]:
+        keys = dict.fromkeys(entry.sequence.adapter_key for entry in plan.entries)
+        keys.pop(None, None)
+        return {key: self._slices[key] for key in keys}
+
+    def _take_arrived(self) -> None:
+        """Has arrived adapters written to the pool, in the order in which their copies were started."""
+        while self._copies and self._copies[0][1].is_ready:
+            load, copy = self._copies.popleft()
+            self._pool.finish_copy(copy)
+            self._scheduler.adapter_arrived(load)
+            header = load.adapter.header
+            self._slices[load.key] = AdapterSlice(
+                pages=load.pages,
+                ranks=header.layout.ranks,
+                start_a=header.layout.start_a,
+                start_b=header.layout.start_b,
+                scales=header.scales,
+            )
+        if len(self._slices) > 2 * self._pages.total:
+            # There cannot be as many adapters as pages; these are of evicted ones.
+            self._slices = {key: s for key, s in self._slices.items() if self._pages.lookup(key) is not None}
 
     def _commit(self, plan: StepPlan, step: StepInFlight) -> None:
         tokens, logprobs = step.read()
@@ -402,6 +423,8 @@ class Engine:
         """Counters since the start, and the current load."""
         return {
             **self._counts,
+            "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
+            "adapter_prefetch_late": self._scheduler.num_prefetch_late,
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting + self._num_unadmitted,
             "pages_total": self._pages.total,

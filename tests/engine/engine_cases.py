@@ -77,7 +77,7 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
         version = engine._store.get(adapter)
         host = version.wait()
         adapter_pages = tuple(range(pages[-1] + 1, pages[-1] + 1 + version.num_pages))
-        engine._pool.write_adapter(host.packed, adapter_pages)
+        engine._pool.finish_copy(engine._pool.start_copy(host.packed, adapter_pages))
         layout = host.header.layout
         slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"
