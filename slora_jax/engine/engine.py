@@ -15,6 +15,7 @@ import psutil
 
 from slora_jax.adapters.peft import resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterStore
+from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
 from slora_jax.engine.generation import Generation, OutputText
@@ -55,6 +56,7 @@ class Engine:
       model_config: its shape.
       max_model_len: longest sequence, prompt and output, in tokens.
       tokenizer: None for dummy models.
+      pool_layout, dtype: of the pool, and so of packed adapters.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Engine:
         self.model_name = model_name
         self.model_config = model_config
         self.tokenizer = tokenizer
-        layout = PoolLayout.for_model(model_config)
+        self.dtype = dtype
+        self.pool_layout = layout = PoolLayout.for_model(model_config)
         num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize))
         self._pages = PageAllocator(num_pages)
         limit = config.max_model_len or model_config.max_position_embeddings
@@ -154,9 +157,26 @@ class Engine:
         Raises:
           BadAdapter: it cannot be served exactly as trained, or the name is the base model's; nothing changes.
         """
+        self._check_adapter_name(name)
+        return self._store.register(name, resolve_adapter_path(path))
+
+    def register_loaded_adapter(
+        self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0
+    ) -> AdapterInfo:
+        """Makes an adapter available whose weights are in memory; see ``loaded_adapter`` and ``synthetic_weights``.
+
+        Ready at once. Adapters that share ``packed`` share its host memory, but each has pages of its own in the pool.
+
+        Raises:
+          BadAdapter: a bad name, ranks or shape; nothing changes.
+          ValueError: ``packed`` has not the pool's ``dtype``.
+        """
+        self._check_adapter_name(name)
+        return self._store.register_loaded(name, loaded_adapter(name, ranks, packed, self.pool_layout, scale))
+
+    def _check_adapter_name(self, name: str) -> None:
         if name == self.model_name:
             raise BadAdapter(f"adapter name {name!r} is the base model's; choose another")
-        return self._store.register(name, resolve_adapter_path(path))
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
