@@ -39,5 +39,14 @@ def demo(requests: int, tokens: int, repeats: int, torch_python: str | None, out
         click.echo(text)
 
 
+@main.command()
+@click.option("--steps", default=200, show_default=True, help="Timed steps of each case.")
+def host(steps: int):
+    """The host's work for each step, without a device: it must stay well below a step of the GPU."""
+    from slora_jax.bench.host import run_host
+
+    click.echo(json.dumps(run_host(steps), indent=2))
+
+
 if __name__ == "__main__":
     main()

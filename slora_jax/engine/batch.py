@@ -15,7 +15,7 @@ from pallas_kernels import LoraSegments
 from pallas_kernels.pool import owner
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.config import PAGE_SIZE
-from slora_jax.memory.layout import MODULES, cdiv
+from slora_jax.memory.layout import MODULES
 from slora_jax.memory.pages import TRASH_PAGE
 from slora_jax.model.llama import TokenBatch
 from slora_jax.scheduler.sequence import ScheduledSequence
@@ -25,7 +25,7 @@ _ALIGNMENT = 32
 them aligned to 16 bytes at least."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterSlice:
     """What a batch must know of one adapter in the pool; per-module tuples in ``MODULES`` order."""
 
@@ -34,6 +34,17 @@ class AdapterSlice:
     start_a: tuple[int, ...]
     start_b: tuple[int, ...]
     scales: tuple[float, ...]
+
+    @cached_property
+    def page_bytes(self) -> bytes:
+        """``pages`` as int32, for joining."""
+        return np.array(self.pages, np.int32).tobytes()
+
+    @cached_property
+    def module_bytes(self) -> bytes:
+        """``[4, len(MODULES)]`` int32, for joining: ranks, start_a, start_b, and the bits of the float32 scales."""
+        ints = np.array([self.ranks, self.start_a, self.start_b], np.int32)
+        return ints.tobytes() + np.array(self.scales, np.float32).tobytes()
 
 
 @dataclass(frozen=True)
@@ -187,66 +198,96 @@ def build_batch(
     """
     order = {key: i for i, key in enumerate(adapters)}
     # Sequences without an adapter come last, behind every segment.
-    entries = tuple(sorted(entries, key=lambda e: order.get(e.sequence.adapter_key, len(order))))
-    counts = [e.count for e in entries]
-    decode_only = max(counts) == 1
+    num_adapters = len(adapters)
+    segment_of = [order.get(e.sequence.adapter_key, num_adapters) for e in entries]
+    rows = sorted(range(len(segment_of)), key=segment_of.__getitem__)
+    entries = tuple([entries[i] for i in rows])
+    segment_of = np.array(segment_of, np.int32)[rows]
+    counts = np.array([e.count for e in entries], np.int32)
+    starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
+    num_real_tokens = int(starts[-1])
+    decode_only = num_real_tokens == len(entries)
     num_sequences = buckets.size(len(entries))
-    num_tokens = num_sequences if decode_only else buckets.size(sum(counts))
+    total_rank = 0
+    if adapters:
+        modules = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
+        modules = modules.reshape(num_adapters, 4, len(MODULES))
+        total_rank = buckets.total_rank(int(modules[:, 0].sum(axis=0).max()))
     shape = BatchShape(
-        tokens=num_tokens,
+        tokens=num_sequences if decode_only else buckets.size(num_real_tokens),
         sequences=num_sequences,
         table_width=table_width,
-        total_rank=buckets.total_rank(max(sum(a.ranks[m] for a in adapters.values()) for m in range(len(MODULES))))
-        if adapters
-        else 0,
-        adapter_pages=_next_power_of_four(sum(len(a.pages) for a in adapters.values())),
+        total_rank=total_rank,
+        adapter_pages=_next_power_of_four(sum([len(a.pages) for a in adapters.values()])),
         decode_only=decode_only,
     )
-    starts = np.cumsum([0, *counts], dtype=np.int32)
-    arrays = {
-        "token_ids": np.zeros(num_tokens, np.int32),
-        "page_table": np.full((num_sequences, table_width), TRASH_PAGE, np.int32),
-        "query_start": np.full(num_sequences + 1, starts[-1], np.int32),
-        "context_len": np.zeros(num_sequences, np.int32),
-    }
+    packed, arrays = _empty_fields(shape)
+    arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
     arrays["query_start"][: len(starts)] = starts
-    for row, entry in enumerate(entries):
-        sequence, end = entry.sequence, entry.start + entry.count
-        ids = sequence.tokens[entry.start : end]
-        if len(ids) < entry.count:
-            ids.append(-1 - pending_rows[sequence.sequence_id])
-        arrays["token_ids"][starts[row] : starts[row + 1]] = ids
-        num_pages = cdiv(end, PAGE_SIZE)
-        arrays["page_table"][row, :num_pages] = sequence.pages[:num_pages]
-        arrays["context_len"][row] = end
+    arrays["query_start"][len(starts) :] = num_real_tokens
+    arrays["context_len"][: len(entries)] = [e.start + e.count for e in entries]
+    # Copied as they lie, a row at a time: tables are mostly empty, and a whole one can be 16 MiB.
+    table = memoryview(arrays["page_table"].reshape(-1))
+    place = 0
+    for entry in entries:
+        pages = entry.sequence.pages
+        table[place : place + len(pages)] = pages
+        place += table_width
     if adapters:
-        arrays |= _segment_arrays(entries, starts, adapters, order, shape)
-    return HostBatch(shape, shape.pack(arrays), entries)
+        _fill_segments(arrays, adapters, modules, np.bincount(segment_of, counts, num_adapters + 1)[:num_adapters])
+    return HostBatch(shape, packed, entries)
 
 
-def _segment_arrays(entries, starts, adapters, order, shape):
-    segments, modules = shape.sequences, len(MODULES)
-    tokens_of = np.zeros(len(adapters), np.int32)
-    for row, entry in enumerate(entries):
-        if entry.sequence.adapter_key is not None:
-            tokens_of[order[entry.sequence.adapter_key]] += starts[row + 1] - starts[row]
-    arrays = {
-        "token_start": np.full(segments + 1, tokens_of.sum(), np.int32),
-        "page_start": np.full(segments + 1, sum(len(a.pages) for a in adapters.values()), np.int32),
-        "pages": np.full(shape.adapter_pages, TRASH_PAGE, np.int32),
-        **{name: np.zeros((segments, modules), np.int32) for name in ("rank", "start_a", "start_b")},
-        "scale": np.zeros((segments, modules), np.float32),
-    }
-    arrays["token_start"][: len(adapters) + 1] = np.cumsum([0, *tokens_of])
-    arrays["page_start"][: len(adapters) + 1] = np.cumsum([0, *(len(a.pages) for a in adapters.values())])
-    for g, adapter in enumerate(adapters.values()):
-        start = arrays["page_start"][g]
-        arrays["pages"][start : start + len(adapter.pages)] = adapter.pages
-        arrays["rank"][g] = adapter.ranks
-        arrays["start_a"][g] = adapter.start_a
-        arrays["start_b"][g] = adapter.start_b
-        arrays["scale"][g] = adapter.scales
-    return arrays
+def _empty_fields(shape: BatchShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The buffer that ``BatchShape.pack`` would make of zeros, and views of its fields to fill."""
+    places, size = {}, 0
+    for name, (dims, dtype) in shape._fields.items():
+        length = int(np.prod(dims))
+        places[name] = (size, size + length, dims, dtype)
+        size += length + -length % _ALIGNMENT
+    # Untouched parts cost nothing to make: the system hands out zeroed memory. They are right as padding, tables too.
+    assert TRASH_PAGE == 0
+    packed = np.zeros(size, np.int32)
+    return packed, {name: packed[a:b].view(dtype).reshape(dims) for name, (a, b, dims, dtype) in places.items()}
+
+
+def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int]) -> list[int]:
+    """Ids of all tokens of the entries; a pending one, always its sequence's last, by its row in the previous step."""
+    ids = []
+    for sequence, start, count, _, _ in entries:
+        tokens = sequence.tokens
+        end = start + count
+        if end <= len(tokens):
+            if count == 1:
+                ids.append(tokens[start])
+            else:
+                ids += tokens[start:end]
+        else:
+            ids += tokens[start:]
+            ids.append(-1 - pending_rows[sequence.sequence_id])
+    return ids
+
+
+def _fill_segments(
+    arrays: dict[str, np.ndarray], adapters: dict[object, AdapterSlice], modules: np.ndarray, num_tokens: np.ndarray
+) -> None:
+    """Fills the fields of ``LoraSegments``.
+
+    Args:
+      modules: ``[len(adapters), 4, len(MODULES)]`` int32, of each adapter's ``module_bytes``.
+      num_tokens: ``[len(adapters)]``.
+    """
+    num_adapters = len(adapters)
+    pages = np.frombuffer(b"".join([a.page_bytes for a in adapters.values()]), np.int32)
+    num_pages = [len(a.pages) for a in adapters.values()]
+    for name, sizes in (("token_start", num_tokens), ("page_start", num_pages)):
+        ends = np.cumsum(sizes)
+        arrays[name][1 : num_adapters + 1] = ends
+        arrays[name][num_adapters + 1 :] = ends[-1]
+    arrays["pages"][: len(pages)] = pages
+    for i, name in enumerate(("rank", "start_a", "start_b")):
+        arrays[name][:num_adapters] = modules[:, i]
+    arrays["scale"][:num_adapters] = modules[:, 3].view(np.float32)
 
 
 def _next_power_of_four(needed: int, smallest: int = 64) -> int:

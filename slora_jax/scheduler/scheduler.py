@@ -136,6 +136,7 @@ class Scheduler:
 
     def _continue_running(self, builder: "_PlanBuilder") -> None:
         prompts = []
+        arriving = self._arriving
         # A copy, and the state looked at each time: scheduling one may preempt others.
         for sequence in list(self._running):
             num_tokens = len(sequence.tokens) + sequence.num_pending
@@ -145,8 +146,15 @@ class Scheduler:
                 continue
             if scheduled < sequence.num_prompt or num_tokens - scheduled > 1:
                 prompts.append(sequence)
-            elif builder.budget > 0 and sequence.state is State.RUNNING and not self._is_arriving(sequence):
-                self._schedule(sequence, 1, builder)
+            elif (
+                builder.budget > 0
+                and sequence.state is State.RUNNING
+                and (not arriving or sequence.adapter_key not in arriving)
+            ):
+                if scheduled < len(sequence.pages) * PAGE_SIZE:
+                    builder.add(sequence, 1)
+                else:
+                    self._schedule(sequence, 1, builder)
         for sequence in prompts:
             if builder.budget == 0:
                 break
@@ -155,7 +163,7 @@ class Scheduler:
 
     def _is_arriving(self, sequence: Sequence) -> bool:
         """Whether its adapter's copy is under way."""
-        return bool(self._arriving) and sequence.adapter_key in self._arriving
+        return sequence.adapter_key in self._arriving
 
     def _schedule(self, sequence: Sequence, count: int, builder: "_PlanBuilder") -> None:
         """Adds ``count`` tokens of a running sequence, preempting later arrivals (or itself) if pages run out."""
@@ -166,7 +174,8 @@ class Scheduler:
                 sequence.pages.extend(pages)
                 sequence.page_keys.extend([None] * needed)
                 break
-            victim = next(s for s in reversed(self._running) if not builder.contains(s))
+            planned = builder.planned()
+            victim = next(s for s in reversed(self._running) if s.sequence_id not in planned)
             self._preempt(victim)
             builder.num_preempted += 1
             if victim is sequence:
@@ -377,17 +386,16 @@ class _PlanBuilder:
         self.failed: list[tuple[Sequence, str]] = []
         self.num_preempted = 0
         self._entries: list[ScheduledSequence] = []
-        self._planned: set[int] = set()
 
-    def contains(self, sequence: Sequence) -> bool:
-        return sequence.sequence_id in self._planned
+    def planned(self) -> set[int]:
+        """Ids of the sequences in it so far."""
+        return {entry.sequence.sequence_id for entry in self._entries}
 
     def add(self, sequence: Sequence, count: int) -> None:
         start = sequence.num_scheduled
         end = start + count
         samples = end == len(sequence.tokens) + sequence.num_pending
         self._entries.append(ScheduledSequence(sequence, start, count, samples, sequence.epoch))
-        self._planned.add(sequence.sequence_id)
         sequence.num_scheduled = end
         self.budget -= count
 

@@ -1,6 +1,7 @@
 """Engines over the oracle's small models, and a way to run requests through them step by step."""
 
 import json
+from array import array
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")
 def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.ndarray:
     """The model's logits ``[len(tokens), V]`` with the given tokens as one prompt, past the scheduler and sampler."""
     pages = list(range(1, 1 + -(-len(tokens) // 16)))
-    sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=pages)
+    sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=array("i", pages))
     slices = {}
     if adapter is not None:
         version = engine._store.get(adapter)
