@@ -1,5 +1,6 @@
 """What the host does for each step, without a device: planning, committing, laying batches out."""
 
+import itertools
 import platform
 import statistics
 import time
@@ -115,7 +116,7 @@ class HostLoop:
             self._scheduler.finish(sequence)
         marks.append(("finish", time.perf_counter()))
         self._previous = plan
-        for (_, start), (part, end) in zip(marks, marks[1:], strict=False):
+        for (_, start), (part, end) in itertools.pairwise(marks):
             if part:
                 self.milliseconds.setdefault(part, []).append((end - start) * 1000)
 

@@ -204,7 +204,8 @@ def build_batch(
     entries = tuple([entries[i] for i in rows])
     segment_of = np.array(segment_of, np.int32)[rows]
     counts = np.array([e.count for e in entries], np.int32)
-    starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
+    starts = np.zeros(len(entries) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
     num_real_tokens = int(starts[-1])
     decode_only = num_real_tokens == len(entries)
     num_sequences = buckets.size(len(entries))
@@ -225,7 +226,7 @@ def build_batch(
     arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
     arrays["query_start"][: len(starts)] = starts
     arrays["query_start"][len(starts) :] = num_real_tokens
-    arrays["context_len"][: len(entries)] = [e.start + e.count for e in entries]
+    arrays["context_len"][: len(entries)] = [start + count for _, start, count, _, _ in entries]
     # Copied as they lie, a row at a time: tables are mostly empty, and a whole one can be 16 MiB.
     table = memoryview(arrays["page_table"].reshape(-1))
     place = 0
@@ -257,14 +258,14 @@ def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int
     for sequence, start, count, _, _ in entries:
         tokens = sequence.tokens
         end = start + count
-        if end <= len(tokens):
-            if count == 1:
-                ids.append(tokens[start])
-            else:
-                ids += tokens[start:end]
-        else:
-            ids += tokens[start:]
+        if end > len(tokens):
+            if count > 1:
+                ids += tokens[start:]
             ids.append(-1 - pending_rows[sequence.sequence_id])
+        elif count == 1:
+            ids.append(tokens[start])
+        else:
+            ids += tokens[start:end]
     return ids
 
 

@@ -309,10 +309,12 @@ class Engine:
         if not plan.entries:
             return None
         self._counts["steps"] += 1
-        for entry in plan.entries:
-            prefill = max(0, min(entry.start + entry.count, entry.sequence.num_prompt) - entry.start)
-            self._counts["prefill_tokens"] += prefill
-            self._counts["decode_tokens"] += entry.count - prefill
+        prefill = 0
+        for sequence, start, count, _, _ in plan.entries:
+            if start < sequence.num_prompt:
+                prefill += min(count, sequence.num_prompt - start)
+        self._counts["prefill_tokens"] += prefill
+        self._counts["decode_tokens"] += plan.num_tokens - prefill
         return plan, self._runner.run(plan.entries, self._adapter_slices(plan))
 
     def _adapter_slices(self, plan: StepPlan) -> dict[Hashable, AdapterSlice]:
@@ -341,21 +343,19 @@ class Engine:
     def _commit(self, plan: StepPlan, step: StepInFlight) -> None:
         tokens, logprobs = step.read()
         ended = []
-        for row, entry in enumerate(step.entries):
-            if not entry.samples:
+        for (sequence, _, _, samples, _), token, logprob in zip(step.entries, tokens.tolist(), logprobs, strict=True):
+            if not samples:
                 continue
-            sequence = entry.sequence
             sequence.num_pending -= 1
             answer = self._answers.get(sequence.sequence_id)
             if answer is None:
                 # It ended while this step was running.
                 continue
-            token = int(tokens[row])
             sequence.tokens.append(token)
             if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
                 answer.generation.cached_tokens = sequence.cached_tokens
                 self._counts["cached_tokens"] += sequence.cached_tokens
-            delta = answer.output.push(token, logprobs[row])
+            delta = answer.output.push(token, logprob)
             answer.generation.put(delta)
             if delta.finish_reason is not None:
                 ended.append(sequence)

@@ -91,17 +91,26 @@ def build_sampler_inputs(
       last_tokens: ``[len(entries)]`` index of each entry's last token in the batch.
       pending_rows: as in ``build_batch``.
     """
-    # Most steps have few distinct rules: what they ask for is looked at once each.
-    rules = {id(r): r for r in [e.sequence.sampling for e in entries if e.samples]}.values()
+    random = filtered = logprobs = False
     longest = 0
-    if any(r.uses_penalties for r in rules):
-        longest = max(e.sequence.num_tokens for e in entries if e.samples and e.sequence.sampling.uses_penalties)
+    last = None
+    for sequence, _, _, samples, _ in entries:
+        rule = sequence.sampling
+        if not samples or (rule is last and not longest):
+            continue
+        last = rule
+        if rule.temperature > 0:
+            random = True
+            filtered = filtered or rule.top_k > 0 or rule.top_p < 1 or rule.min_p > 0
+        logprobs = logprobs or rule.logprobs is not None
+        if rule.uses_penalties:
+            longest = max(longest, sequence.num_tokens)
     shape = SamplerShape(
         sequences=num_sequences,
-        random=any(r.temperature > 0 for r in rules),
-        filtered=any(r.temperature > 0 and (r.top_k or r.top_p < 1 or r.min_p > 0) for r in rules),
+        random=random,
+        filtered=filtered,
         history=1 << (longest - 1).bit_length() if longest else 0,
-        logprobs=any(r.logprobs is not None for r in rules),
+        logprobs=logprobs,
     )
     arrays = {name: np.full(num_sequences, default, dtype) for name, (dtype, default) in _PADDING.items()}
     arrays["seed"] = np.zeros((num_sequences, 2), np.uint32)
