@@ -16,6 +16,9 @@ import numpy as np
 from pallas_kernels.lora import LoraSegments
 from pallas_kernels.pool import PAGE_SIZE
 
+MAX_RANK = 256
+"""Width of the partial sums in every case, as in an engine that serves any rank."""
+
 
 class AttentionInputs(NamedTuple):
     """Arguments of ``plan_attention`` and ``paged_attention``; ``qs`` holds one ``[T, H, D]`` a layer."""
@@ -159,7 +162,8 @@ class LoraSpec:
             start_a=int32(starts[:, 0]),
             start_b=int32(starts[:, 1]),
             scale=jnp.asarray(rng.uniform(1e-3, 4e-3, ranks.shape), jnp.float32),
-            max_rank=max(self.ranks),
+            active=tuple(range(len(self.widths))),
+            max_rank=MAX_RANK,
             total_rank=sum(self.ranks),
         )
         key_x, key_pool = jax.random.split(jax.random.key(seed))

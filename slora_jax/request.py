@@ -7,7 +7,7 @@ A ``Request`` is tokens plus an adapter name plus ``SamplingParams``. The engine
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from slora_jax.errors import InvalidRequest
 
@@ -135,8 +135,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one engine step added to one sequence of a request.
 
     ``text`` may be empty while a multi-byte character or a possible stop string is incomplete, and may cover

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -103,13 +103,14 @@ class HostAdapter:
     """An adapter in host memory, ready to be copied to the pool.
 
     Attributes:
-      packed: ``[layers, 2, R, W]`` in the pool's dtype as from ``AdapterLayout.pack``; read-only.
+      packed: ``[layers, 2, R, W]`` in the pool's dtype as from ``AdapterLayout.pack``, read-only; or what the store's
+        ``stage`` made of it.
       content_hash: SHA-256 of everything that determines what it computes: effective scales and weights. The same
         wherever it is stored and however the file orders or names it; never the same for different weights.
     """
 
     header: AdapterHeader
-    packed: np.ndarray
+    packed: Any
     content_hash: str
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -102,7 +102,7 @@ class AdapterVersion:
             self._store._start_loading(self)
 
     def host(self) -> HostAdapter | None:
-        """The weights, or None while they are not there.
+        """The weights, as staged by the store's ``stage``; None while they are not there.
 
         Raises:
           BadAdapter: loading failed, and why. Registering the adapter again makes a version that is tried afresh.
@@ -131,6 +131,7 @@ class AdapterStore:
         dtype: np.dtype,
         loader_threads: int = 2,
         on_change: Callable[[], None] | None = None,
+        stage: Callable[[np.ndarray], Any] | None = None,
     ):
         """
         Args:
@@ -138,12 +139,15 @@ class AdapterStore:
           pool_layout: its pool's layout.
           dtype: the pool's dtype.
           loader_threads: most adapters loaded at once.
+          stage: makes of packed weights what is kept instead, as ``HostAdapter.packed``; called by the thread that
+            loaded them, and thread-safe.
           on_change: called, by the thread that loaded it, each time an adapter got ready or failed. Should return soon.
         """
         self._model = model
         self._pool_layout = pool_layout
         self._dtype = np.dtype(dtype)
         self._on_change = on_change
+        self._stage = stage or (lambda packed: packed)
         self._versions: dict[str, AdapterVersion] = {}
         # Checks done before: adapters trained alike share theirs.
         self._known_shapes: dict[bytes, AdapterShape] = {}
@@ -174,6 +178,26 @@ class AdapterStore:
             version = self._versions.get(name)
             if version is None or version.status == "failed" or not version.header.is_same_files(header):
                 version = self._versions[name] = AdapterVersion(self, name, header)
+            return version.info
+
+    def register_loaded(self, name: str, host: HostAdapter) -> AdapterInfo:
+        """Makes an adapter available whose weights are in memory already: a benchmark's, a test's, a notebook's own.
+
+        It is ready at once and takes the place of whatever the name stood for. Adapters that share a buffer also
+        share what is kept of it.
+
+        Args:
+          name: as for ``register``.
+          host: the adapter; its ``packed`` must not be written to afterwards.
+
+        Raises:
+          BadAdapter: a bad name; nothing changes then.
+        """
+        _check_name(name)
+        host = self._staged(host)
+        with self._changed:
+            version = self._versions[name] = AdapterVersion(self, name, host.header)
+            self._finish(version, host, "")
             return version.info
 
     def register_dir(self, folder: Path | str) -> tuple[dict[str, AdapterInfo], dict[str, str]]:
@@ -257,7 +281,7 @@ class AdapterStore:
             return
         host, failure = None, ""
         try:
-            host = load_adapter(version.header, self._dtype)
+            host = self._staged(load_adapter(version.header, self._dtype))
         except BadAdapter as e:
             failure = str(e)
         except Exception as e:
@@ -271,6 +295,9 @@ class AdapterStore:
                 self._on_change()
             except Exception:
                 logger.exception("on_change failed")
+
+    def _staged(self, host: HostAdapter) -> HostAdapter:
+        return replace(host, packed=self._stage(host.packed))
 
     def _finish(self, version: AdapterVersion, host: HostAdapter | None, failure: str) -> None:
         """Needs the lock. The status goes last: it is read without the lock."""

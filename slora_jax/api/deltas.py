@@ -1,7 +1,6 @@
 """Reading what running generations produce, without losing sight of who waits for it."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -101,7 +100,7 @@ def raise_failure(ended: Delta | Completion) -> None:
 def without_failure(delta: Delta) -> Delta:
     """What the delta brought, less the news that its sequence failed; see ``raise_failure``."""
     failed = delta.finish_reason in ("error", "abort")
-    return dataclasses.replace(delta, finish_reason=None) if failed else delta
+    return delta._replace(finish_reason=None) if failed else delta
 
 
 def _take(generation: "Generation", timeout: float) -> list[Delta]:

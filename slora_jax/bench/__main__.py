@@ -118,5 +118,14 @@ def throughput(model, setting, adapters, requests, seed, longest, max_sequences,
         raise click.ClickException(f"{result['compilations']} programs were compiled inside the timed part")
 
 
+@main.command()
+@click.option("--steps", default=200, show_default=True, help="Timed steps of each case.")
+def host(steps: int):
+    """The host's work for each step, without a device: it must stay well below a step of the GPU."""
+    from slora_jax.bench.host import run_host
+
+    click.echo(json.dumps(run_host(steps), indent=2))
+
+
 if __name__ == "__main__":
     main()

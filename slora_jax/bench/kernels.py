@@ -323,7 +323,8 @@ class StepBench:
             start_b=int32([layout.start_b for layout in layouts]),
             # The pool is drawn with variance 1; this keeps the update as small as a trained one.
             scale=jnp.full(rank.shape, 1e-4, jnp.float32),
-            max_rank=int(rank.max()),
+            active=tuple(np.flatnonzero(rank.any(axis=0)).tolist()),
+            max_rank=256,
             total_rank=int(rank.sum(axis=0).max()),
         )
 

@@ -17,16 +17,16 @@ import numpy as np
 import psutil
 
 from slora_jax import Engine, Request, SamplingParams
-from slora_jax.adapters.peft import AdapterHeader, AdapterShape, HostAdapter
+from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.config import build_config
 from slora_jax.engine.generation import Generation
 from slora_jax.engine.runner import StepInFlight
-from slora_jax.memory.layout import MODULES, PoolLayout
 
 SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16)}
 """Ranks of the adapters of each setting, in turn; q, k, v and o."""
 
+_MODULES = ("q", "k", "v", "o")
 _SHORTEST = 8
 _WARM_UP_REQUESTS = 64
 _PROFILED_STEPS = range(100, 110)
@@ -84,30 +84,13 @@ def draw_workload(
 def register_adapters(engine: Engine, setting: str, num_adapters: int) -> None:
     """Registers "adapter-0" and on, of the setting's ranks in turn. Those of one rank share one buffer on the host."""
     ranks = SETTINGS[setting]
-    hosts: dict[int, HostAdapter] = {}
+    packed = {
+        rank: synthetic_weights(rank, _MODULES, engine.pool_layout, engine.dtype, seed=rank)
+        for rank in ranks[:num_adapters]
+    }
     for i in range(num_adapters):
         rank = ranks[i % len(ranks)]
-        if rank not in hosts:
-            hosts[rank] = _random_adapter(engine, rank)
-        # Each has a content of its own as far as the engine can tell, so each takes its own pages.
-        engine.register_loaded_adapter(
-            _adapter_name(i), dataclasses.replace(hosts[rank], content_hash=f"{setting}-{rank}-{i}")
-        )
-
-
-def _random_adapter(engine: Engine, rank: int) -> HostAdapter:
-    ranks = dict.fromkeys(MODULES[:4], rank)
-    layout = PoolLayout.for_model(engine.model_config).adapter(ranks)
-    dtype = engine._pool.array.dtype
-    shape = (layout.pool.num_layers, 2, layout.num_rows, layout.pool.row_width)
-    packed = (np.random.default_rng(rank).random(shape, np.float32) - 0.5).astype(dtype)
-    packed *= np.array(0.04, dtype)
-    packed.flags.writeable = False
-    scales = tuple(1.0 if module in ranks else 0.0 for module in MODULES)
-    header = AdapterHeader(
-        Path(f"random-r{rank}"), AdapterShape(ranks, scales, layout, layout.num_pages), packed.nbytes, b"", (0, 0)
-    )
-    return HostAdapter(header, packed, "")
+        engine.register_loaded_adapter(_adapter_name(i), dict.fromkeys(_MODULES, rank), packed[rank])
 
 
 def _adapter_name(index: int) -> str:

@@ -16,7 +16,7 @@ from pallas_kernels import LoraSegments
 from pallas_kernels.pool import owner
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.config import PAGE_SIZE
-from slora_jax.memory.layout import MODULES, cdiv
+from slora_jax.memory.layout import MODULES
 from slora_jax.memory.pages import TRASH_PAGE
 from slora_jax.model.llama import TokenBatch
 from slora_jax.scheduler.sequence import ScheduledSequence
@@ -26,7 +26,7 @@ _ALIGNMENT = 32
 them aligned to 16 bytes at least."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterSlice:
     """What a batch must know of one adapter in the pool; per-module tuples in ``MODULES`` order."""
 
@@ -35,6 +35,17 @@ class AdapterSlice:
     start_a: tuple[int, ...]
     start_b: tuple[int, ...]
     scales: tuple[float, ...]
+
+    @cached_property
+    def page_bytes(self) -> bytes:
+        """``pages`` as int32, for joining."""
+        return np.array(self.pages, np.int32).tobytes()
+
+    @cached_property
+    def module_bytes(self) -> bytes:
+        """``[4, len(MODULES)]`` int32, for joining: ranks, start_a, start_b, and the bits of the float32 scales."""
+        ints = np.array([self.ranks, self.start_a, self.start_b], np.int32)
+        return ints.tobytes() + np.array(self.scales, np.float32).tobytes()
 
 
 @dataclass(frozen=True)
@@ -92,21 +103,30 @@ class Buckets:
         return max(self.decode[-1], self.sequences[-1])
 
     def shape(
-        self, num_tokens: int, num_sequences: int, table_width: int, total_rank: int = 0, adapter_pages: int = 0
+        self,
+        num_tokens: int,
+        num_sequences: int,
+        table_width: int,
+        total_rank: int = 0,
+        adapter_pages: int = 0,
+        active: tuple[int, ...] = (),
     ) -> "BatchShape":
         """The smallest shape that holds a batch; see ``BatchShape`` for the arguments, here without padding."""
         decode_only = num_tokens == num_sequences
         sequences = _first_at_least(self.decode if decode_only else self.sequences, num_sequences)
         tokens = sequences if decode_only else _first_at_least(self.tokens, num_tokens)
         if not total_rank:
-            return BatchShape(tokens, sequences, table_width, 0, 0, decode_only)
+            return BatchShape(tokens, sequences, table_width, 0, 0, (), decode_only)
         total_rank = _first_at_least(self.total_ranks, total_rank)
-        return BatchShape(
-            tokens, sequences, table_width, total_rank, _adapter_pages(sequences, adapter_pages), decode_only
-        )
+        pages = _adapter_pages(sequences, adapter_pages)
+        return BatchShape(tokens, sequences, table_width, total_rank, pages, active, decode_only)
 
-    def all_shapes(self, table_width: int, with_adapters: bool) -> "list[BatchShape]":
-        """Every shape that ``shape`` gives, but for adapters of more than 16 pages a sequence."""
+    def all_shapes(self, table_width: int, active: tuple[int, ...]) -> "list[BatchShape]":
+        """Every shape that ``shape`` gives, but for adapters of more than 16 pages a sequence.
+
+        Args:
+          active: the modules that adapters change; without any, shapes of steps without adapters only.
+        """
         sizes = [(n, n) for n in self.decode]
         # A step that is not of this kind has at least one token more than sequences.
         fewest = (0, *self.sequences)
@@ -115,8 +135,10 @@ class Buckets:
         ]
         num_decode = len(self.decode)
         return [
-            BatchShape(t, s, table_width, rank, _adapter_pages(s, 0) if rank else 0, decode_only=i < num_decode)
-            for rank in ((0, *self.total_ranks) if with_adapters else (0,))
+            BatchShape(
+                t, s, table_width, rank, _adapter_pages(s, 0) if rank else 0, active if rank else (), i < num_decode
+            )
+            for rank in ((0, *self.total_ranks) if active else (0,))
             for i, (t, s) in enumerate(sizes)
         ]
 
@@ -145,6 +167,7 @@ class BatchShape:
       table_width: pages a sequence can have.
       total_rank: padded sum of ranks of the distinct adapters; 0 when no token has an adapter.
       adapter_pages: padded pages of the distinct adapters; 0 when no token has an adapter.
+      active: modules that the adapters may change, increasing; () when no token has an adapter.
       decode_only: every sequence has one token, and T = S.
     """
 
@@ -153,10 +176,12 @@ class BatchShape:
     table_width: int
     total_rank: int
     adapter_pages: int
+    active: tuple[int, ...]
     decode_only: bool
 
     @cached_property
-    def _fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def _fields(self) -> dict[str, tuple[slice, tuple[int, ...], np.dtype]]:
+        """By name: where a field lies in the packed vector, its shape, its dtype."""
         t, s, m = self.tokens, self.sequences, len(MODULES)
         int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
         fields = {
@@ -175,34 +200,38 @@ class BatchShape:
                 "start_b": ((s, m), int32),
                 "scale": ((s, m), float32),
             }
-        return fields
+        begin, places = 0, {}
+        for name, (shape, dtype) in fields.items():
+            size = math.prod(shape)
+            places[name] = (slice(begin, begin + size), shape, dtype)
+            begin += size + -size % _ALIGNMENT
+        return places
 
     @property
     def packed_size(self) -> int:
-        """Length of the vector of ``pack``."""
-        sizes = [math.prod(shape) for shape, _ in self._fields.values()]
-        return sum(size + -size % _ALIGNMENT for size in sizes)
+        """Length of the packed vector."""
+        last, _, _ = list(self._fields.values())[-1]
+        return last.stop + -last.stop % _ALIGNMENT
 
-    def pack(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """One int32 vector of all fields; float32 fields keep their bits."""
-        parts = []
-        for name, (shape, dtype) in self._fields.items():
-            assert arrays[name].shape == shape and arrays[name].dtype == dtype, name
-            part = arrays[name].reshape(-1).view(np.int32)
-            parts += [part, np.zeros(-part.size % _ALIGNMENT, np.int32)]
-        return np.concatenate(parts)
+    def zeros(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A packed int32 vector of zeros, and its fields by name: views to be filled; float32 ones keep their bits.
+
+        Zeros are right as padding, in tables too. Untouched parts cost nothing: the system hands out zeroed memory.
+        """
+        assert TRASH_PAGE == 0
+        packed = np.zeros(self.packed_size, np.int32)
+        fields = self._fields.items()
+        return packed, {name: packed[at].view(dtype).reshape(shape) for name, (at, shape, dtype) in fields}
 
     def unpack(self, packed: jax.Array, previous_tokens: jax.Array) -> TokenBatch:
-        """Inverse of ``pack``, inside jit.
+        """The batch of a packed vector, inside jit.
 
         Negative token ids refer to the previous step: ``-1 - i`` is ``previous_tokens[i]``.
         """
-        arrays, offset = {}, 0
-        for name, (shape, dtype) in self._fields.items():
-            size = int(np.prod(shape))
-            piece = packed[offset : offset + size].reshape(shape)
+        arrays = {}
+        for name, (at, shape, dtype) in self._fields.items():
+            piece = packed[at].reshape(shape)
             arrays[name] = jax.lax.bitcast_convert_type(piece, dtype) if dtype != np.int32 else piece
-            offset += size + -size % _ALIGNMENT
         token_ids = arrays.pop("token_ids")
         token_ids = jnp.where(token_ids < 0, previous_tokens[jnp.maximum(-1 - token_ids, 0)], token_ids)
         page_table, query_start, context_len = (arrays.pop(n) for n in ("page_table", "query_start", "context_len"))
@@ -211,7 +240,7 @@ class BatchShape:
         if self.total_rank:
             lora = LoraSegments(
                 **arrays,
-                active=tuple(range(len(MODULES))),
+                active=self.active,
                 max_rank=min(MAX_RANK, self.total_rank),
                 total_rank=self.total_rank,
             )
@@ -235,7 +264,7 @@ class HostBatch:
 
     Attributes:
       shape: the static shape.
-      packed: the buffer of ``shape.pack``.
+      packed: as of ``shape.zeros``, filled.
       entries: the plan's entries in row order: row i of every per-sequence array.
     """
 
@@ -250,6 +279,7 @@ def build_batch(
     pending_rows: dict[int, int],
     buckets: Buckets,
     table_width: int,
+    active: tuple[int, ...] = (),
 ) -> HostBatch:
     """Pads a plan's entries to a bucket, ordered so that each adapter's tokens are contiguous.
 
@@ -259,61 +289,84 @@ def build_batch(
       pending_rows: by ``sequence_id``: the row that sampled the sequence's pending token in the previous step.
       buckets: allowed sizes.
       table_width: pages of the longest sequence allowed.
+      active: modules to compute updates of in any case, so that steps whose adapters change fewer share their shape.
     """
     order = {key: i for i, key in enumerate(adapters)}
     # Sequences without an adapter come last, behind every segment.
-    entries = tuple(sorted(entries, key=lambda e: order.get(e.sequence.adapter_key, len(order))))
-    counts = [e.count for e in entries]
+    num_adapters = len(adapters)
+    segment_of = [order.get(e.sequence.adapter_key, num_adapters) for e in entries]
+    rows = sorted(range(len(segment_of)), key=segment_of.__getitem__)
+    entries = tuple([entries[i] for i in rows])
+    segment_of = np.array(segment_of, np.int32)[rows]
+    counts = np.array([e.count for e in entries], np.int32)
+    starts = np.zeros(len(entries) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    num_real_tokens = int(starts[-1])
+    total_rank = 0
+    if adapters:
+        modules = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
+        modules = modules.reshape(num_adapters, 4, len(MODULES))
+        total_rank = int(modules[:, 0].sum(axis=0).max())
+        active = tuple(sorted({*active, *np.flatnonzero(modules[:, 0].any(axis=0)).tolist()}))
     shape = buckets.shape(
-        num_tokens=sum(counts),
+        num_tokens=num_real_tokens,
         num_sequences=len(entries),
         table_width=table_width,
-        total_rank=max(sum(a.ranks[m] for a in adapters.values()) for m in range(len(MODULES))),
-        adapter_pages=sum(len(a.pages) for a in adapters.values()),
+        total_rank=total_rank,
+        adapter_pages=sum([len(a.pages) for a in adapters.values()]),
+        active=active,
     )
-    num_tokens, num_sequences = shape.tokens, shape.sequences
-    starts = np.cumsum([0, *counts], dtype=np.int32)
-    arrays = {
-        "token_ids": np.zeros(num_tokens, np.int32),
-        "page_table": np.full((num_sequences, table_width), TRASH_PAGE, np.int32),
-        "query_start": np.full(num_sequences + 1, starts[-1], np.int32),
-        "context_len": np.zeros(num_sequences, np.int32),
-    }
+    packed, arrays = shape.zeros()
+    arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
     arrays["query_start"][: len(starts)] = starts
-    for row, entry in enumerate(entries):
-        sequence, end = entry.sequence, entry.start + entry.count
-        ids = sequence.tokens[entry.start : end]
-        if len(ids) < entry.count:
-            ids.append(-1 - pending_rows[sequence.sequence_id])
-        arrays["token_ids"][starts[row] : starts[row + 1]] = ids
-        num_pages = cdiv(end, PAGE_SIZE)
-        arrays["page_table"][row, :num_pages] = sequence.pages[:num_pages]
-        arrays["context_len"][row] = end
+    arrays["query_start"][len(starts) :] = num_real_tokens
+    arrays["context_len"][: len(entries)] = [start + count for _, start, count, _, _ in entries]
+    # Copied as they lie, a row at a time: tables are mostly empty, and a whole one can be 16 MiB.
+    table = memoryview(arrays["page_table"].reshape(-1))
+    place = 0
+    for entry in entries:
+        pages = entry.sequence.pages
+        table[place : place + len(pages)] = pages
+        place += table_width
     if adapters:
-        arrays |= _segment_arrays(entries, starts, adapters, order, shape)
-    return HostBatch(shape, shape.pack(arrays), entries)
+        _fill_segments(arrays, adapters, modules, np.bincount(segment_of, counts, num_adapters + 1)[:num_adapters])
+    return HostBatch(shape, packed, entries)
 
 
-def _segment_arrays(entries, starts, adapters, order, shape):
-    segments, modules = shape.sequences, len(MODULES)
-    tokens_of = np.zeros(len(adapters), np.int32)
-    for row, entry in enumerate(entries):
-        if entry.sequence.adapter_key is not None:
-            tokens_of[order[entry.sequence.adapter_key]] += starts[row + 1] - starts[row]
-    arrays = {
-        "token_start": np.full(segments + 1, tokens_of.sum(), np.int32),
-        "page_start": np.full(segments + 1, sum(len(a.pages) for a in adapters.values()), np.int32),
-        "pages": np.full(shape.adapter_pages, TRASH_PAGE, np.int32),
-        **{name: np.zeros((segments, modules), np.int32) for name in ("rank", "start_a", "start_b")},
-        "scale": np.zeros((segments, modules), np.float32),
-    }
-    arrays["token_start"][: len(adapters) + 1] = np.cumsum([0, *tokens_of])
-    arrays["page_start"][: len(adapters) + 1] = np.cumsum([0, *(len(a.pages) for a in adapters.values())])
-    for g, adapter in enumerate(adapters.values()):
-        start = arrays["page_start"][g]
-        arrays["pages"][start : start + len(adapter.pages)] = adapter.pages
-        arrays["rank"][g] = adapter.ranks
-        arrays["start_a"][g] = adapter.start_a
-        arrays["start_b"][g] = adapter.start_b
-        arrays["scale"][g] = adapter.scales
-    return arrays
+def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int]) -> list[int]:
+    """Ids of all tokens of the entries; a pending one, always its sequence's last, by its row in the previous step."""
+    ids = []
+    for sequence, start, count, _, _ in entries:
+        tokens = sequence.tokens
+        end = start + count
+        if end > len(tokens):
+            if count > 1:
+                ids += tokens[start:]
+            ids.append(-1 - pending_rows[sequence.sequence_id])
+        elif count == 1:
+            ids.append(tokens[start])
+        else:
+            ids += tokens[start:end]
+    return ids
+
+
+def _fill_segments(
+    arrays: dict[str, np.ndarray], adapters: dict[object, AdapterSlice], modules: np.ndarray, num_tokens: np.ndarray
+) -> None:
+    """Fills the fields of ``LoraSegments``.
+
+    Args:
+      modules: ``[len(adapters), 4, len(MODULES)]`` int32, of each adapter's ``module_bytes``.
+      num_tokens: ``[len(adapters)]``.
+    """
+    num_adapters = len(adapters)
+    pages = np.frombuffer(b"".join([a.page_bytes for a in adapters.values()]), np.int32)
+    num_pages = [len(a.pages) for a in adapters.values()]
+    for name, sizes in (("token_start", num_tokens), ("page_start", num_pages)):
+        ends = np.cumsum(sizes)
+        arrays[name][1 : num_adapters + 1] = ends
+        arrays[name][num_adapters + 1 :] = ends[-1]
+    arrays["pages"][: len(pages)] = pages
+    for i, name in enumerate(("rank", "start_a", "start_b")):
+        arrays[name][:num_adapters] = modules[:, i]
+    arrays["scale"][:num_adapters] = modules[:, 3].view(np.float32)

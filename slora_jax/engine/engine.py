@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +16,21 @@ import psutil
 
 from slora_jax.adapters.peft import resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterStore
+from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
-from slora_jax.memory.layout import PoolLayout
+from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.memory.pages import PageAllocator
-from slora_jax.memory.pool import UnifiedPool
+from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
 from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import Sequence, StepPlan
+from slora_jax.scheduler.sequence import AdapterLoad, Sequence, StepPlan
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Engine:
       model_config: its shape.
       max_model_len: longest sequence, prompt and output, in tokens.
       tokenizer: None for dummy models.
+      pool_layout, dtype: of the pool, and so of packed adapters.
     """
 
     def __init__(
@@ -71,14 +73,17 @@ class Engine:
         self.model_name = model_name
         self.model_config = model_config
         self.tokenizer = tokenizer
-        layout = PoolLayout.for_model(model_config)
+        self.dtype = dtype
+        self.pool_layout = layout = PoolLayout.for_model(model_config)
         num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize))
         self._pages = PageAllocator(num_pages)
         limit = config.max_model_len or model_config.max_position_embeddings
         self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * PAGE_SIZE)
         self._pool = UnifiedPool(layout, num_pages, dtype)
         self._wake_event = threading.Event()
-        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake)
+        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
+        self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
+        self._slices: dict[Hashable, AdapterSlice] = {}
         self._scheduler = Scheduler(config.scheduler, self._pages)
         self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
@@ -92,8 +97,12 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
         self._counts = dict.fromkeys(
-            ("steps", "prefill_tokens", "decode_tokens", "adapter_loads", "preemptions", "cached_tokens"), 0
-        )
+            (
+                "steps", "prefill_tokens", "decode_tokens", "adapter_loads", "adapter_load_bytes", "preemptions",
+                "cached_tokens",
+            ),
+            0,
+        )  # fmt: skip
 
     @classmethod
     def create(cls, config: EngineConfig, progress: bool = True) -> "Engine":
@@ -147,9 +156,26 @@ class Engine:
         Raises:
           BadAdapter: it cannot be served exactly as trained, or the name is the base model's; nothing changes.
         """
+        self._check_adapter_name(name)
+        return self._store.register(name, resolve_adapter_path(path))
+
+    def register_loaded_adapter(
+        self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0
+    ) -> AdapterInfo:
+        """Makes an adapter available whose weights are in memory; see ``loaded_adapter`` and ``synthetic_weights``.
+
+        Ready at once. Adapters that share ``packed`` share its host memory, but each has pages of its own in the pool.
+
+        Raises:
+          BadAdapter: a bad name, ranks or shape; nothing changes.
+          ValueError: ``packed`` has not the pool's ``dtype``.
+        """
+        self._check_adapter_name(name)
+        return self._store.register_loaded(name, loaded_adapter(name, ranks, packed, self.pool_layout, scale))
+
+    def _check_adapter_name(self, name: str) -> None:
         if name == self.model_name:
             raise BadAdapter(f"adapter name {name!r} is the base model's; choose another")
-        return self._store.register(name, resolve_adapter_path(path))
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
@@ -259,61 +285,76 @@ class Engine:
         """
         self._take_submitted()
         self._take_cancelled()
+        self._take_arrived()
         plan = self._scheduler.plan()
         for sequence, reason in plan.failed:
             self._end(sequence, "error", reason)
         previous, self._in_flight = self._in_flight, self._launch(plan)
         if previous is not None:
             self._commit(*previous)
+        elif self._in_flight is None and self._copies:
+            # Nothing runs until an adapter is there.
+            self._copies[0][1].wait()
+            return True
         return previous is not None or self._in_flight is not None or bool(plan.failed)
 
     def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
         for load in plan.loads:
-            self._pool.write_adapter(load.adapter.host().packed, load.pages)
-        self._counts["adapter_loads"] += len(plan.loads)
+            staged = load.adapter.host().packed
+            self._copies.append((load, self._pool.start_copy(staged, load.pages)))
+            self._counts["adapter_loads"] += 1
+            self._counts["adapter_load_bytes"] += staged.nbytes
         self._counts["preemptions"] += plan.num_preempted
         if not plan.entries:
             return None
         self._counts["steps"] += 1
-        for entry in plan.entries:
-            prefill = max(0, min(entry.start + entry.count, entry.sequence.num_prompt) - entry.start)
-            self._counts["prefill_tokens"] += prefill
-            self._counts["decode_tokens"] += entry.count - prefill
+        prefill = 0
+        for sequence, start, count, _, _ in plan.entries:
+            if start < sequence.num_prompt:
+                prefill += min(count, sequence.num_prompt - start)
+        self._counts["prefill_tokens"] += prefill
+        self._counts["decode_tokens"] += plan.num_tokens - prefill
         return plan, self._runner.run(plan.entries, self._adapter_slices(plan))
 
-    def _adapter_slices(self, plan: StepPlan) -> dict[object, AdapterSlice]:
-        slices = {}
-        for entry in plan.entries:
-            sequence = entry.sequence
-            if sequence.adapter is not None and sequence.adapter_key not in slices:
-                header = sequence.adapter.header
-                slices[sequence.adapter_key] = AdapterSlice(
-                    pages=self._scheduler.adapter_pages(sequence),
-                    ranks=header.layout.ranks,
-                    start_a=header.layout.start_a,
-                    start_b=header.layout.start_b,
-                    scales=header.scales,
-                )
-        return slices
+    def _adapter_slices(self, plan: StepPlan) -> dict[Hashable, AdapterSlice]:
+        keys = dict.fromkeys(entry.sequence.adapter_key for entry in plan.entries)
+        keys.pop(None, None)
+        return {key: self._slices[key] for key in keys}
+
+    def _take_arrived(self) -> None:
+        """Has arrived adapters written to the pool, in the order in which their copies were started."""
+        while self._copies and self._copies[0][1].is_ready:
+            load, copy = self._copies.popleft()
+            self._pool.finish_copy(copy)
+            self._scheduler.adapter_arrived(load)
+            header = load.adapter.header
+            self._slices[load.key] = AdapterSlice(
+                pages=load.pages,
+                ranks=header.layout.ranks,
+                start_a=header.layout.start_a,
+                start_b=header.layout.start_b,
+                scales=header.scales,
+            )
+        if len(self._slices) > 2 * self._pages.total:
+            # There cannot be as many adapters as pages; these are of evicted ones.
+            self._slices = {key: s for key, s in self._slices.items() if self._pages.lookup(key) is not None}
 
     def _commit(self, plan: StepPlan, step: StepInFlight) -> None:
         tokens, logprobs = step.read()
         ended = []
-        for row, entry in enumerate(step.entries):
-            if not entry.samples:
+        for (sequence, _, _, samples, _), token, logprob in zip(step.entries, tokens.tolist(), logprobs, strict=True):
+            if not samples:
                 continue
-            sequence = entry.sequence
             sequence.num_pending -= 1
             answer = self._answers.get(sequence.sequence_id)
             if answer is None:
                 # It ended while this step was running.
                 continue
-            token = int(tokens[row])
             sequence.tokens.append(token)
             if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
                 answer.generation.cached_tokens = sequence.cached_tokens
                 self._counts["cached_tokens"] += sequence.cached_tokens
-            delta = answer.output.push(token, logprobs[row])
+            delta = answer.output.push(token, logprob)
             answer.generation.put(delta)
             if delta.finish_reason is not None:
                 ended.append(sequence)
@@ -350,13 +391,15 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles the steps' shapes, so that no request waits for it, if the configuration asks for that.
 
-        Call it before the first step. Shapes with adapters are compiled if any adapter is registered.
+        Call it before the first step. Shapes with adapters are compiled for the
+        modules that the adapters registered so far change.
         """
         on_gpu = jax.default_backend() != "cpu"
         if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
             return
         start = time.perf_counter()
-        shapes = self._runner.all_shapes(with_adapters=bool(self.adapters()))
+        changed = {module for info in self.adapters().values() for module in info.ranks}
+        shapes = self._runner.all_shapes([MODULES.index(module) for module in changed])
         self._runner.compile(shapes)
         logger.info("compiled %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
 
@@ -414,6 +457,8 @@ class Engine:
         """Counters since the start, and the current load."""
         return {
             **self._counts,
+            "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
+            "adapter_prefetch_late": self._scheduler.num_prefetch_late,
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting + self._num_unadmitted,
             "pages_total": self._pages.total,

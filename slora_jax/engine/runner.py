@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -74,11 +74,18 @@ class Runner:
         self._table_width = PoolLayout.token_pages(max_len)
         self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32)
         self._rows: dict[int, int] = {}
+        # Only grows, so that shapes settle.
+        self._active: tuple[int, ...] = ()
         self._executables: dict[BatchShape | SamplerShape, jax.stages.Compiled] = {}
 
-    def all_shapes(self, with_adapters: bool) -> list[BatchShape]:
-        """Every shape that a step can have, but for steps with unusually large adapters."""
-        return self._buckets.all_shapes(self._table_width, with_adapters)
+    def all_shapes(self, active: Collection[int]) -> list[BatchShape]:
+        """Every shape that a step can have, but for steps with unusually large adapters.
+
+        Args:
+          active: the modules that adapters change, which steps will count on from now on; none without adapters.
+        """
+        self._active = tuple(sorted({*self._active, *active}))
+        return self._buckets.all_shapes(self._table_width, self._active)
 
     def compile(self, shapes: Sequence[BatchShape]) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling.
@@ -105,7 +112,7 @@ class Runner:
             return _forward.lower(self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape)
         hidden = jax.ShapeDtypeStruct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         # The inputs' shapes depend on nothing else when there is no history.
-        _, inputs = build_sampler_inputs((), np.zeros(0, np.int32), {}, shape.sequences, self._vocab_size)
+        _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
         return self._lower_sampler(shape, hidden, inputs)
 
     def _lower_sampler(self, shape: SamplerShape, hidden, inputs: SamplerInputs) -> jax.stages.Lowered:
@@ -126,10 +133,10 @@ class Runner:
           entries: at least one; each of another sequence. Pending tokens are those of the previous ``run``.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
         """
-        batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width)
-        last_tokens = np.cumsum([e.count for e in batch.entries]) - 1
+        batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active)
+        self._active = batch.shape.active or self._active
         sampler_shape, sampler_inputs = build_sampler_inputs(
-            batch.entries, last_tokens, self._rows, batch.shape.sequences, self._vocab_size
+            batch.entries, self._rows, batch.shape.sequences, self._vocab_size
         )
         forward = self._executable(batch.shape, lambda: self._lower(batch.shape))
         hidden, self._pool.array = forward(self.params, batch.packed, self._tokens, self._pool.array)

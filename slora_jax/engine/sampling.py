@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,6 @@ class SamplerInputs:
     """Per-sequence rules, ``[S]`` each.
 
     Attributes:
-      last_token: int32 index of the sequence's last token among the step's.
       position: int32 number of tokens before the one sampled; with ``seed`` it makes the random draw.
       seed: ``[S, 2]`` uint32, high and low half.
       temperature, top_p, min_p, repetition, presence, frequency: float32.
@@ -47,7 +47,6 @@ class SamplerInputs:
       num_prompt: int32 prompt tokens at the front of ``history``.
     """
 
-    last_token: jax.Array
     position: jax.Array
     seed: jax.Array
     temperature: jax.Array
@@ -79,7 +78,6 @@ class Sampled:
 
 def build_sampler_inputs(
     entries: Seq[ScheduledSequence],
-    last_tokens: np.ndarray,
     pending_rows: dict[int, int],
     num_sequences: int,
     vocab_size: int,
@@ -87,51 +85,80 @@ def build_sampler_inputs(
     """Gathers the rules of the entries that sample, in row order, padded to ``num_sequences`` with greedy rows.
 
     Args:
-      last_tokens: ``[len(entries)]`` index of each entry's last token in the batch.
       pending_rows: as in ``build_batch``.
     """
-    rules = [e.sequence.sampling for e in entries if e.samples]
-    longest = max(
-        (e.sequence.num_tokens for e in entries if e.samples and e.sequence.sampling.uses_penalties), default=0
-    )
+    random = filtered = logprobs = False
+    longest = 0
+    last = None
+    for sequence, _, _, samples, _ in entries:
+        rule = sequence.sampling
+        if not samples or (rule is last and not longest):
+            continue
+        last = rule
+        if rule.temperature > 0:
+            random = True
+            filtered = filtered or rule.top_k > 0 or rule.top_p < 1 or rule.min_p > 0
+        logprobs = logprobs or rule.logprobs is not None
+        if rule.uses_penalties:
+            longest = max(longest, sequence.num_tokens)
     shape = SamplerShape(
         sequences=num_sequences,
-        random=any(r.temperature > 0 for r in rules),
-        filtered=any(r.temperature > 0 and (r.top_k or r.top_p < 1 or r.min_p > 0) for r in rules),
+        random=random,
+        filtered=filtered,
         history=1 << (longest - 1).bit_length() if longest else 0,
-        logprobs=any(r.logprobs is not None for r in rules),
+        logprobs=logprobs,
     )
-    ints = {name: np.zeros(num_sequences, np.int32) for name in ("last_token", "position", "top_k", "num_prompt")}
-    floats = {
-        name: np.full(num_sequences, default, np.float32)
-        for name, default in (
-            ("temperature", 0), ("top_p", 1), ("min_p", 0), ("repetition", 1), ("presence", 0), ("frequency", 0)
-        )
-    }  # fmt: skip
-    seed = np.zeros((num_sequences, 2), np.uint32)
-    history = np.full((num_sequences, shape.history), vocab_size, np.int32)
-    ints["last_token"][: len(entries)] = last_tokens
+    arrays = {name: np.full(num_sequences, default, dtype) for name, (dtype, default) in _PADDING.items()}
+    arrays["seed"] = np.zeros((num_sequences, 2), np.uint32)
+    arrays["history"] = np.full((num_sequences, shape.history), vocab_size, np.int32)
+    if shape.random:
+        _fill_random(arrays, entries)
+    if shape.history:
+        _fill_penalties(arrays, entries, pending_rows)
+    return shape, SamplerInputs(**arrays)
+
+
+# Fields that are one number a sequence, and what they hold for a greedy one.
+_PADDING = {
+    "position": (np.int32, 0),
+    "top_k": (np.int32, 0),
+    "num_prompt": (np.int32, 0),
+    "temperature": (np.float32, 0),
+    "top_p": (np.float32, 1),
+    "min_p": (np.float32, 0),
+    "repetition": (np.float32, 1),
+    "presence": (np.float32, 0),
+    "frequency": (np.float32, 0),
+}
+
+
+def _fill_random(arrays: dict[str, np.ndarray], entries: Seq[ScheduledSequence]) -> None:
+    rows = [row for row, e in enumerate(entries) if e.samples]
+    sampling = [entries[row].sequence.sampling for row in rows]
+    arrays["position"][rows] = [entries[row].start + entries[row].count for row in rows]
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        arrays[name][rows] = list(map(attrgetter(name), sampling))
+    seeds = np.array([entries[row].sequence.seed % 2**64 for row in rows], np.uint64)
+    arrays["seed"][rows, 0] = seeds >> np.uint64(32)
+    arrays["seed"][rows, 1] = seeds & np.uint64(2**32 - 1)
+
+
+def _fill_penalties(
+    arrays: dict[str, np.ndarray], entries: Seq[ScheduledSequence], pending_rows: dict[int, int]
+) -> None:
     for row, entry in enumerate(entries):
-        if not entry.samples:
-            continue
         sequence, rule = entry.sequence, entry.sequence.sampling
+        if not (entry.samples and rule.uses_penalties):
+            continue
+        arrays["repetition"][row] = rule.repetition_penalty
+        arrays["presence"][row] = rule.presence_penalty
+        arrays["frequency"][row] = rule.frequency_penalty
+        arrays["num_prompt"][row] = sequence.num_prompt
         position = entry.start + entry.count
-        ints["position"][row] = position
-        ints["top_k"][row] = rule.top_k
-        floats["temperature"][row] = rule.temperature
-        floats["top_p"][row] = rule.top_p
-        floats["min_p"][row] = rule.min_p
-        seed[row] = divmod(sequence.seed % 2**64, 2**32)
-        if rule.uses_penalties:
-            floats["repetition"][row] = rule.repetition_penalty
-            floats["presence"][row] = rule.presence_penalty
-            floats["frequency"][row] = rule.frequency_penalty
-            ints["num_prompt"][row] = sequence.num_prompt
-            known = sequence.tokens[:position]
-            history[row, : len(known)] = known
-            if len(known) < position:
-                history[row, len(known)] = -1 - pending_rows[sequence.sequence_id]
-    return shape, SamplerInputs(**ints, **floats, seed=seed, history=history)
+        known = sequence.tokens[:position]
+        arrays["history"][row, : len(known)] = known
+        if len(known) < position:
+            arrays["history"][row, len(known)] = -1 - pending_rows[sequence.sequence_id]
 
 
 def sample(

@@ -125,6 +125,11 @@ class PageAllocator:
         """Whether the block exists and has no owner, so that acquiring it takes pages from ``num_available``."""
         return key in self._cold
 
+    def touch(self, key: Hashable) -> None:
+        """Makes a cached block the warmest; does nothing to any other."""
+        if key in self._cold:
+            self._cold.move_to_end(key)
+
     def acquire(self, key: Hashable) -> tuple[int, ...] | None:
         """Becomes one more owner of the block under ``key``; None if there is none."""
         block = self._blocks.get(key)

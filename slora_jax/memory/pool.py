@@ -1,18 +1,57 @@
-"""The unified pool's device array, and the copy of adapters into it."""
+"""The unified pool's device array, and the way of adapters into it: packed, staged, copied, written.
 
+An adapter waits in host memory that the device copies from by itself (``stage``). From there it comes into device
+memory while steps run (``start_copy``), and a short write puts it into its pages between two steps (``finish_copy``).
+"""
+
+import threading
+import weakref
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from slora_jax.config import PAGE_SIZE
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import TRASH_PAGE
 
-_PAGES_PER_COPY = 8
-"""Adapters are copied in pieces of this many pages, so that one compiled function serves every size."""
+
+class StagedAdapter:
+    """An adapter's weights in page-locked host memory; freed with the last reference.
+
+    Attributes:
+      array: ``[layers, 2, PAGE_SIZE * B, W]``, B the number of pages rounded up to a power of two.
+      num_pages: pages without the padding.
+      nbytes: bytes without the padding.
+    """
+
+    __slots__ = ("__weakref__", "array", "nbytes", "num_pages")
+
+    def __init__(self, array: jax.Array, num_pages: int, nbytes: int):
+        self.array = array
+        self.num_pages = num_pages
+        self.nbytes = nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCopy:
+    """A copy from host to device memory under way, and the pages it is for."""
+
+    array: jax.Array
+    pages: np.ndarray
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has arrived. Does not wait."""
+        return self.array.is_ready()
+
+    def wait(self) -> None:
+        """Waits until it has arrived."""
+        self.array.block_until_ready()
 
 
 class UnifiedPool:
@@ -25,27 +64,88 @@ class UnifiedPool:
     def __init__(self, layout: PoolLayout, num_pages: int, dtype: jnp.dtype):
         self.num_pages = num_pages
         self.array = jnp.zeros(layout.pool_shape(num_pages), dtype)
+        self._shape = self.array.shape
+        self._dtype = self.array.dtype
+        (device,) = self.array.devices()
+        self._on_device = SingleDeviceSharding(device)
+        self._on_host = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._staged: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+        self._staging = threading.Lock()
 
-    def write_adapter(self, packed: np.ndarray, pages: Sequence[int]) -> None:
-        """Copies an adapter's weights into its pages.
+    def stage(self, packed: np.ndarray) -> StagedAdapter:
+        """Brings an adapter to where the device copies it from. Thread-safe; takes long, so not for the loop's thread.
+
+        The same buffer, staged again while it lives, gives the same result.
 
         Args:
-          packed: ``[layers, 2, PAGE_SIZE * len(pages), W]`` as from ``AdapterLayout.pack``, in the pool's dtype.
-          pages: page numbers, in the order of ``packed``'s rows.
+          packed: ``[layers, 2, PAGE_SIZE * pages, W]`` as from ``AdapterLayout.pack``, in the pool's dtype.
+
+        Raises:
+          ValueError: it has another shape or dtype.
         """
-        layers, _, _, width = self.array.shape
-        expected = (layers, 2, PAGE_SIZE * len(pages), width)
-        if packed.shape != expected or packed.dtype != self.array.dtype:
-            raise ValueError(f"packed must be {self.array.dtype} {expected}, got {packed.dtype} {packed.shape}")
-        for start in range(0, len(pages), _PAGES_PER_COPY):
-            piece = packed[:, :, start * PAGE_SIZE : (start + _PAGES_PER_COPY) * PAGE_SIZE]
-            numbers = np.full(_PAGES_PER_COPY, TRASH_PAGE, np.int32)
-            some = pages[start : start + _PAGES_PER_COPY]
-            numbers[: len(some)] = some
-            missing = _PAGES_PER_COPY * PAGE_SIZE - piece.shape[2]
-            if missing:
-                piece = np.pad(piece, ((0, 0), (0, 0), (0, missing), (0, 0)))
-            self.array = _write_pages(self.array, numbers, piece)
+        with self._staging:
+            _, result = self._staged.get(id(packed), (None, None))
+            staged = result() if result else None
+            if staged is None:
+                staged = self._stage(packed)
+                key = id(packed)
+                owner = weakref.ref(packed, lambda _: self._staged.pop(key, None))
+                self._staged[key] = (owner, weakref.ref(staged))
+            return staged
+
+    def _stage(self, packed: np.ndarray) -> StagedAdapter:
+        layers, planes, _, width = self._shape
+        rows = packed.shape[2] if packed.ndim == 4 else 0
+        if packed.shape != (layers, planes, rows, width) or rows % PAGE_SIZE or not rows or packed.dtype != self._dtype:
+            raise ValueError(
+                f"packed must be {self._dtype} [{layers}, {planes}, {PAGE_SIZE} * pages, {width}], "
+                f"got {packed.dtype} {list(packed.shape)}"
+            )
+        num_pages = rows // PAGE_SIZE
+        padded_pages = _padded(num_pages)
+        missing = padded_pages * PAGE_SIZE - rows
+        padded = np.pad(packed, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else packed
+        array = jax.device_put(padded, self._on_host).block_until_ready()
+        # Compiled here, in the loader's thread, so that the loop never waits for it.
+        _compiled_write(self._shape, self._dtype, padded_pages, self._on_device)
+        return StagedAdapter(array, num_pages, packed.nbytes)
+
+    def start_copy(self, staged: StagedAdapter, pages: Sequence[int]) -> AdapterCopy:
+        """Starts bringing an adapter to the device, and returns at once. The pages are not touched yet.
+
+        Args:
+          staged: the adapter.
+          pages: its page numbers, in the order of its rows.
+
+        Raises:
+          ValueError: not as many pages as it has.
+        """
+        if len(pages) != staged.num_pages:
+            raise ValueError(f"the adapter has {staged.num_pages} pages, but is to be copied into {len(pages)}")
+        numbers = np.full(_padded(len(pages)), TRASH_PAGE, np.int32)
+        numbers[: len(pages)] = pages
+        return AdapterCopy(jax.device_put(staged.array, self._on_device), numbers)
+
+    def finish_copy(self, copy: AdapterCopy) -> None:
+        """Has the weights written into their pages, behind the steps launched before and ahead of those to come."""
+        write = _compiled_write(self._shape, self._dtype, len(copy.pages), self._on_device)
+        self.array = write(self.array, copy.pages, copy.array)
+
+
+def _padded(num_pages: int) -> int:
+    """The next power of two, so that a few compiled writes serve all sizes."""
+    return 1 << (num_pages - 1).bit_length()
+
+
+@lru_cache(maxsize=256)
+def _compiled_write(shape: tuple[int, ...], dtype: np.dtype, num_pages: int, sharding: SingleDeviceSharding):
+    layers, planes, _, width = shape
+    values = (layers, planes, num_pages * PAGE_SIZE, width)
+    return _write_pages.lower(
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
+        jax.ShapeDtypeStruct((num_pages,), np.int32),
+        jax.ShapeDtypeStruct(values, dtype, sharding=sharding),
+    ).compile()
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -3,34 +3,60 @@
 Order of a plan: running sequences decode one token each; unfinished prompts go on in chunks; then waiting sequences
 are admitted, first come first served, while the token budget, the sequence limit and the pages allow. Running
 sequences outrank waiting ones; when pages run out the last arrived one is preempted and later recomputed.
+
+Adapters come in two steps, both in the background. From disk to host memory: their sequences are parked, and the
+others pass them. From host memory to the pool: a sequence is admitted with all its pages, so that nobody can take
+them meanwhile, but is not computed until ``adapter_arrived``. Adapters of the sequences next in line are copied ahead.
 """
 
-import heapq
+from bisect import insort
+from collections import deque
 from collections.abc import Hashable
+from operator import attrgetter
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.scheduler.queue import WaitingQueue
 from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSequence, Sequence, State, StepPlan
 
 MAX_LOADING_ADAPTERS = 32
-"""Adapters on the way to host memory at once; admission looks no further down the queue than this many."""
+"""Adapters on the way to host memory for parked sequences at once; admission stops beyond."""
+
+_MAX_MOVES = 1024
+"""Most sequences that one plan parks, and most that it queues again: each costs about a microsecond."""
+
+_COPY_SHARE = 32
+"""Copies under way have room in device memory of their own; all together at most one page in this many of the pool."""
+
+_BY_ARRIVAL = attrgetter("sequence_id")
 
 
 class Scheduler:
     """Plans steps and owns the pages' accounting.
 
-    Call ``plan``, run the plan, call ``commit`` with what was sampled. A plan may be made before the previous one is
-    committed, but no further ahead.
+    Call ``plan``, start its ``loads``, run its entries, call ``commit`` with what was sampled, and ``adapter_arrived``
+    once a load's copy is ordered before all steps to come. A plan may be made before the previous one is committed,
+    but no further ahead.
+
+    Attributes:
+      num_prefetch_hits: adapters copied ahead that were there when their first sequence started.
+      num_prefetch_late: sequences that had to wait for their adapter's copy.
     """
 
     def __init__(self, config: SchedulerConfig, pages: PageAllocator):
         self._config = config
         self._pages = pages
+        # In order of arrival, so that the last one is the one to preempt.
         self._running: list[Sequence] = []
-        self._waiting: list[tuple[int, Sequence]] = []
-        self._parked: dict[AdapterHandle, list[Sequence]] = {}
+        self._waiting = WaitingQueue()
+        self._parked: dict[AdapterHandle, deque[Sequence]] = {}
         self._num_waiting = 0
+        self._arriving: dict[Hashable, AdapterLoad] = {}
+        self._arriving_pages = 0
+        self._prefetched: set[Hashable] = set()
+        self.num_prefetch_hits = 0
+        self.num_prefetch_late = 0
 
     @property
     def num_running(self) -> int:
@@ -57,7 +83,7 @@ class Scheduler:
         if leader is not None and leader.state is not State.FINISHED and self._config.prefix_cache:
             leader.followers.append(sequence)
         else:
-            self._enqueue(sequence)
+            self._waiting.push(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, in whatever state it is, and gives its pages back. Idempotent.
@@ -71,7 +97,7 @@ class Scheduler:
             self._running.remove(sequence)
             self._give_back(sequence)
         else:
-            # Queued entries are dropped when they surface: see _next_waiting and _unpark.
+            # Queued entries are dropped when they surface: see WaitingQueue and _unpark.
             self._num_waiting -= 1
         sequence.state = State.FINISHED
         self._release_followers(sequence)
@@ -82,37 +108,62 @@ class Scheduler:
         self._unpark(builder)
         self._continue_running(builder)
         self._admit(builder)
+        self._prefetch(builder)
         return builder.build()
+
+    def adapter_arrived(self, load: AdapterLoad) -> None:
+        """Notes that steps to come find the load's weights in its pages. Once for each load of a plan."""
+        del self._arriving[load.key]
+        self._arriving_pages -= len(load.pages)
+        # The copy's own ownership; sequences admitted meanwhile have theirs.
+        self._pages.release_block(load.key)
 
     def commit(self, plan: StepPlan) -> None:
         """Notes that a plan's step has run: full pages become prefix-cache blocks, prompts done free followers."""
-        for entry in plan.entries:
-            sequence = entry.sequence
-            if sequence.state is not State.RUNNING or entry.epoch != sequence.epoch:
+        prefix_cache = self._config.prefix_cache
+        for sequence, start, count, _, epoch in plan.entries:
+            if sequence.state is not State.RUNNING or epoch != sequence.epoch:
                 continue
-            sequence.num_done = max(sequence.num_done, entry.start + entry.count)
-            if self._config.prefix_cache:
-                self._publish_full_pages(sequence)
+            before, done = sequence.num_done, start + count
+            if done > before:
+                sequence.num_done = done
+                if prefix_cache and done // PAGE_SIZE > before // PAGE_SIZE:
+                    self._publish_full_pages(sequence)
             if sequence.followers and sequence.num_done >= sequence.num_prompt:
                 self._release_followers(sequence)
 
     # Running sequences
 
     def _continue_running(self, builder: "_PlanBuilder") -> None:
-        decoding = [s for s in self._running if s.num_scheduled >= s.num_prompt and s.num_tokens - s.num_scheduled == 1]
-        for sequence in decoding:
-            if sequence.state is State.RUNNING and self._has_tokens_to_compute(sequence) and builder.budget > 0:
-                self._schedule(sequence, 1, builder)
+        prompts = []
+        arriving = self._arriving
+        # A copy, and the state looked at each time: scheduling one may preempt others.
         for sequence in list(self._running):
-            if sequence.state is not State.RUNNING or builder.budget == 0 or builder.contains(sequence):
+            num_tokens = len(sequence.tokens) + sequence.num_pending
+            scheduled = sequence.num_scheduled
+            # The last token allowed is sampled but its KV never needed.
+            if scheduled >= num_tokens or num_tokens - sequence.num_prompt >= sequence.max_tokens:
                 continue
-            if self._has_tokens_to_compute(sequence):
+            if scheduled < sequence.num_prompt or num_tokens - scheduled > 1:
+                prompts.append(sequence)
+            elif (
+                builder.budget > 0
+                and sequence.state is State.RUNNING
+                and (not arriving or sequence.adapter_key not in arriving)
+            ):
+                if scheduled < len(sequence.pages) * PAGE_SIZE:
+                    builder.add(sequence, 1)
+                else:
+                    self._schedule(sequence, 1, builder)
+        for sequence in prompts:
+            if builder.budget == 0:
+                break
+            if sequence.state is State.RUNNING and not self._is_arriving(sequence):
                 self._schedule(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled), builder)
 
-    @staticmethod
-    def _has_tokens_to_compute(sequence: Sequence) -> bool:
-        """The last token allowed is sampled but its KV never needed."""
-        return sequence.num_scheduled < sequence.num_tokens and sequence.can_grow
+    def _is_arriving(self, sequence: Sequence) -> bool:
+        """Whether its adapter's copy is under way."""
+        return sequence.adapter_key in self._arriving
 
     def _schedule(self, sequence: Sequence, count: int, builder: "_PlanBuilder") -> None:
         """Adds ``count`` tokens of a running sequence, preempting later arrivals (or itself) if pages run out."""
@@ -123,7 +174,8 @@ class Scheduler:
                 sequence.pages.extend(pages)
                 sequence.page_keys.extend([None] * needed)
                 break
-            victim = next(s for s in reversed(self._running) if not builder.contains(s))
+            planned = builder.planned()
+            victim = next(s for s in reversed(self._running) if s.sequence_id not in planned)
             self._preempt(victim)
             builder.num_preempted += 1
             if victim is sequence:
@@ -137,7 +189,7 @@ class Scheduler:
         sequence.epoch += 1
         sequence.state = State.WAITING
         self._num_waiting += 1
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         # Last page first: the start of a prefix is worth more, so it becomes the warmest.
@@ -146,7 +198,8 @@ class Scheduler:
                 self._pages.release([page])
             else:
                 self._pages.release_block(key)
-        sequence.pages, sequence.page_keys = [], []
+        del sequence.pages[:]
+        sequence.page_keys = []
         if sequence.adapter_key is not None:
             self._pages.release_block(sequence.adapter_key)
             sequence.adapter_key = None
@@ -162,55 +215,62 @@ class Scheduler:
 
     # Waiting sequences
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.sequence_id, sequence))
-
     def _release_followers(self, leader: Sequence) -> None:
         for follower in leader.followers:
             if follower.state is State.WAITING:
-                self._enqueue(follower)
+                self._waiting.push(follower)
         leader.followers = []
 
     def _unpark(self, builder: "_PlanBuilder") -> None:
+        moves = _MAX_MOVES
         for adapter in [a for a in self._parked if a.status in ("ready", "failed")]:
-            for sequence in self._parked.pop(adapter):
+            sequences = self._parked[adapter]
+            while sequences and moves:
+                moves -= 1
+                sequence = sequences.popleft()
                 if sequence.state is not State.WAITING:
                     continue
                 if adapter.status == "ready":
-                    self._enqueue(sequence)
+                    self._waiting.push(sequence)
                 else:
                     builder.failed.append((sequence, adapter.failure))
-
-    def _next_waiting(self) -> Sequence | None:
-        """The head of the queue, left in place."""
-        while self._waiting and self._waiting[0][1].state is not State.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1] if self._waiting else None
+            if not sequences:
+                del self._parked[adapter]
 
     def _admit(self, builder: "_PlanBuilder") -> None:
+        moves = _MAX_MOVES
+        place = 0
         while (
             builder.budget > 0
             and len(self._running) < self._config.max_sequences
             and len(self._parked) < MAX_LOADING_ADAPTERS
-            and (sequence := self._next_waiting()) is not None
+            and moves > 0
+            and (sequence := self._waiting.peek(place)) is not None
         ):
             adapter = sequence.adapter
             if adapter is not None and adapter.status != "ready":
-                heapq.heappop(self._waiting)
+                moves -= 1
                 adapter.prefetch()
-                self._parked.setdefault(adapter, []).append(sequence)
-                continue
-            if sequence.num_pending or not self._try_start(sequence, builder):
+                self._parked.setdefault(adapter, deque()).append(self._waiting.pop(place))
+            elif self._needs_copy(adapter) and (place > 0 or not self._can_copy(adapter)):
+                # The copies under way are enough for now. Those that need none pass; no other copy does, or a large
+                # adapter would wait for ever.
+                place += 1
+            elif sequence.num_pending or not self._try_start(sequence, builder):
                 # Nobody overtakes the head for want of pages, or a large request would wait for ever.
                 return
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
+            else:
+                self._waiting.pop(place)
+                self._num_waiting -= 1
+                if self._is_arriving(sequence):
+                    self.num_prefetch_late += 1
+                else:
+                    builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
 
     def _try_start(self, sequence: Sequence, builder: "_PlanBuilder") -> bool:
         """Takes the pages a sequence needs to compute all its known tokens, and its adapter's, or nothing."""
         adapter = sequence.adapter
-        adapter_key = ("adapter", adapter.content_hash) if adapter else None
+        adapter_key = _key(adapter) if adapter else None
         adapter_resident = adapter_key is not None and self._pages.lookup(adapter_key) is not None
         prefix = self._cached_prefix(sequence)
         kv_pages = PoolLayout.token_pages(sequence.num_tokens) - len(prefix)
@@ -224,12 +284,14 @@ class Scheduler:
         for key in prefix:
             sequence.pages.extend(self._pages.acquire(key))
             sequence.page_keys.append(key)
-        if adapter_resident:
+        if adapter is not None:
+            if not adapter_resident:
+                self._start_copy(adapter, builder)
+                self._prefetched.discard(adapter_key)
+            elif adapter_key in self._prefetched:
+                self._prefetched.remove(adapter_key)
+                self.num_prefetch_hits += adapter_key not in self._arriving
             self._pages.acquire(adapter_key)
-        elif adapter is not None:
-            adapter_pages = self._pages.allocate(adapter.num_pages)
-            self._pages.publish(adapter_key, adapter_pages)
-            builder.loads.append(AdapterLoad(adapter, tuple(adapter_pages)))
         sequence.adapter_key = adapter_key
         sequence.pages.extend(self._pages.allocate(kv_pages))
         sequence.page_keys.extend([None] * kv_pages)
@@ -238,10 +300,59 @@ class Scheduler:
         if not sequence.was_admitted:
             sequence.was_admitted = True
             sequence.cached_tokens = sequence.num_done
-        # Kept in order of arrival, so that the last one is the one to preempt.
-        self._running.append(sequence)
-        self._running.sort(key=lambda s: s.sequence_id)
+        insort(self._running, sequence, key=_BY_ARRIVAL)
         return True
+
+    # Adapters on their way to the pool
+
+    def _needs_copy(self, adapter: AdapterHandle | None) -> bool:
+        return adapter is not None and self._pages.lookup(_key(adapter)) is None
+
+    def _can_copy(self, adapter: AdapterHandle) -> bool:
+        """Whether the copies under way leave room for this one; one may always be."""
+        return not self._arriving or self._arriving_pages + adapter.num_pages <= self._pages.total // _COPY_SHARE
+
+    def _start_copy(self, adapter: AdapterHandle, builder: "_PlanBuilder") -> None:
+        """Takes an adapter's pages, which must be available; the copy owns them until it has arrived."""
+        key = _key(adapter)
+        pages = self._pages.allocate(adapter.num_pages)
+        self._pages.publish(key, pages)
+        load = AdapterLoad(adapter, tuple(pages), key)
+        self._arriving[key] = load
+        self._arriving_pages += len(pages)
+        builder.loads.append(load)
+
+    def _prefetch(self, builder: "_PlanBuilder") -> None:
+        """Loads and copies adapters of the sequences next in line, while that takes nothing from anybody.
+
+        Neither from the running sequences, which keep a page each to grow, nor from adapters in the pool that others
+        next in line want: those are made the warmest instead, the first one's last.
+        """
+        wanted: dict[Hashable, AdapterHandle] = {}
+        for sequence in self._waiting.look_ahead():
+            adapter = sequence.adapter
+            if adapter is None:
+                continue
+            if adapter.status == "ready":
+                wanted.setdefault(_key(adapter), adapter)
+            elif adapter.status == "registered":
+                adapter.prefetch()
+        spare = self._pages.num_available - len(self._running)
+        missing = []
+        for key, adapter in wanted.items():
+            if self._pages.lookup(key) is None:
+                missing.append(key)
+            elif self._pages.is_cached(key):
+                spare -= adapter.num_pages
+        for key in reversed(wanted):
+            self._pages.touch(key)
+        for key in missing:
+            adapter = wanted[key]
+            spare -= adapter.num_pages
+            if spare < 0 or not self._can_copy(adapter):
+                return
+            self._start_copy(adapter, builder)
+            self._prefetched.add(key)
 
     def _cached_prefix(self, sequence: Sequence) -> list[Hashable]:
         """Keys of the leading pages found in the prefix cache; the last token is always left to compute."""
@@ -261,6 +372,11 @@ class Scheduler:
         return self._pages.lookup(sequence.adapter_key)
 
 
+def _key(adapter: AdapterHandle) -> Hashable:
+    """Of a ready adapter's block: equal weights share it."""
+    return ("adapter", adapter.content_hash)
+
+
 class _PlanBuilder:
     """A plan being made. Adding an entry moves the sequence's ``num_scheduled`` and ``num_pending``."""
 
@@ -270,19 +386,21 @@ class _PlanBuilder:
         self.failed: list[tuple[Sequence, str]] = []
         self.num_preempted = 0
         self._entries: list[ScheduledSequence] = []
-        self._planned: set[int] = set()
 
-    def contains(self, sequence: Sequence) -> bool:
-        return sequence.sequence_id in self._planned
+    def planned(self) -> set[int]:
+        """Ids of the sequences in it so far."""
+        return {entry.sequence.sequence_id for entry in self._entries}
 
     def add(self, sequence: Sequence, count: int) -> None:
-        samples = sequence.num_scheduled + count == sequence.num_tokens
-        self._entries.append(ScheduledSequence(sequence, sequence.num_scheduled, count, samples, sequence.epoch))
-        self._planned.add(sequence.sequence_id)
-        sequence.num_scheduled += count
+        start = sequence.num_scheduled
+        end = start + count
+        samples = end == len(sequence.tokens) + sequence.num_pending
+        self._entries.append(ScheduledSequence(sequence, start, count, samples, sequence.epoch))
+        sequence.num_scheduled = end
         self.budget -= count
 
     def build(self) -> StepPlan:
         for entry in self._entries:
-            entry.sequence.num_pending += entry.samples
+            if entry.samples:
+                entry.sequence.num_pending += 1
         return StepPlan(tuple(self._entries), tuple(self.loads), tuple(self.failed), self.num_preempted)

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from slora_jax.config import PAGE_SIZE
 from slora_jax.request import SamplingParams
@@ -58,8 +58,8 @@ class Sequence:
       num_scheduled: leading tokens whose KV is in the pool or being computed by a step in flight.
       num_done: leading tokens whose KV is in the pool for certain; full pages of them may be published.
       num_pending: sampled tokens not yet read back (0 or 1 when a step is planned).
-      pages: the pool pages of its KV, in order; ``page_keys[i]`` is the block key page i is owned through, or None
-        where it is owned privately.
+      pages: the pool pages of its KV, in order, as C ints that batches copy as they lie; ``page_keys[i]`` is the block
+        key page i is owned through, or None where it is owned privately.
       epoch: counts preemptions; results of steps planned in an earlier epoch no longer describe ``pages``.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
@@ -77,7 +77,7 @@ class Sequence:
     num_scheduled: int = 0
     num_done: int = 0
     num_pending: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: array = field(default_factory=lambda: array("i"))
     page_keys: list[Hashable] = field(default_factory=list)
     epoch: int = 0
     adapter_key: Hashable = None
@@ -118,8 +118,7 @@ class Sequence:
         return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """Part of a step: the KV of ``count`` tokens from position ``start``; then a new token if ``samples``."""
 
     sequence: Sequence
@@ -131,10 +130,14 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoad:
-    """Copy this adapter's weights into these pages before the step runs."""
+    """Start copying this adapter's weights into these pages; nobody reads them until ``Scheduler.adapter_arrived``.
+
+    ``key`` is the pages' block in the page allocator.
+    """
 
     adapter: AdapterHandle
     pages: tuple[int, ...]
+    key: Hashable
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Engines over the oracle's small models, and a way to run requests through them step by step."""
 
 import json
+from array import array
 from functools import partial
 from pathlib import Path
 
@@ -71,13 +72,13 @@ CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")
 def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.ndarray:
     """The model's logits ``[len(tokens), V]`` with the given tokens as one prompt, past the scheduler and sampler."""
     pages = list(range(1, 1 + -(-len(tokens) // 16)))
-    sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=pages)
+    sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=array("i", pages))
     slices = {}
     if adapter is not None:
         version = engine._store.get(adapter)
         host = version.wait()
         adapter_pages = tuple(range(pages[-1] + 1, pages[-1] + 1 + version.num_pages))
-        engine._pool.write_adapter(host.packed, adapter_pages)
+        engine._pool.finish_copy(engine._pool.start_copy(host.packed, adapter_pages))
         layout = host.header.layout
         slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"

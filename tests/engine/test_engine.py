@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,9 @@ from engine_cases import forced_logits, greedy, make_engine, run
 from safetensors.numpy import load_file, save_file
 
 from slora_jax import Request, SamplingParams
-from slora_jax.errors import EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+from slora_jax.adapters.peft import load_adapter
+from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 
 PROMPT = tuple(range(20, 60))
 
@@ -269,6 +272,42 @@ def test_requests_outlive_their_adapters_name(engine):
     assert len(tokens_of(result)) == 6
     with pytest.raises(UnknownAdapter):
         engine.submit(greedy(PROMPT, "short-lived"))
+
+
+def test_weights_from_memory_answer_like_the_same_weights_from_disk(tiny_case):
+    engine = tiny_case.engine()
+    header = engine._store.get("qv-r8").header
+    packed = load_adapter(header, engine.dtype).packed
+    (scale,) = set(header.scales) - {0.0}
+    start = time.perf_counter()
+    for i in range(2000):
+        engine.register_loaded_adapter(f"mine-{i}", header.ranks, packed, scale)
+    # A second would do; other processes may be using the machine.
+    assert time.perf_counter() - start < 5
+    names = ["qv-r8", *(f"mine-{i}" for i in range(6))]
+    expected, *results = run(engine, *(engine.submit(greedy(PROMPT, name, max_tokens=8)) for name in names))
+    assert all(tokens_of(result) == tokens_of(expected) for result in results)
+    assert engine.stats()["adapter_loads"] == 7, "equal weights, but other adapters"
+    assert engine.stats()["adapter_load_bytes"] == 7 * packed.nbytes
+    assert engine.stats()["cached_tokens"] == 0
+    staged = {id(engine._store.get(name).host().packed) for name in names[1:]}
+    assert len(staged) == 1, "host memory is shared"
+
+
+def test_bad_weights_from_memory_are_refused(engine):
+    packed = synthetic_weights(4, "q", engine.pool_layout, engine.dtype)
+    for name, ranks, says in (
+        (engine.model_name, {"q": 4}, "the base model's"),
+        ("bad name", {"q": 4}, "is not allowed"),
+        ("mine", {"q": 400}, "ranks must be"),
+        ("mine", {"x": 4}, "ranks must be"),
+        ("mine", {"q": 200}, "have shape"),
+    ):
+        with pytest.raises(BadAdapter, match=says):
+            engine.register_loaded_adapter(name, ranks, packed)
+    with pytest.raises(ValueError, match="float32"):
+        engine.register_loaded_adapter("mine", {"q": 4}, packed.astype(np.float16))
+    assert "mine" not in engine.adapters()
 
 
 # Threads

@@ -31,10 +31,10 @@ def test_all_shapes_are_all_shapes(buckets):
             shape = buckets.shape(num_tokens, num_sequences, 7)
             assert shape.tokens >= num_tokens and shape.sequences >= num_sequences
             seen.add(shape)
-    assert set(buckets.all_shapes(7, with_adapters=False)) == seen
+    assert set(buckets.all_shapes(7, ())) == seen
     for rank in buckets.total_ranks:
-        seen |= {buckets.shape(n, m, 7, rank, 3) for n, m in ((1, 1), (200, 200), (201, 2))}
-    both = buckets.all_shapes(7, with_adapters=True)
+        seen |= {buckets.shape(n, m, 7, rank, 3, (0, 2)) for n, m in ((1, 1), (200, 200), (201, 2))}
+    both = buckets.all_shapes(7, (0, 2))
     assert seen <= set(both) and len(both) == len(set(both))
     assert {s.total_rank for s in both} == {0, *buckets.total_ranks}
 
@@ -70,7 +70,7 @@ def test_warming_up_is_off_on_a_cpu_unless_asked_for():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_never_copies_the_pool(dtype, total_rank):
     config = ModelConfig(64, 32, 48, 3, 4, 2, 8)
-    shape = BatchShape(8, 4, 3, total_rank, 64 if total_rank else 0, decode_only=False)
+    shape = BatchShape(8, 4, 3, total_rank, 64 if total_rank else 0, (0, 1) if total_rank else (), False)
     model = Llama(config, jnp.dtype(dtype), "reference")
     pool = jax.ShapeDtypeStruct((3, 2, 16 * 4096, config.kv_size), dtype)
 

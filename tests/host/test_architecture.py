@@ -19,7 +19,7 @@ ALLOWED = {
     "model": {"memory.layout", "demo"},
     "engine": {"scheduler", "adapters", "model", "memory", "text"},
     "api": {"engine.engine", "engine.generation", "text", "demo", ""},
-    "bench": {"engine", "demo", "model", "memory", "adapters", ""},
+    "bench": {"engine", "demo", "model", "scheduler", "memory", "adapters", ""},
     "demo": set(),
 }
 NO_JAX = (

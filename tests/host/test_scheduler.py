@@ -1,6 +1,7 @@
 """The scheduler against a stub model: a step "samples" the next number, and every plan is checked."""
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -32,6 +33,7 @@ class StubAdapter:
 class Loop:
     """Runs plans as the engine does, one step behind, and keeps a model of the pool's content to check against.
 
+    An adapter's copy arrives ``copy_steps`` steps after the plan that started it.
     ``kv`` maps a page to the (adapter, tokens up to and including its rows) it holds, which is what attention reads.
     """
 
@@ -39,17 +41,25 @@ class Loop:
     pages: PageAllocator
     kv: dict = field(default_factory=dict)
     weights: dict = field(default_factory=dict)
+    copy_steps: int = 1
+    copies: deque = field(default_factory=deque)
+    num_steps: int = 0
     in_flight: object = None
     computed_tokens: int = 0
     preempted: int = 0
 
     def step(self):
-        plan = self.scheduler.plan()
-        self.pages.check_integrity()
-        for load in plan.loads:
+        while self.copies and self.copies[0][0] <= self.num_steps:
+            load = self.copies.popleft()[1]
+            assert self.pages.lookup(load.key) == load.pages, "evicted while it was copied"
             for page in load.pages:
                 self.weights[page] = load.adapter.content_hash
                 self.kv.pop(page, None)
+            self.scheduler.adapter_arrived(load)
+        plan = self.scheduler.plan()
+        self.pages.check_integrity()
+        self.copies.extend((self.num_steps + self.copy_steps, load) for load in plan.loads)
+        self.num_steps += 1
         seen = set()
         for entry in plan.entries:
             sequence = entry.sequence
@@ -102,7 +112,7 @@ class Loop:
     def run(self, limit=2000):
         for _ in range(limit):
             self.step()
-            if self.scheduler.is_idle and self.in_flight is None:
+            if self.scheduler.is_idle and self.in_flight is None and not self.copies:
                 return
         raise AssertionError("the queue did not drain")
 
@@ -219,6 +229,7 @@ def test_a_loading_adapter_is_passed_by_others_and_then_served():
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1]
     assert slow.prefetches == 1
     slow.status = "ready"
+    assert [e.sequence.sequence_id for e in loop.step().entries] == [1], "its weights are on the way to the pool"
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1, 0]
     loop.run()
     assert first.tokens[8:] == expected_output(range(8), 4)
@@ -269,6 +280,7 @@ def test_finish_gives_back_every_page_in_any_state():
     waiting, running = make_sequence(5, range(20)), make_sequence(0, range(20), adapter=StubAdapter("a", 2))
     loop.scheduler.add(running)
     loop.step()
+    loop.step()
     loop.scheduler.add(waiting)
     for _ in range(2):
         loop.scheduler.finish(waiting)
@@ -283,6 +295,7 @@ def test_finish_gives_back_every_page_in_any_state():
 def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, prefix_cache):
     rng = random.Random(seed)
     loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, prefix_cache=prefix_cache)
+    loop.copy_steps = 1 + seed % 3
     adapters = [None, *(StubAdapter(name, rng.randrange(1, 6)) for name in "abcd")]
     shared = [rng.randrange(1000) for _ in range(60)]
     live, done = [], []

@@ -85,7 +85,8 @@ def test_lora_compiles(name, capability, monkeypatch):
     by_module = integers((4, len(widths)))
     segments = LoraSegments(
         integers((5,)), integers((5,)), integers((40,)), by_module, by_module, by_module,
-        jax.ShapeDtypeStruct(by_module.shape, jnp.float32), active=tuple(range(len(widths))), max_rank=max_rank, total_rank=4 * max_rank,
+        jax.ShapeDtypeStruct(by_module.shape, jnp.float32),
+        active=tuple(range(len(widths))), max_rank=max_rank, total_rank=4 * max_rank,
     )  # fmt: skip
 
     def step(x, pool, segments):
