@@ -3,9 +3,10 @@
 One buffer, because each further argument of a jitted call costs host time, and one copy moves faster than ten.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -196,14 +197,15 @@ def build_batch(
       buckets: allowed sizes.
       table_width: pages of the longest sequence allowed.
     """
-    order = {key: i for i, key in enumerate(adapters)}
-    # Sequences without an adapter come last, behind every segment.
     num_adapters = len(adapters)
-    segment_of = [order.get(e.sequence.adapter_key, num_adapters) for e in entries]
+    # Sequences without an adapter come last, behind every segment.
+    order = dict(zip(adapters, range(num_adapters), strict=True)) | {None: num_adapters}
+    segment_of = [order[e.sequence.adapter_key] for e in entries]
     rows = sorted(range(len(segment_of)), key=segment_of.__getitem__)
     entries = tuple([entries[i] for i in rows])
     segment_of = np.array(segment_of, np.int32)[rows]
-    counts = np.array([e.count for e in entries], np.int32)
+    sequences, first_tokens, counts, _, _ = zip(*entries, strict=True)
+    counts = np.array(counts, np.int32)
     starts = np.zeros(len(entries) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     num_real_tokens = int(starts[-1])
@@ -226,12 +228,12 @@ def build_batch(
     arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
     arrays["query_start"][: len(starts)] = starts
     arrays["query_start"][len(starts) :] = num_real_tokens
-    arrays["context_len"][: len(entries)] = [start + count for _, start, count, _, _ in entries]
+    np.add(first_tokens, counts, out=arrays["context_len"][: len(entries)])
     # Copied as they lie, a row at a time: tables are mostly empty, and a whole one can be 16 MiB.
     table = memoryview(arrays["page_table"].reshape(-1))
     place = 0
-    for entry in entries:
-        pages = entry.sequence.pages
+    for sequence in sequences:
+        pages = sequence.pages
         table[place : place + len(pages)] = pages
         place += table_width
     if adapters:
@@ -241,15 +243,22 @@ def build_batch(
 
 def _empty_fields(shape: BatchShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The buffer that ``BatchShape.pack`` would make of zeros, and views of its fields to fill."""
-    places, size = {}, 0
-    for name, (dims, dtype) in shape._fields.items():
-        length = int(np.prod(dims))
-        places[name] = (size, size + length, dims, dtype)
-        size += length + -length % _ALIGNMENT
+    size, places = _places(shape)
     # Untouched parts cost nothing to make: the system hands out zeroed memory. They are right as padding, tables too.
     assert TRASH_PAGE == 0
     packed = np.zeros(size, np.int32)
-    return packed, {name: packed[a:b].view(dtype).reshape(dims) for name, (a, b, dims, dtype) in places.items()}
+    return packed, {name: packed[part].view(dtype).reshape(dims) for name, part, dims, dtype in places}
+
+
+@lru_cache(maxsize=1024)
+def _places(shape: BatchShape) -> tuple[int, list[tuple[str, slice, tuple[int, ...], np.dtype]]]:
+    """The packed buffer's size, and where each field is in it."""
+    places, size = [], 0
+    for name, (dims, dtype) in shape._fields.items():
+        length = math.prod(dims)
+        places.append((name, slice(size, size + length), dims, dtype))
+        size += length + -length % _ALIGNMENT
+    return size, places
 
 
 def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int]) -> list[int]:
