@@ -6,7 +6,7 @@ One buffer, because each further argument of a jitted call costs host time, and 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -179,33 +179,9 @@ class BatchShape:
     active: tuple[int, ...]
     decode_only: bool
 
-    @cached_property
+    @property
     def _fields(self) -> dict[str, tuple[slice, tuple[int, ...], np.dtype]]:
-        """By name: where a field lies in the packed vector, its shape, its dtype."""
-        t, s, m = self.tokens, self.sequences, len(MODULES)
-        int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
-        fields = {
-            "token_ids": ((t,), int32),
-            "page_table": ((s, self.table_width), int32),
-            "query_start": ((s + 1,), int32),
-            "context_len": ((s,), int32),
-        }
-        if self.total_rank:
-            fields |= {
-                "token_start": ((s + 1,), int32),
-                "page_start": ((s + 1,), int32),
-                "pages": ((self.adapter_pages,), int32),
-                "rank": ((s, m), int32),
-                "start_a": ((s, m), int32),
-                "start_b": ((s, m), int32),
-                "scale": ((s, m), float32),
-            }
-        begin, places = 0, {}
-        for name, (shape, dtype) in fields.items():
-            size = math.prod(shape)
-            places[name] = (slice(begin, begin + size), shape, dtype)
-            begin += size + -size % _ALIGNMENT
-        return places
+        return _places(self)
 
     @property
     def packed_size(self) -> int:
@@ -245,6 +221,35 @@ class BatchShape:
                 total_rank=self.total_rank,
             )
         return TokenBatch(token_ids, positions, rows, page_table, query_start, context_len, lora, self.decode_only)
+
+
+@lru_cache(maxsize=1024)
+def _places(batch: BatchShape) -> dict[str, tuple[slice, tuple[int, ...], np.dtype]]:
+    """By name: where a field lies in the packed vector, its shape, its dtype."""
+    t, s, m = batch.tokens, batch.sequences, len(MODULES)
+    int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
+    fields = {
+        "token_ids": ((t,), int32),
+        "page_table": ((s, batch.table_width), int32),
+        "query_start": ((s + 1,), int32),
+        "context_len": ((s,), int32),
+    }
+    if batch.total_rank:
+        fields |= {
+            "token_start": ((s + 1,), int32),
+            "page_start": ((s + 1,), int32),
+            "pages": ((batch.adapter_pages,), int32),
+            "rank": ((s, m), int32),
+            "start_a": ((s, m), int32),
+            "start_b": ((s, m), int32),
+            "scale": ((s, m), float32),
+        }
+    begin, places = 0, {}
+    for name, (shape, dtype) in fields.items():
+        size = math.prod(shape)
+        places[name] = (slice(begin, begin + size), shape, dtype)
+        begin += size + -size % _ALIGNMENT
+    return places
 
 
 def _place_tokens(num_tokens, page_table, query_start, context_len):
@@ -291,14 +296,15 @@ def build_batch(
       table_width: pages of the longest sequence allowed.
       active: modules to compute updates of in any case, so that steps whose adapters change fewer share their shape.
     """
-    order = {key: i for i, key in enumerate(adapters)}
-    # Sequences without an adapter come last, behind every segment.
     num_adapters = len(adapters)
-    segment_of = [order.get(e.sequence.adapter_key, num_adapters) for e in entries]
+    # Sequences without an adapter come last, behind every segment.
+    order = dict(zip(adapters, range(num_adapters), strict=True)) | {None: num_adapters}
+    segment_of = [order[e.sequence.adapter_key] for e in entries]
     rows = sorted(range(len(segment_of)), key=segment_of.__getitem__)
     entries = tuple([entries[i] for i in rows])
     segment_of = np.array(segment_of, np.int32)[rows]
-    counts = np.array([e.count for e in entries], np.int32)
+    sequences, first_tokens, counts, _, _ = zip(*entries, strict=True)
+    counts = np.array(counts, np.int32)
     starts = np.zeros(len(entries) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     num_real_tokens = int(starts[-1])
@@ -320,12 +326,12 @@ def build_batch(
     arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
     arrays["query_start"][: len(starts)] = starts
     arrays["query_start"][len(starts) :] = num_real_tokens
-    arrays["context_len"][: len(entries)] = [start + count for _, start, count, _, _ in entries]
+    np.add(first_tokens, counts, out=arrays["context_len"][: len(entries)])
     # Copied as they lie, a row at a time: tables are mostly empty, and a whole one can be 16 MiB.
     table = memoryview(arrays["page_table"].reshape(-1))
     place = 0
-    for entry in entries:
-        pages = entry.sequence.pages
+    for sequence in sequences:
+        pages = sequence.pages
         table[place : place + len(pages)] = pages
         place += table_width
     if adapters:

@@ -23,8 +23,8 @@ from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSe
 MAX_LOADING_ADAPTERS = 32
 """Adapters on the way to host memory for parked sequences at once; admission stops beyond."""
 
-_MAX_MOVES = 1024
-"""Most sequences that one plan parks, and most that it queues again: each costs about a microsecond."""
+_MAX_MOVES = 256
+"""Most sequences that one plan parks, and most that it queues again: each costs a few microseconds."""
 
 _COPY_SHARE = 32
 """Copies under way have room in device memory of their own; all together at most one page in this many of the pool."""

@@ -1,6 +1,8 @@
 """The scheduler against a stub model: a step "samples" the next number, and every plan is checked."""
 
 import random
+import statistics
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -9,6 +11,7 @@ import pytest
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.request import SamplingParams
+from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import Sequence, State
 
@@ -318,3 +321,144 @@ def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, pre
         prompt = sequence.tokens[: sequence.num_prompt]
         assert sequence.tokens[sequence.num_prompt :] == expected_output(prompt, sequence.max_tokens)
     assert loop.pages.num_used == 0
+
+
+# Adapters on their way to the pool
+
+
+def test_a_copy_under_way_is_passed_by_others_and_its_pages_are_safe():
+    loop = make_loop(num_pages=12)
+    loop.copy_steps = 3
+    slow = make_sequence(0, [1] * 20, adapter=StubAdapter("slow", 3))
+    loop.scheduler.add(slow)
+    others = [make_sequence(i, [i] * 30, max_tokens=20) for i in range(1, 4)]
+    for other in others:
+        loop.scheduler.add(other)
+    started = [{e.sequence.sequence_id for e in loop.step().entries} for _ in range(4)]
+    assert all(0 not in ids for ids in started[:3])
+    assert started[0], "the others run meanwhile"
+    assert 0 in started[3]
+    loop.run()
+    assert slow.epoch == 0, "the first arrival is not preempted"
+    assert loop.scheduler.num_prefetch_late == 1
+
+
+@pytest.mark.parametrize("when", ["copying", "arrived"])
+def test_cancelling_a_sequence_that_waits_for_a_copy_leaks_nothing(when):
+    loop = make_loop()
+    loop.copy_steps = 2
+    sequence = make_sequence(0, range(20), adapter=StubAdapter("a", 3))
+    loop.scheduler.add(sequence)
+    for _ in range(1 if when == "copying" else 3):
+        loop.step()
+    loop.scheduler.finish(sequence)
+    loop.run()
+    assert loop.pages.num_used == 0
+    assert loop.pages.lookup(("adapter", "a")) is not None, "it stays in the pool for the next"
+
+
+def test_adapters_of_those_next_in_line_are_copied_ahead():
+    loop = make_loop(max_sequences=2, num_pages=400)
+    for i in range(6):
+        loop.scheduler.add(make_sequence(i, [i] * 8, max_tokens=6, adapter=StubAdapter(str(i), 2)))
+    loop.run()
+    assert loop.scheduler.num_prefetch_hits == 4
+    assert loop.scheduler.num_prefetch_late == 2
+
+
+def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are_wanted_sooner():
+    loop = make_loop(max_sequences=1, num_pages=10)
+    first, warm, later = (StubAdapter(name, n) for name, n in (("first", 1), ("warm", 3), ("later", 4)))
+    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=2, adapter=warm))
+    loop.run()
+    running = make_sequence(1, [1] * 8, max_tokens=30, adapter=first)
+    loop.scheduler.add(running)
+    loop.scheduler.add(make_sequence(2, [2] * 8, adapter=warm))
+    loop.scheduler.add(make_sequence(3, [3] * 8, adapter=later))
+    loads = [load.adapter for _ in range(20) for load in loop.step().loads]
+    assert loads == [first], "9 pages: 2 run, 1 is to grow, 3 are wanted next, and 3 are too few for another 4"
+    assert loop.pages.lookup(("adapter", "warm")) is not None
+    loop.run()
+    assert running.epoch == 0
+
+
+def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever():
+    loop = make_loop(num_pages=321, max_sequences=64, max_batch_tokens=512)
+    loop.copy_steps = 2
+    loop.scheduler.add(make_sequence(0, [1] * 8, adapter=StubAdapter("small", 2)))
+    large = StubAdapter("large", 30)
+    loop.scheduler.add(make_sequence(1, [1] * 8, adapter=large))
+    for i in range(2, 40):
+        loop.scheduler.add(make_sequence(i, [1] * 8, adapter=StubAdapter(f"s{i}", 2)))
+    order = []
+    while not loop.scheduler.is_idle or loop.in_flight:
+        order += [load.adapter for load in loop.step().loads]
+        assert sum(len(load.pages) for _, load in loop.copies) in (0, 2, 4, 6, 8, 10, 30)
+    assert order[1] is large
+
+
+# A long queue
+
+
+class CountingAdapter(StubAdapter):
+    """Counts how often the scheduler looks at any adapter."""
+
+    looks = 0
+
+    def __getattribute__(self, name):
+        if name == "status":
+            CountingAdapter.looks += 1
+        return super().__getattribute__(name)
+
+
+def test_the_queue_keeps_the_order_of_arrival_whatever_comes_back():
+    rng = random.Random(0)
+    queue = WaitingQueue()
+    inside, out, fresh = [], [], 0
+    for _ in range(5000):
+        action = rng.random()
+        if action < 0.45:
+            queue.push(make_sequence(fresh, [1]))
+            inside.append(fresh)
+            fresh += 1
+        elif action < 0.7 and out:
+            sequence = out.pop(rng.randrange(len(out)))
+            queue.push(sequence)
+            inside.append(sequence.sequence_id)
+        elif inside:
+            inside.sort()
+            place = rng.randrange(min(len(inside), LOOK_AHEAD))
+            assert queue.peek(place).sequence_id == inside.pop(place)
+            out.append(queue.pop(place))
+        inside.sort()
+        assert [s.sequence_id for s in queue.look_ahead()] == inside[:LOOK_AHEAD]
+
+
+@pytest.mark.parametrize("status", ["ready", "loading"])
+def test_a_plan_costs_the_same_however_many_wait(status):
+    pages = PageAllocator(20_000)
+    config = SchedulerConfig(max_batch_tokens=2048, max_sequences=512)
+    loop = Loop(Scheduler(config, pages), pages)
+    adapters = [CountingAdapter(str(i), 2, status=status) for i in range(10_000 if status == "ready" else 20)]
+    for i in range(100_000):
+        loop.scheduler.add(make_sequence(i, [i] * 20, max_tokens=100, adapter=adapters[i % len(adapters)]))
+    seconds, looks = [], []
+    for step in range(60):
+        CountingAdapter.looks = 0
+        start = time.perf_counter()
+        plan = loop.scheduler.plan()
+        seconds.append(time.perf_counter() - start)
+        looks.append(CountingAdapter.looks)
+        for load in plan.loads:
+            loop.scheduler.adapter_arrived(load)
+        if loop.in_flight:
+            loop._commit(loop.in_flight)
+        loop.in_flight = plan
+        if step == 20:
+            # They get ready all at once, with most of the queue behind them.
+            for adapter in adapters:
+                adapter.status = "ready"
+    assert loop.scheduler.num_running > 100
+    assert max(looks) < 3_000
+    # A plan takes 1 to 3 ms; only one whose work grows with the queue takes this long.
+    assert statistics.median(seconds) < 0.02
