@@ -6,7 +6,7 @@ One buffer, because each further argument of a jitted call costs host time, and 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
