@@ -23,6 +23,10 @@ from slora_jax.scheduler.sequence import ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
+# XLA counts the donated pool more than once, takes the memory for exhausted, and would compute what layers share anew
+# in each of them to save some.
+_COMPILER_OPTIONS = {"xla_gpu_memory_limit_slop_factor": 1000}
+
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
@@ -102,7 +106,7 @@ class Runner:
             compiling = {}
             for shape in (*samplers, *shapes):
                 if shape not in self._executables:
-                    compiling[shape] = workers.submit(self._lower(shape).compile)
+                    compiling[shape] = workers.submit(self._lower(shape).compile, _COMPILER_OPTIONS)
             for shape, future in compiling.items():
                 self._executables[shape] = future.result()
 
@@ -151,7 +155,7 @@ class Runner:
     def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         if shape not in self._executables:
             logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
-            self._executables[shape] = lower().compile()
+            self._executables[shape] = lower().compile(_COMPILER_OPTIONS)
         return self._executables[shape]
 
 
