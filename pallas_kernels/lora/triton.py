@@ -36,6 +36,9 @@ from pallas_kernels.tuning import block_sizes, device_kind
 FIELDS = 8
 """Integers of a record: first token, tokens, rank, start_a, start_b, page_start, rows in a plane, scale's bits."""
 
+_MIN_BLOCK_TILES = 1024
+"""Tiles that a kernel has room for at least. Nothing else of a step's size is compiled in: few kernels serve all."""
+
 
 @partial(struct.dataclass, frozen=True)
 class TritonLoraPlan:
@@ -144,7 +147,8 @@ def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
     ends = jnp.cumulative_sum(jnp.where(tokens > 0, items, 0)).astype(jnp.int32)
     ref = None if out is None else jax.new_ref(out)
     out_type = jax.ShapeDtypeStruct((splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
-    arguments = (x, pool, plan.records, plan.pages, ends, layer_array(layer), num_rows)
+    num_tiles = ends.shape[0]
+    arguments = (x, pool, plan.records, plan.pages, ends, layer_array(layer), num_rows, num_tiles, num_tokens)
     result = jt.triton_call(
         *(arguments if ref is None else (*arguments, ref)),
         kernel=_shrink_kernel,
@@ -155,11 +159,9 @@ def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
         MODULES=tuple(modules),
         ALL_MODULES=len(plan.widths),
         FIELDS=FIELDS,
-        ENDS=ends.shape[0],
-        BLOCK_ENDS=triton.next_power_of_2(ends.shape[0]),
+        BLOCK_TILES=max(_MIN_BLOCK_TILES, triton.next_power_of_2(num_tiles)),
         PROGRAMS=block["programs"],
         PAGE=PAGE_SIZE,
-        T=num_tokens,
         D_IN=d_in,
         W=width,
         MAX_RANK=plan.max_rank,
@@ -201,6 +203,7 @@ def _expand(partial_sums, pool, layer, plan, modules, dtype):
         plan.pages,
         layer_array(layer),
         num_rows,
+        num_tokens,
         kernel=_expand_kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, first_column[-1]), dtype),
         grid=(first_block[-1], plan.records.shape[0]),
@@ -210,7 +213,6 @@ def _expand(partial_sums, pool, layer, plan, modules, dtype):
         ALL_MODULES=len(plan.widths),
         FIELDS=FIELDS,
         PAGE=PAGE_SIZE,
-        T=num_tokens,
         WIDTHS=widths,
         FIRST_BLOCK=tuple(first_block),
         FIRST_COLUMN=tuple(first_column),
@@ -296,22 +298,22 @@ def _load_columns(at, column, W: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _shrink_kernel(
-    x,  # [T, D_IN]
+    x,  # [num_tokens, D_IN]
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
     ends,  # [tiles]: items up to and with this tile
     layer,  # [1]
     num_rows,
-    out,  # [SPLITS, T, M, MAX_RANK]
+    num_tiles,
+    num_tokens,
+    out,  # [SPLITS, num_tokens, M, MAX_RANK]
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
-    ENDS: tl.constexpr,
-    BLOCK_ENDS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PAGE: tl.constexpr,
-    T: tl.constexpr,
     D_IN: tl.constexpr,
     W: tl.constexpr,
     MAX_RANK: tl.constexpr,
@@ -328,9 +330,9 @@ def _shrink_kernel(
     """One program: every PROGRAMS-th item."""
     M: tl.constexpr = len(MODULES)
     plane = 2 * tl.load(layer)
-    index = tl.arange(0, BLOCK_ENDS)
-    all_ends = tl.load(ends + index, mask=index < ENDS, other=2147483647)
-    for item in range(tl.program_id(0), tl.load(ends + ENDS - 1), PROGRAMS):
+    index = tl.arange(0, BLOCK_TILES)
+    all_ends = tl.load(ends + index, mask=index < num_tiles, other=2147483647)
+    for item in range(tl.program_id(0), tl.load(ends + num_tiles - 1), PROGRAMS):
         before = all_ends <= item
         tile = tl.sum(before.to(tl.int32), 0)
         part = item - tl.max(tl.where(before, all_ends, 0), 0)
@@ -348,14 +350,14 @@ def _shrink_kernel(
                 )  # fmt: skip
         else:
             split = part % SPLITS
+            split_at = out_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
             many_rows = _stacked_rows(
                 records, tile, part // SPLITS * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS,
                 MAX_RANK,
             )  # fmt: skip
             _shrink_tile(
-                x_at, pool, pages + page_start, plane, num_rows, out_at + split.to(tl.int64) * T * M * MAX_RANK,
-                many_rows, split * SPLIT_WIDTH, tokens, plane_rows,
-                PAGE, D_IN, W, M, MAX_RANK, TOKENS, SPLIT_WIDTH, TILE_RANKS, TILE_COLUMNS, DTYPE,
+                x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * SPLIT_WIDTH, tokens,
+                plane_rows, PAGE, D_IN, W, M, MAX_RANK, TOKENS, SPLIT_WIDTH, TILE_RANKS, TILE_COLUMNS, DTYPE,
             )  # fmt: skip
 
 
@@ -446,18 +448,18 @@ def _shrink_tile(
 
 @triton.jit
 def _expand_kernel(
-    partial_sums,  # [SPLITS, T, M, MAX_RANK]
+    partial_sums,  # [SPLITS, num_tokens, M, MAX_RANK]
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
     layer,  # [1]
     num_rows,
-    delta,  # [T, FIRST_COLUMN[M]]
+    num_tokens,
+    delta,  # [num_tokens, FIRST_COLUMN[M]]
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
     PAGE: tl.constexpr,
-    T: tl.constexpr,
     WIDTHS: tl.constexpr,
     FIRST_BLOCK: tl.constexpr,
     FIRST_COLUMN: tl.constexpr,
@@ -510,15 +512,15 @@ def _expand_kernel(
                 )  # fmt: skip
         elif rank <= SMALL_RANK:
             _expand_tile(
-                partial_sums, delta, pool, pages, plane, num_rows, begin, left, tokens, rank, start, plane_rows,
-                PAGE, T, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, SMALL_RANK, TILE_COLUMNS, MASKED,
-                DTYPE,
+                partial_sums, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
+                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, SMALL_RANK, TILE_COLUMNS,
+                MASKED, DTYPE,
             )  # fmt: skip
         else:
             _expand_tile(
-                partial_sums, delta, pool, pages, plane, num_rows, begin, left, tokens, rank, start, plane_rows,
-                PAGE, T, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, TILE_RANKS, TILE_COLUMNS, MASKED,
-                DTYPE,
+                partial_sums, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
+                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, TILE_RANKS, TILE_COLUMNS,
+                MASKED, DTYPE,
             )  # fmt: skip
 
 
@@ -545,8 +547,8 @@ def _expand_token(
 
 @triton.jit
 def _expand_tile(
-    partial_sums, delta, pool, pages, plane, num_rows, begin, left, tokens, rank, start, plane_rows,
-    PAGE: tl.constexpr, T: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
+    partial_sums, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start, plane_rows,
+    PAGE: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr, ALL_COLUMNS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
     MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -556,7 +558,7 @@ def _expand_tile(
     exists = (token < tokens)[:, None]
     if (rank > 0) & (rank <= RANKS):
         # Read once for all columns.
-        p = _partial_block(p_at, 0, rank, T, M, MAX_RANK, SPLITS, TOKENS, RANKS).to(DTYPE)
+        p = _partial_block(p_at, 0, rank, num_tokens, M, MAX_RANK, SPLITS, TOKENS, RANKS).to(DTYPE)
         entry = start + tl.minimum(tl.arange(0, RANKS), rank - 1)
         b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
         for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
@@ -570,7 +572,7 @@ def _expand_tile(
             column = first + tl.arange(0, COLUMNS)[None, :]
             total = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for r in range(0, rank, RANKS):
-                p = _partial_block(p_at, r, rank, T, M, MAX_RANK, SPLITS, TOKENS, RANKS).to(DTYPE)
+                p = _partial_block(p_at, r, rank, num_tokens, M, MAX_RANK, SPLITS, TOKENS, RANKS).to(DTYPE)
                 entry = start + tl.minimum(r + tl.arange(0, RANKS), rank - 1)
                 b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
                 b = _load_columns(b_at, column, W, COLUMNS).to(DTYPE)
@@ -586,13 +588,13 @@ def _expand_tile(
 
 @triton.jit
 def _partial_block(
-    p_at, r, rank, T: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr, SPLITS: tl.constexpr,
+    p_at, r, rank, num_tokens, M: tl.constexpr, MAX_RANK: tl.constexpr, SPLITS: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """``RANKS`` lanes from ``r`` on, summed over the splits, 0 past the rank, where memory may hold anything."""
     lane = r + tl.arange(0, RANKS)[None, :]
     total = tl.zeros([TOKENS, RANKS], tl.float32)
     for split in tl.static_range(SPLITS):
-        at = p_at + lane + split * T * M * MAX_RANK
+        at = p_at + lane + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
         total += tl.load(at, mask=lane < MAX_RANK, other=0.0) if MAX_RANK % RANKS else tl.load(at)
     return tl.where(lane < rank, total, 0.0)

@@ -69,14 +69,13 @@ def tune(op: str, key: str, grid: str, only: str | None, scale: int):
 
 
 @main.command()
+@click.argument("cases", nargs=-1, metavar="[CASE]...")
 @click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
-@click.option("--setting", type=click.Choice(["base", "S1", "S2", "S4"]), default="base", show_default=True)
-@click.option("--adapters", default=0, show_default=True, help="Adapters, of the setting's ranks in turn.")
 @click.option("--requests", default=1000, show_default=True)
 @click.option("--seed", default=42, show_default=True)
 @click.option("--longest", default=512, show_default=True, help="Prompt and output lengths are in [8, this).")
 @click.option("--max-sequences", default=512, show_default=True)
-@click.option("--max-batch-tokens", default=2048, show_default=True)
+@click.option("--max-batch-tokens", default=1024, show_default=True)
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
 @click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
@@ -85,37 +84,49 @@ def tune(op: str, key: str, grid: str, only: str | None, scale: int):
 @click.option("--alpha", default=1.0, show_default=True, help="Open trace: exponent of the adapters' power law.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
-def throughput(model, setting, adapters, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
+def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
                pool_gigabytes, trace, rate, cv, alpha, profile, out):  # fmt: skip
-    """The engine on the paper's synthetic workload, with random weights; one JSON line."""
-    from slora_jax.bench.throughput import OpenTrace, profile_of, run_throughput
+    """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
-    result = run_throughput(
-        model=model,
-        setting=setting,
-        adapters=adapters,
-        requests=requests,
-        seed=seed,
-        longest=longest,
-        scheduler={
-            "max_sequences": max_sequences,
-            "max_batch_tokens": max_batch_tokens,
-            "prefix_cache": prefix_cache,
-        },
-        pool={"gigabytes": pool_gigabytes},
-        trace=OpenTrace(rate, cv, alpha) if trace == "open" else None,
-        profile=profile,
-        command=command_line(),
-    )
-    line = json.dumps(result)
-    click.echo(line)
-    if out:
-        with out.open("a") as file:
-            file.write(line + "\n")
-    if profile:
-        click.echo(profile_of(profile))
-    if result["compilations"]:
-        raise click.ClickException(f"{result['compilations']} programs were compiled inside the timed part")
+    A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
+    """
+    from slora_jax.bench.throughput import Case, OpenTrace, profile_of, run_throughput
+
+    try:
+        parsed = [Case.parse(case) for case in cases or ("base",)]
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+    compiled = 0
+    for case, result in zip(
+        parsed,
+        run_throughput(
+            model=model,
+            cases=parsed,
+            requests=requests,
+            seed=seed,
+            longest=longest,
+            scheduler={
+                "max_sequences": max_sequences,
+                "max_batch_tokens": max_batch_tokens,
+                "prefix_cache": prefix_cache,
+            },
+            pool={"gigabytes": pool_gigabytes},
+            trace=OpenTrace(rate, cv, alpha) if trace == "open" else None,
+            profile=profile,
+            command=command_line(),
+        ),
+        strict=True,
+    ):
+        line = json.dumps(result)
+        click.echo(line)
+        if out:
+            with out.open("a") as file:
+                file.write(line + "\n")
+        if profile:
+            click.echo(profile_of(profile / str(case)))
+        compiled += result["compilations"]
+    if compiled:
+        raise click.ClickException(f"{compiled} programs were compiled inside the timed part")
 
 
 @main.command()

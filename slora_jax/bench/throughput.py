@@ -6,7 +6,7 @@ import datetime
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -81,20 +81,49 @@ def draw_workload(
     ]
 
 
-def register_adapters(engine: Engine, setting: str, num_adapters: int) -> None:
-    """Registers "adapter-0" and on, of the setting's ranks in turn. Those of one rank share one buffer on the host."""
-    ranks = SETTINGS[setting]
-    packed = {
-        rank: synthetic_weights(rank, _MODULES, engine.pool_layout, engine.dtype, seed=rank)
-        for rank in ranks[:num_adapters]
-    }
-    for i in range(num_adapters):
-        rank = ranks[i % len(ranks)]
-        engine.register_loaded_adapter(_adapter_name(i), dict.fromkeys(_MODULES, rank), packed[rank])
+@dataclass(frozen=True)
+class Case:
+    """A setting of the paper with so many adapters, of the setting's ranks in turn."""
+
+    setting: str
+    num_adapters: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """``base``, or ``SETTING:N`` such as ``S2:100``.
+
+        Raises:
+          ValueError: neither; the message says what is.
+        """
+        setting, _, number = text.partition(":")
+        known = setting in SETTINGS and (number.isdecimal() if SETTINGS[setting] else not number)
+        if not known or (number and int(number) < 1):
+            raise ValueError(
+                f"a case is base or one of {', '.join(s + ':N' for s in SETTINGS if s != 'base')}: {text!r}"
+            )
+        return cls(setting, int(number or 0))
+
+    def __str__(self):
+        return f"{self.setting}:{self.num_adapters}" if self.num_adapters else self.setting
+
+    @property
+    def num_spare(self) -> int:
+        """Adapters more for the warm-up, so that each of the others is copied to the device in the timed part."""
+        return min(self.num_adapters, _WARM_UP_REQUESTS)
+
+    def adapter_name(self, index: int) -> str:
+        return f"{self.setting}-{self.num_adapters}-{index}"
 
 
-def _adapter_name(index: int) -> str:
-    return f"adapter-{index}"
+def register_adapters(engine: Engine, cases: Sequence[Case]) -> None:
+    """Registers the adapters of all cases, spare ones included. Those of one rank share one buffer on the host."""
+    needed = sorted({rank for case in cases for rank in SETTINGS[case.setting]})
+    packed = {rank: synthetic_weights(rank, _MODULES, engine.pool_layout, engine.dtype, seed=rank) for rank in needed}
+    for case in cases:
+        ranks = SETTINGS[case.setting]
+        for i in range(case.num_adapters + case.num_spare):
+            rank = ranks[i % len(ranks)]
+            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(_MODULES, rank), packed[rank])
 
 
 @dataclass
@@ -123,7 +152,7 @@ class Times:
     last: float | None = None
 
 
-def run_loop(engine: Engine, workload: list[WorkItem], profile: Path | None = None):
+def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None = None):
     """Submits the workload and runs steps until everything is answered.
 
     Returns:
@@ -140,7 +169,7 @@ def run_loop(engine: Engine, workload: list[WorkItem], profile: Path | None = No
             now = time.perf_counter() - start
             while todo and todo[-1][1].arrival <= now:
                 index, item = todo.pop()
-                generations[index] = _submit(engine, item)
+                generations[index] = _submit(engine, case, item)
                 _watch(generations[index], times[index], start)
             if profile and len(recorder.step_seconds) == _PROFILED_STEPS.start:
                 tracing.enter_context(profiled(profile))
@@ -171,9 +200,9 @@ def run_loop(engine: Engine, workload: list[WorkItem], profile: Path | None = No
     return seconds, recorder, times
 
 
-def _submit(engine: Engine, item: WorkItem) -> Generation:
+def _submit(engine: Engine, case: Case, item: WorkItem) -> Generation:
     sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
-    adapter = None if item.adapter is None else _adapter_name(item.adapter)
+    adapter = None if item.adapter is None else case.adapter_name(item.adapter)
     return engine.submit(Request(item.prompt, adapter, sampling))
 
 
@@ -224,8 +253,7 @@ def compilations_counted() -> Iterator[Callable[[], int]]:
 def run_throughput(
     *,
     model: str,
-    setting: str,
-    adapters: int,
+    cases: Sequence[Case],
     requests: int,
     seed: int,
     longest: int,
@@ -234,10 +262,8 @@ def run_throughput(
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
-) -> dict:
-    """Starts an engine with random weights, warms it up, and times the workload."""
-    if bool(adapters) != bool(SETTINGS[setting]):
-        raise click.UsageError("setting base has no adapters, and every other one needs --adapters")
+) -> Iterator[dict]:
+    """Starts an engine with random weights, and for each case warms it up and times the workload."""
     config = build_config(
         {
             "model": model,
@@ -249,36 +275,55 @@ def run_throughput(
     )
     engine = Engine.create(config, progress=False)
     try:
-        # The warm-up has adapters of its own, so that each of the others is copied to the device in the timed part.
-        spare = min(adapters, _WARM_UP_REQUESTS)
         making = time.perf_counter()
-        register_adapters(engine, setting, adapters + spare)
+        register_adapters(engine, cases)
         making = time.perf_counter() - making
+        compiling = time.perf_counter()
         engine.warm_up()
+        compiling = time.perf_counter() - compiling
         # Of the process, but for making up adapters: what a server makes its user wait.
         start_seconds = time.time() - psutil.Process().create_time() - making
-        vocab = engine.model_config.vocab_size
-        warm_up = draw_workload(min(requests, _WARM_UP_REQUESTS), spare, vocab, seed + 1000, longest)
-        if adapters:
-            warm_up = [dataclasses.replace(item, adapter=item.adapter + adapters) for item in warm_up]
-        run_loop(engine, warm_up)
-        before = engine.stats()
-        workload = draw_workload(requests, adapters, vocab, seed, longest, trace)
-        with compilations_counted() as compilations:
-            seconds, recorder, times = run_loop(engine, workload, profile)
-            num_compilations = compilations()
-        after = engine.stats()
-        memory = jax.devices()[0].memory_stats() or {}
+        click.echo(f"ready after {start_seconds:.1f} s, {compiling:.1f} of them compiling", err=True)
+        for case in cases:
+            vocab = engine.model_config.vocab_size
+            warm_up = draw_workload(min(requests, _WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, longest)
+            if case.num_adapters:
+                warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
+            run_loop(engine, case, warm_up)
+            workload = draw_workload(requests, case.num_adapters, vocab, seed, longest, trace)
+            yield {
+                **_run_case(engine, case, workload, profile and profile / str(case)),
+                "start_seconds": start_seconds,
+                "start_compiling_seconds": compiling,
+                "model": Path(model).stem,
+                "seed": seed,
+                "scheduler": config.scheduler.model_dump(),
+                "trace": trace and dataclasses.asdict(trace),
+                "profiled": profile is not None,
+                **machine(),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": command,
+            }
     finally:
         engine.close()
+
+
+def _run_case(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None) -> dict:
+    before = engine.stats()
+    with compilations_counted() as compilations:
+        seconds, recorder, times = run_loop(engine, case, workload, profile)
+        num_compilations = compilations()
+    after = engine.stats()
+    memory = jax.devices()[0].memory_stats() or {}
     counts = {name: after[name] - before[name] for name in after}
     steps = counts["steps"]
     step_milliseconds = np.array(recorder.step_seconds) * 1e3
-    result = {
-        "setting": setting,
-        "n": adapters,
-        "requests": requests,
-        "requests_per_second": requests / seconds,
+    host_seconds = sum(recorder.step_seconds) - recorder.waiting_seconds
+    return {
+        "setting": case.setting,
+        "n": case.num_adapters,
+        "requests": len(workload),
+        "requests_per_second": len(workload) / seconds,
         "output_tokens_per_second": sum(item.num_output for item in workload) / seconds,
         "wall_seconds": seconds,
         "steps": steps,
@@ -290,26 +335,13 @@ def run_throughput(
         "pages_total": after["pages_total"],
         "pages_peak": recorder.peak_pages,
         "peak_memory_bytes": memory.get("peak_bytes_in_use"),
-        "start_seconds": start_seconds,
-        "host_seconds": sum(recorder.step_seconds) - recorder.waiting_seconds,
-        "host_milliseconds_per_step": (sum(recorder.step_seconds) - recorder.waiting_seconds) / steps * 1e3,
+        "host_seconds": host_seconds,
+        "host_milliseconds_per_step": host_seconds / steps * 1e3,
         "step_milliseconds": _percentiles(step_milliseconds),
+        "first_token_seconds": _percentiles([t.first - t.arrival for t in times]),
+        "latency_seconds": _percentiles([t.last - t.arrival for t in times]),
         "compilations": num_compilations,
-        "model": Path(model).stem,
-        "seed": seed,
-        "scheduler": config.scheduler.model_dump(),
-        "profiled": profile is not None,
-        **machine(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
     }
-    if trace is not None:
-        result |= {
-            "trace": dataclasses.asdict(trace),
-            "first_token_seconds": _percentiles([t.first - t.arrival for t in times]),
-            "latency_seconds": _percentiles([t.last - t.arrival for t in times]),
-        }
-    return result
 
 
 def _percentiles(values) -> dict[str, float]:

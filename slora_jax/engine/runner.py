@@ -23,9 +23,23 @@ from slora_jax.scheduler.sequence import ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
-# XLA counts the donated pool more than once, takes the memory for exhausted, and would compute what layers share anew
-# in each of them to save some.
-_COMPILER_OPTIONS = {"xla_gpu_memory_limit_slop_factor": 1000}
+_MAX_ROWS_OF_TRITON_PRODUCTS = 16
+
+
+def _num_rows(shape: BatchShape | SamplerShape) -> int:
+    return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
+
+
+def _compiler_options(num_rows: int) -> dict[str, int | bool]:
+    """What XLA is told for a program whose products have this many rows."""
+    return {
+        # XLA counts the donated pool more than once, takes the memory for exhausted, and would compute what layers
+        # share anew in each of them to save some.
+        "xla_gpu_memory_limit_slop_factor": 1000,
+        # Up to so many rows XLA's own kernels beat cuBLAS by 7 %, on an H200; beyond, the search for the best of them
+        # costs most of the compile time and at 64 and 128 rows ends with slower ones.
+        "xla_gpu_enable_triton_gemm": num_rows <= _MAX_ROWS_OF_TRITON_PRODUCTS,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +120,7 @@ class Runner:
             compiling = {}
             for shape in (*samplers, *shapes):
                 if shape not in self._executables:
-                    compiling[shape] = workers.submit(self._lower(shape).compile, _COMPILER_OPTIONS)
+                    compiling[shape] = workers.submit(self._lower(shape).compile, _compiler_options(_num_rows(shape)))
             for shape, future in compiling.items():
                 self._executables[shape] = future.result()
 
@@ -155,7 +169,7 @@ class Runner:
     def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         if shape not in self._executables:
             logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
-            self._executables[shape] = lower().compile(_COMPILER_OPTIONS)
+            self._executables[shape] = lower().compile(_compiler_options(_num_rows(shape)))
         return self._executables[shape]
 
 

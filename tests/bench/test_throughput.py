@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from slora_jax.bench.__main__ import main
-from slora_jax.bench.throughput import OpenTrace, draw_workload, kernel_group, profile_table, run_throughput
+from slora_jax.bench.throughput import Case, OpenTrace, draw_workload, kernel_group, profile_table, run_throughput
 from slora_jax.bench.timing import KernelEvent
 
 SHAPE = """
@@ -60,10 +60,9 @@ def shape(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_throughput_of_a_toy(shape):
-    result = run_throughput(
+    base, result = run_throughput(
         model=str(shape),
-        setting="S1",
-        adapters=2,
+        cases=[Case("base", 0), Case("S1", 2)],
         requests=6,
         seed=42,
         longest=12,
@@ -74,6 +73,7 @@ def test_throughput_of_a_toy(shape):
         command="",
     )
     json.dumps(result)
+    assert base["n"] == base["adapter_loads"] == 0
     tokens = sum(item.num_output for item in draw_workload(6, 2, 64, seed=42, longest=12))
     assert result["requests"] == 6 and result["n"] == 2
     assert result["output_tokens_per_second"] * result["wall_seconds"] == pytest.approx(tokens)
@@ -86,9 +86,10 @@ def test_throughput_of_a_toy(shape):
     assert result["step_milliseconds"]["p50"] <= result["step_milliseconds"]["p99"]
 
 
-def test_settings_and_adapters_must_agree(shape):
-    done = CliRunner().invoke(main, ["throughput", "--model", str(shape), "--setting", "S1"])
-    assert done.exit_code == 2 and "needs --adapters" in done.output
+@pytest.mark.parametrize("case", ["S1", "S1:0", "base:3", "S9:1", "S1:x"])
+def test_what_is_no_case_is_refused(shape, case):
+    done = CliRunner().invoke(main, ["throughput", case, "--model", str(shape)])
+    assert done.exit_code == 2 and "such as S2:100" in done.output
 
 
 @pytest.mark.parametrize(
