@@ -98,9 +98,7 @@ class Case:
         setting, _, number = text.partition(":")
         known = setting in SETTINGS and (number.isdecimal() if SETTINGS[setting] else not number)
         if not known or (number and int(number) < 1):
-            raise ValueError(
-                f"a case is base or one of {', '.join(s + ':N' for s in SETTINGS if s != 'base')}: {text!r}"
-            )
+            raise ValueError(f"a case is base, or a setting and how many adapters, such as S2:100; got {text!r}")
         return cls(setting, int(number or 0))
 
     def __str__(self):
