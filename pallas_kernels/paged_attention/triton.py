@@ -65,13 +65,15 @@ class TritonAttentionPlan:
       page_table: ``[S, P]`` int32.
       decode: for each of ``ITEM_LEVELS``, the sequences of one query token. Those not used are never computed in jit.
       tiles: ``[N, TILE_FIELDS]`` int32, the other sequences and the padding tokens; None when no sequence has
-        several tokens. A tile without tokens is padding.
+        several tokens.
+      num_tiles: ``[1]`` int32, how many of these there are; the rest is padding. None like ``tiles``.
       query_tile: most tokens of a tile.
     """
 
     page_table: jax.Array
     decode: tuple[DecodeItems, ...]
     tiles: jax.Array | None
+    num_tiles: jax.Array | None
     query_tile: int = struct.field(pytree_node=False)
 
 
@@ -88,15 +90,15 @@ def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None
         real = sequence < num_sequences
         sequence = jnp.minimum(sequence, num_sequences - 1)
         length = jnp.where(real, context_len[sequence], 0)
-        tiles = None
+        tiles = num_tiles = None
     else:
         sequence = jnp.arange(num_sequences, dtype=jnp.int32)
         single = counts == 1
         token = jnp.where(single, query_start[:-1], -1)
         length = jnp.where(single, context_len, 0)
-        tiles = _tiles(query_start, context_len, num_tokens, sizes["query_tile"])
+        tiles, num_tiles = _tiles(query_start, context_len, num_tokens, sizes["query_tile"])
     decode = tuple(_decode_items(token, sequence, length, level, sizes["min_chunk"]) for level in ITEM_LEVELS)
-    return TritonAttentionPlan(page_table, decode, tiles, query_tile=sizes["query_tile"])
+    return TritonAttentionPlan(page_table, decode, tiles, num_tiles, query_tile=sizes["query_tile"])
 
 
 def _decode_items(token, sequence, length, level, min_chunk) -> DecodeItems:
@@ -119,7 +121,9 @@ def _decode_items(token, sequence, length, level, min_chunk) -> DecodeItems:
 
 
 def _tiles(query_start, context_len, num_tokens, query_tile):
-    """Tiles of the sequences of several tokens, and of the padding tokens, as a last sequence before all keys."""
+    """Tiles of the sequences of several tokens, and of the padding tokens, as a last sequence before all keys; and
+    their number.
+    """
     num_sequences = context_len.shape[0]
     starts = query_start
     ends = jnp.append(query_start[1:], num_tokens).astype(jnp.int32)
@@ -132,7 +136,8 @@ def _tiles(query_start, context_len, num_tokens, query_tile):
     offset = (tile - first[sequence]) * query_tile
     count = jnp.clip(counts[sequence] - offset, 0, query_tile)
     table_row = jnp.minimum(sequence, num_sequences - 1)
-    return jnp.stack([starts[sequence] + offset, count, table_row, position[sequence] + offset], axis=1)
+    tiles = jnp.stack([starts[sequence] + offset, count, table_row, position[sequence] + offset], axis=1)
+    return tiles, first[-1:]
 
 
 def _round_up(value, unit):
@@ -183,11 +188,13 @@ def _attend_tiles(arguments, plan, constants):
         pool,
         page_table,
         plan.tiles,
+        plan.num_tiles,
         layer,
         num_rows,
         kernel=_tile_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(q.shape[1], plan.tiles.shape[0] * split),
+        # Most of ``tiles`` is padding when many sequences decode, and a program of this size does not start for free.
+        grid=(min(sizes["programs"], q.shape[1] * plan.tiles.shape[0] * split),),
         num_warps=sizes["num_warps"],
         num_stages=sizes["num_stages"],
         FIELDS=TILE_FIELDS,
@@ -234,7 +241,9 @@ def _decode(arguments, plan, out, constants):
     else:
         out, parts, lse = call(out_type=(out_type, *partial_types))
         out_ref = jax.new_ref(out)
-    sizes = block_sizes("combine_attention", device_kind(), "any")
+    # Of many rows most are whole already, and several heads share the look; the parts of few are summed a head each.
+    sizes = block_sizes("combine_attention", device_kind(), "many" if decode.rows.shape[0] > 64 else "few")
+    block_h = min(sizes["block_h"], num_heads)
     jt.triton_call(
         parts,
         lse,
@@ -242,9 +251,10 @@ def _decode(arguments, plan, out, constants):
         out_ref,
         kernel=_combine_kernel,
         out_type=(),
-        grid=(num_heads, decode.rows.shape[0]),
+        grid=(triton.cdiv(num_heads, block_h), decode.rows.shape[0]),
         num_warps=sizes["num_warps"],
         num_stages=1,
+        BLOCK_H=block_h,
         FIELDS=ROW_FIELDS,
         HEADS=num_heads,
         D=constants["D"],
@@ -419,13 +429,14 @@ def _combine_kernel(
     lse,  # [N, HEADS] float32
     rows,  # [R, FIELDS]
     out,  # [T, HEADS, D]: written for rows of several items, and set to 0 for rows of none
+    BLOCK_H: tl.constexpr,
     FIELDS: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    """One program: ``BLOCK_H`` heads of a row."""
     record = rows + tl.program_id(1) * FIELDS
     token = tl.load(record).to(tl.int64)
     first = tl.load(record + 1).to(tl.int64)
@@ -433,22 +444,25 @@ def _combine_kernel(
     if (token >= 0) & (count != 1):
         d = tl.arange(0, BLOCK_D)
         n = tl.arange(0, BLOCK_N)
-        top = tl.full((), float("-inf"), tl.float32)
-        total = tl.zeros((), tl.float32)
-        acc = tl.zeros((BLOCK_D,), tl.float32)
-        for start in range(0, count, BLOCK_N):
-            index = (first + start + n) * HEADS + head
-            exists = start + n < count
-            logs = tl.load(lse + index, mask=exists, other=float("-inf"))
-            part = tl.load(parts + index[:, None] * D + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
-            new_top = tl.maximum(top, tl.max(logs, axis=0))
-            weights = tl.exp2(logs - new_top)
-            decay = tl.exp2(top - new_top)
-            acc = acc * decay + tl.sum(weights[:, None] * part, axis=0)
-            total = total * decay + tl.sum(weights, axis=0)
-            top = new_top
-        acc = acc / tl.where(count == 0, 1.0, total)
-        tl.store(out + (token * HEADS + head) * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+        begin = tl.program_id(0) * BLOCK_H
+        for head in range(begin, tl.minimum(begin + BLOCK_H, HEADS)):
+            top = tl.full((), float("-inf"), tl.float32)
+            total = tl.zeros((), tl.float32)
+            acc = tl.zeros((BLOCK_D,), tl.float32)
+            for start in range(0, count, BLOCK_N):
+                index = (first + start + n) * HEADS + head
+                exists = start + n < count
+                logs = tl.load(lse + index, mask=exists, other=float("-inf"))
+                inside = exists[:, None] & (d[None, :] < D)
+                part = tl.load(parts + index[:, None] * D + d[None, :], mask=inside, other=0.0)
+                new_top = tl.maximum(top, tl.max(logs, axis=0))
+                weights = tl.exp2(logs - new_top)
+                decay = tl.exp2(top - new_top)
+                acc = acc * decay + tl.sum(weights[:, None] * part, axis=0)
+                total = total * decay + tl.sum(weights, axis=0)
+                top = new_top
+            acc = acc / tl.where(count == 0, 1.0, total)
+            tl.store(out + (token * HEADS + head) * D + d, acc.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -457,6 +471,7 @@ def _tile_kernel(
     pool,  # [planes, num_rows, W]
     page_table,  # [S, TABLE_WIDTH]
     tiles,  # [N, FIELDS]
+    num_tiles,  # [1]
     layer,  # [1]
     num_rows,
     out,  # [T, HEADS, D]
@@ -474,44 +489,47 @@ def _tile_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    # The last tiles of a sequence see the most keys: they start first.
-    index = tl.num_programs(1) - 1 - tl.program_id(1)
-    record = tiles + (index // SPLIT) * FIELDS
-    first = index % SPLIT * BLOCK_M
-    token = tl.load(record).to(tl.int64) + first
-    count = tl.load(record + 1) - first
-    if count > 0:
-        table = page_table + tl.load(record + 2).to(tl.int64) * TABLE_WIDTH
-        position = tl.load(record + 3) + first
-        end = tl.maximum(position + tl.minimum(count, BLOCK_M), 0)
-        # Keys before ``whole`` are seen by every query.
-        whole = tl.maximum(position + 1, 0) // BLOCK_N * BLOCK_N
-        d = tl.arange(0, BLOCK_D)
-        m = tl.arange(0, BLOCK_M)
-        base = (token * HEADS + head) * D
-        offsets = m[:, None] * (HEADS * D) + d[None, :]
-        inside = (m[:, None] < count) & (d[None, :] < D)
-        query = tl.load(q + base + offsets, mask=inside, other=0.0)
-        if FLOAT32:
-            query = query.to(tl.float32)
-        k_base, v_base = _planes(pool, layer, num_rows, W)
-        k_base += head // GROUP * D
-        v_base += head // GROUP * D
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        acc, total, top = _walk_keys(
-            query, acc, total, top, k_base, v_base, table, position + m, 0, whole, end, d,
-            SCALE, D, W, PAGE, BLOCK_D, FLOAT32, BLOCK_N, False,
-        )  # fmt: skip
-        acc, total, top = _walk_keys(
-            query, acc, total, top, k_base, v_base, table, position + m, whole, end, end, d,
-            SCALE, D, W, PAGE, BLOCK_D, FLOAT32, BLOCK_N, True,
-        )  # fmt: skip
-        # Padding tokens see no key.
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out + base + offsets, acc.to(out.dtype.element_ty), mask=inside)
+    """One program: every so many-th part of ``BLOCK_M`` queries of one head."""
+    num_parts = tl.load(num_tiles) * SPLIT
+    for item in range(tl.program_id(0), num_parts * HEADS, tl.num_programs(0)):
+        head = item % HEADS
+        # The last tiles of a sequence see the most keys: they come first.
+        part = num_parts - 1 - item // HEADS
+        record = tiles + (part // SPLIT) * FIELDS
+        first = part % SPLIT * BLOCK_M
+        token = tl.load(record).to(tl.int64) + first
+        count = tl.load(record + 1) - first
+        if count > 0:
+            table = page_table + tl.load(record + 2).to(tl.int64) * TABLE_WIDTH
+            position = tl.load(record + 3) + first
+            end = tl.maximum(position + tl.minimum(count, BLOCK_M), 0)
+            # Keys before ``whole`` are seen by every query.
+            whole = tl.maximum(position + 1, 0) // BLOCK_N * BLOCK_N
+            d = tl.arange(0, BLOCK_D)
+            m = tl.arange(0, BLOCK_M)
+            base = (token * HEADS + head) * D
+            offsets = m[:, None] * (HEADS * D) + d[None, :]
+            inside = (m[:, None] < count) & (d[None, :] < D)
+            query = tl.load(q + base + offsets, mask=inside, other=0.0)
+            if FLOAT32:
+                query = query.to(tl.float32)
+            k_base, v_base = _planes(pool, layer, num_rows, W)
+            k_base += head // GROUP * D
+            v_base += head // GROUP * D
+            top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            acc, total, top = _walk_keys(
+                query, acc, total, top, k_base, v_base, table, position + m, 0, whole, end, d,
+                SCALE, D, W, PAGE, BLOCK_D, FLOAT32, BLOCK_N, False,
+            )  # fmt: skip
+            acc, total, top = _walk_keys(
+                query, acc, total, top, k_base, v_base, table, position + m, whole, end, end, d,
+                SCALE, D, W, PAGE, BLOCK_D, FLOAT32, BLOCK_N, True,
+            )  # fmt: skip
+            # Padding tokens see no key.
+            acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(out + base + offsets, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

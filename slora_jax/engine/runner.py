@@ -30,12 +30,12 @@ def _num_rows(shape: BatchShape | SamplerShape) -> int:
     return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
 
 
-def _compiler_options(num_rows: int) -> dict[str, int | bool]:
+def _compiler_options(num_rows: int) -> dict[str, str | bool]:
     """What XLA is told for a program whose products have this many rows."""
     return {
-        # XLA counts the donated pool more than once, takes the memory for exhausted, and would compute what layers
-        # share anew in each of them to save some.
-        "xla_gpu_memory_limit_slop_factor": 1000,
+        # XLA allows a program 80 % of the GPU less its inputs and outputs: nothing, beside a pool that fills the GPU.
+        # So it would compute what all layers share (tiles, chunks, places) anew in every layer, to save kilobytes.
+        "xla_disable_hlo_passes": "rematerialization",
         # Up to so many rows XLA's own kernels beat cuBLAS by 7 %, on an H200; beyond, the search for the best of them
         # costs most of the compile time and at 64 and 128 rows ends with slower ones.
         "xla_gpu_enable_triton_gemm": num_rows <= _MAX_ROWS_OF_TRITON_PRODUCTS,
@@ -116,7 +116,7 @@ class Runner:
             for random in (False, True)
         }
         # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
-        with ThreadPoolExecutor((os.cpu_count() or 1) // 2 + 1) as workers:
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
             compiling = {}
             for shape in (*samplers, *shapes):
                 if shape not in self._executables:
