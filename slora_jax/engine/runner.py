@@ -30,7 +30,7 @@ def _num_rows(shape: BatchShape | SamplerShape) -> int:
     return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
 
 
-def _compiler_options(num_rows: int) -> dict[str, str | bool]:
+def compiler_options(num_rows: int) -> dict[str, str | bool]:
     """What XLA is told for a program whose products have this many rows."""
     return {
         # XLA allows a program 80 % of the GPU less its inputs and outputs: nothing, beside a pool that fills the GPU.
@@ -120,7 +120,7 @@ class Runner:
             compiling = {}
             for shape in (*samplers, *shapes):
                 if shape not in self._executables:
-                    compiling[shape] = workers.submit(self._lower(shape).compile, _compiler_options(_num_rows(shape)))
+                    compiling[shape] = workers.submit(self._lower(shape).compile, compiler_options(_num_rows(shape)))
             for shape, future in compiling.items():
                 self._executables[shape] = future.result()
 
@@ -169,7 +169,7 @@ class Runner:
     def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         if shape not in self._executables:
             logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
-            self._executables[shape] = lower().compile(_compiler_options(_num_rows(shape)))
+            self._executables[shape] = lower().compile(compiler_options(_num_rows(shape)))
         return self._executables[shape]
 
 
