@@ -12,7 +12,7 @@ The unit of work is a *tile*: at most ``token_tile`` consecutive tokens of one s
 when every sequence decodes with an adapter of its own, multiplies and adds in float32 as the rows arrive; a tile of
 more reads A and B once and multiplies with the matrix unit. To shrink, the modules' rank rows are *stacked*, one after
 the other, so that small ranks share a block of rows and one pass over x. What a program takes on next is an *item*: a
-block of stacked rows of a tile, and for tiles of more tokens one of ``splits`` ranges of d_in, so that a batch that
+block of stacked rows of a tile, and for tiles of more tokens one of a few ranges of d_in, so that a batch that
 shares one adapter still fills the GPU. The items of a step are counted by the real ranks and dealt to a fixed number
 of programs: rank is never padded, neither in bytes nor in programs. A block that is cut by the rank reads its last row
 again, which costs no memory traffic, and drops the result.
@@ -109,25 +109,27 @@ def plan(segments, *, num_tokens, row_width, widths):
 def lora_shrink(x, pool, layer, plan: TritonLoraPlan, modules):
     """See ``api.lora_shrink``."""
     out = jnp.zeros((1, x.shape[0], len(modules), plan.max_rank), jnp.float32)
-    return _shrink(x, pool, layer, plan, modules, splits=1, out=out)[0]
+    return _shrink(x, pool, layer, plan, modules, max_splits=1, out=out)[0][0]
 
 
 def lora_expand(partial_sums, pool, layer, plan: TritonLoraPlan, modules, dtype):
     """See ``api.lora_expand``."""
-    return _expand(partial_sums[None], pool, layer, plan, modules, dtype)
+    return _expand(partial_sums[None], jnp.ones(1, jnp.int32), pool, layer, plan, modules, dtype)
 
 
 def lora_delta(x, pool, layer, plan: TritonLoraPlan, modules):
     """See ``api.lora_delta``. With no collective between the two, the sum over splits is left to expand."""
-    splits = block_sizes("lora_shrink", device_kind(), _kind(x.shape[0]))["splits"]
-    partial_sums = _shrink(x, pool, layer, plan, modules, splits=splits)
-    return _expand(partial_sums, pool, layer, plan, modules, x.dtype)
+    max_splits = block_sizes("lora_shrink", device_kind(), _kind(x.shape[0]))["max_splits"]
+    partial_sums, splits = _shrink(x, pool, layer, plan, modules, max_splits=max_splits)
+    return _expand(partial_sums, splits, pool, layer, plan, modules, x.dtype)
 
 
-def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
-    """Partial sums ``[splits, T, M, max_rank]``: a tile of few tokens writes the first split only, the others all.
+def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
+    """Partial sums ``[max_splits, T, M, max_rank]`` and the number of splits ``[1]`` int32 that were made.
 
-    Nothing is written past a tile's rank: there ``out`` shows through, or whatever memory held.
+    There are as many splits as it takes to give every program an item. A tile of few tokens writes the first split
+    only, the others all that were made. Nothing is written past a tile's rank: there ``out`` shows through, or whatever
+    memory held.
     """
     num_tokens, d_in = x.shape
     num_rows, width = pool.shape[2:]
@@ -138,17 +140,17 @@ def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
     product_dtype = _product_dtype(x, pool)
     if product_dtype == tl.float32:
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 32)
-    # Ranges of d_in begin where a block of columns does.
-    unit = width if width % tile_columns else tile_columns
-    split_width = triton.cdiv(triton.cdiv(d_in, splits), unit) * unit
     rank = jnp.sum(plan.records[:, jnp.array(modules), 2], axis=1)
     tokens = plan.records[:, 0, 1]
-    items = jnp.where(tokens <= block["few"], triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks) * splits)
-    ends = jnp.cumulative_sum(jnp.where(tokens > 0, items, 0)).astype(jnp.int32)
+    of_few = tokens <= block["few"]
+    blocks = jnp.where(tokens > 0, jnp.where(of_few, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
+    splits = jnp.clip(block["programs"] // jnp.maximum(jnp.sum(blocks), 1), 1, max_splits).astype(jnp.int32)
+    ends = jnp.cumulative_sum(jnp.where(of_few, blocks, blocks * splits)).astype(jnp.int32)
+    splits = splits.reshape(1)
     ref = None if out is None else jax.new_ref(out)
-    out_type = jax.ShapeDtypeStruct((splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
+    out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
     num_tiles = ends.shape[0]
-    arguments = (x, pool, plan.records, plan.pages, ends, layer_array(layer), num_rows, num_tiles, num_tokens)
+    arguments = (x, pool, plan.records, plan.pages, ends, splits, layer_array(layer), num_rows, num_tiles, num_tokens)
     result = jt.triton_call(
         *(arguments if ref is None else (*arguments, ref)),
         kernel=_shrink_kernel,
@@ -169,18 +171,18 @@ def _shrink(x, pool, layer, plan, modules, *, splits, out=None):
         TOKENS=plan.token_tile,
         RANKS=ranks,
         COLUMNS=columns,
-        SPLITS=splits,
-        SPLIT_WIDTH=split_width,
+        # Ranges of d_in begin where a block of columns does.
+        SPLIT_UNIT=width if width % tile_columns else tile_columns,
         TILE_RANKS=tile_ranks,
         TILE_COLUMNS=tile_columns,
         DTYPE=product_dtype,
     )
-    return result if ref is None else jax.freeze(ref)
+    return (result if ref is None else jax.freeze(ref)), splits
 
 
-def _expand(partial_sums, pool, layer, plan, modules, dtype):
+def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
     """Sums over the splits and multiplies with B."""
-    splits, num_tokens = partial_sums.shape[:2]
+    num_tokens = partial_sums.shape[1]
     num_rows, width = pool.shape[2:]
     widths = tuple(plan.widths[m][1] for m in modules)
     block = block_sizes("lora_expand", device_kind(), _kind(num_tokens))
@@ -201,6 +203,7 @@ def _expand(partial_sums, pool, layer, plan, modules, dtype):
         pool,
         plan.records,
         plan.pages,
+        splits,
         layer_array(layer),
         num_rows,
         num_tokens,
@@ -220,7 +223,6 @@ def _expand(partial_sums, pool, layer, plan, modules, dtype):
         MAX_RANK=plan.max_rank,
         FEW=block["few"],
         TOKENS=plan.token_tile,
-        SPLITS=splits,
         RANKS=min(block["ranks"], bound),
         COLUMNS=columns,
         STAGES=block["stages"],
@@ -303,11 +305,12 @@ def _shrink_kernel(
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
     ends,  # [tiles]: items up to and with this tile
+    splits_at,  # [1]
     layer,  # [1]
     num_rows,
     num_tiles,
     num_tokens,
-    out,  # [SPLITS, num_tokens, M, MAX_RANK]
+    out,  # [max_splits, num_tokens, M, MAX_RANK]
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -321,8 +324,7 @@ def _shrink_kernel(
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT_WIDTH: tl.constexpr,
+    SPLIT_UNIT: tl.constexpr,
     TILE_RANKS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -330,6 +332,8 @@ def _shrink_kernel(
     """One program: every PROGRAMS-th item."""
     M: tl.constexpr = len(MODULES)
     plane = 2 * tl.load(layer)
+    splits = tl.load(splits_at)
+    split_width = tl.cdiv(tl.cdiv(D_IN, splits), SPLIT_UNIT) * SPLIT_UNIT
     index = tl.arange(0, BLOCK_TILES)
     all_ends = tl.load(ends + index, mask=index < num_tiles, other=2147483647)
     for item in range(tl.program_id(0), tl.load(ends + num_tiles - 1), PROGRAMS):
@@ -349,15 +353,15 @@ def _shrink_kernel(
                     few_rows, plane_rows, PAGE, D_IN, W, RANKS, COLUMNS,
                 )  # fmt: skip
         else:
-            split = part % SPLITS
+            split = part % splits
             split_at = out_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
             many_rows = _stacked_rows(
-                records, tile, part // SPLITS * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS,
+                records, tile, part // splits * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS,
                 MAX_RANK,
             )  # fmt: skip
             _shrink_tile(
-                x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * SPLIT_WIDTH, tokens,
-                plane_rows, PAGE, D_IN, W, M, MAX_RANK, TOKENS, SPLIT_WIDTH, TILE_RANKS, TILE_COLUMNS, DTYPE,
+                x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * split_width, split_width,
+                tokens, plane_rows, PAGE, D_IN, W, M, MAX_RANK, TOKENS, TILE_RANKS, TILE_COLUMNS, DTYPE,
             )  # fmt: skip
 
 
@@ -417,16 +421,16 @@ def _shrink_token(
 
 @triton.jit
 def _shrink_tile(
-    x, pool, pages, plane, num_rows, out, stacked, d_first, tokens, plane_rows,
+    x, pool, pages, plane, num_rows, out, stacked, d_first, split_width, tokens, plane_rows,
     PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
-    TOKENS: tl.constexpr, SPLIT_WIDTH: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Some stacked rank rows of several tokens, over ``SPLIT_WIDTH`` of d_in from ``d_first`` on."""
+    """Some stacked rank rows of several tokens, over ``split_width`` of d_in from ``d_first`` on."""
     entry, stride, scale, place, row_exists = stacked
     token = tl.arange(0, TOKENS)
     x_at = x + (tl.minimum(token, tokens - 1) * D_IN)[:, None]
     total = tl.zeros([TOKENS, RANKS], tl.float32)
-    d_last = tl.minimum(d_first + SPLIT_WIDTH, D_IN)
+    d_last = tl.minimum(d_first + split_width, D_IN)
     for chunk in range(d_first // W, (d_last + W - 1) // W):
         rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
         a_at = pool + (rows * W)[:, None]
@@ -448,10 +452,11 @@ def _shrink_tile(
 
 @triton.jit
 def _expand_kernel(
-    partial_sums,  # [SPLITS, num_tokens, M, MAX_RANK]
+    partial_sums,  # [max_splits, num_tokens, M, MAX_RANK]
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
+    splits_at,  # [1]
     layer,  # [1]
     num_rows,
     num_tokens,
@@ -467,7 +472,6 @@ def _expand_kernel(
     MAX_RANK: tl.constexpr,
     FEW: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -497,6 +501,7 @@ def _expand_kernel(
     if tokens > 0:
         rank, start, _ = _module(records, tile, _pick(MODULES, j), 1, ALL_MODULES, FIELDS)
         plane = 2 * tl.load(layer)
+        splits = tl.load(splits_at)
         chunk = block // BLOCKS
         begin = block % BLOCKS * COLUMNS
         start += chunk * rank
@@ -512,15 +517,15 @@ def _expand_kernel(
                 )  # fmt: skip
         elif rank <= SMALL_RANK:
             _expand_tile(
-                partial_sums, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
-                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, SMALL_RANK, TILE_COLUMNS,
-                MASKED, DTYPE,
+                partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
+                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, COLUMNS, SMALL_RANK,
+                TILE_COLUMNS, MASKED, DTYPE,
             )  # fmt: skip
         else:
             _expand_tile(
-                partial_sums, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
-                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, SPLITS, COLUMNS, TILE_RANKS, TILE_COLUMNS,
-                MASKED, DTYPE,
+                partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
+                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, COLUMNS, TILE_RANKS,
+                TILE_COLUMNS, MASKED, DTYPE,
             )  # fmt: skip
 
 
@@ -547,10 +552,10 @@ def _expand_token(
 
 @triton.jit
 def _expand_tile(
-    partial_sums, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start, plane_rows,
+    partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start, plane_rows,
     PAGE: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, ALL_COLUMNS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, ALL_COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     token = tl.arange(0, TOKENS)
     p_at = partial_sums + tl.minimum(token, tokens - 1)[:, None] * M * MAX_RANK
@@ -558,7 +563,7 @@ def _expand_tile(
     exists = (token < tokens)[:, None]
     if (rank > 0) & (rank <= RANKS):
         # Read once for all columns.
-        p = _partial_block(p_at, 0, rank, num_tokens, M, MAX_RANK, SPLITS, TOKENS, RANKS).to(DTYPE)
+        p = _partial_block(p_at, splits, 0, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS).to(DTYPE)
         entry = start + tl.minimum(tl.arange(0, RANKS), rank - 1)
         b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
         for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
@@ -572,7 +577,7 @@ def _expand_tile(
             column = first + tl.arange(0, COLUMNS)[None, :]
             total = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for r in range(0, rank, RANKS):
-                p = _partial_block(p_at, r, rank, num_tokens, M, MAX_RANK, SPLITS, TOKENS, RANKS).to(DTYPE)
+                p = _partial_block(p_at, splits, r, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS).to(DTYPE)
                 entry = start + tl.minimum(r + tl.arange(0, RANKS), rank - 1)
                 b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
                 b = _load_columns(b_at, column, W, COLUMNS).to(DTYPE)
@@ -588,13 +593,14 @@ def _expand_tile(
 
 @triton.jit
 def _partial_block(
-    p_at, r, rank, num_tokens, M: tl.constexpr, MAX_RANK: tl.constexpr, SPLITS: tl.constexpr,
-    TOKENS: tl.constexpr, RANKS: tl.constexpr,
+    p_at, splits, r, rank, num_tokens,
+    M: tl.constexpr, MAX_RANK: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """``RANKS`` lanes from ``r`` on, summed over the splits, 0 past the rank, where memory may hold anything."""
     lane = r + tl.arange(0, RANKS)[None, :]
+    stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
     total = tl.zeros([TOKENS, RANKS], tl.float32)
-    for split in tl.static_range(SPLITS):
-        at = p_at + lane + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
+    for split in range(splits):
+        at = p_at + lane + split * stride
         total += tl.load(at, mask=lane < MAX_RANK, other=0.0) if MAX_RANK % RANKS else tl.load(at)
     return tl.where(lane < rank, total, 0.0)
