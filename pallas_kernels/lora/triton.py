@@ -13,9 +13,9 @@ when every sequence decodes with an adapter of its own, multiplies and adds in f
 more reads A and B once and multiplies with the matrix unit. To shrink, the modules' rank rows are *stacked*, one after
 the other, so that small ranks share a block of rows and one pass over x. What a program takes on next is an *item*: a
 block of stacked rows of a tile, and for tiles of more tokens one of a few ranges of d_in, so that a batch that
-shares one adapter still fills the GPU. The items of a step are counted by the real ranks and dealt to a fixed number
-of programs: rank is never padded, neither in bytes nor in programs. A block that is cut by the rank reads its last row
-again, which costs no memory traffic, and drops the result.
+shares one adapter still fills the GPU. The items of a step are counted by the real ranks and shared out in a row to a
+fixed number of programs: rank is never padded, neither in bytes nor in programs. A block that is cut by the rank reads
+its last row again, which costs no memory traffic, and drops the result.
 
 Padding: tokens without an adapter are tiles of rank 0: no item of shrink is theirs, and expand writes zeros. Sums over
 splits are taken in order: results do not depend on timing.
@@ -145,7 +145,8 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
     of_few = tokens <= block["few"]
     blocks = jnp.where(tokens > 0, jnp.where(of_few, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
     splits = jnp.clip(block["programs"] // jnp.maximum(jnp.sum(blocks), 1), 1, max_splits).astype(jnp.int32)
-    ends = jnp.cumulative_sum(jnp.where(of_few, blocks, blocks * splits)).astype(jnp.int32)
+    cost = jnp.where(of_few, 1, splits * _cost(tile_ranks, ranks, splits))
+    ends = jnp.cumulative_sum(blocks * cost).astype(jnp.int32)
     splits = splits.reshape(1)
     ref = None if out is None else jax.new_ref(out)
     out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
@@ -234,6 +235,11 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
     )
 
 
+def _cost(tile_ranks, ranks, splits):
+    """Of an item of a tile of many tokens, in items of a tile of few: about as the bytes of A that they read."""
+    return jnp.maximum(tile_ranks // (ranks * splits), 1)
+
+
 def _kind(num_tokens):
     """Key of the block sizes: a step that mostly decodes, or one with prompts in it."""
     return "decode" if num_tokens <= 1024 else "prefill"
@@ -304,7 +310,7 @@ def _shrink_kernel(
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
-    ends,  # [tiles]: items up to and with this tile
+    ends,  # [tiles]: cost of all items up to and with this tile's
     splits_at,  # [1]
     layer,  # [1]
     num_rows,
@@ -329,40 +335,52 @@ def _shrink_kernel(
     TILE_COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: every PROGRAMS-th item."""
+    """One program: its share of the items, one after the other, so that it seldom comes to another tile."""
     M: tl.constexpr = len(MODULES)
     plane = 2 * tl.load(layer)
     splits = tl.load(splits_at)
     split_width = tl.cdiv(tl.cdiv(D_IN, splits), SPLIT_UNIT) * SPLIT_UNIT
+    tile_cost = tl.maximum(TILE_RANKS // (RANKS * splits), 1)
+    total = tl.load(ends + num_tiles - 1).to(tl.int64)
+    share_begin = (total * tl.program_id(0) // PROGRAMS).to(tl.int32)
+    share_end = (total * (tl.program_id(0) + 1) // PROGRAMS).to(tl.int32)
     index = tl.arange(0, BLOCK_TILES)
-    all_ends = tl.load(ends + index, mask=index < num_tiles, other=2147483647)
-    for item in range(tl.program_id(0), tl.load(ends + num_tiles - 1), PROGRAMS):
-        before = all_ends <= item
-        tile = tl.sum(before.to(tl.int32), 0)
-        part = item - tl.max(tl.where(before, all_ends, 0), 0)
+    tile_ends = tl.load(ends + index, mask=index < num_tiles, other=2147483647)
+    before = tile_ends <= share_begin
+    tile = tl.sum(before.to(tl.int32), 0)
+    begin = tl.max(tl.where(before, tile_ends, 0), 0)
+    while begin < share_end:
+        end = tl.load(ends + tile)
         first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
         x_at = x + first * D_IN
         out_at = out + first * M * MAX_RANK
         if tokens <= FEW:
-            few_rows = _stacked_rows(
-                records, tile, part * RANKS + tl.arange(0, RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
-            )
-            for t in range(tokens):
-                _shrink_token(
-                    x_at + t * D_IN, pool, pages + page_start, plane, num_rows, out_at + t * M * MAX_RANK,
-                    few_rows, plane_rows, PAGE, D_IN, W, RANKS, COLUMNS,
-                )  # fmt: skip
+            for block in range(tl.maximum(share_begin - begin, 0), tl.minimum(share_end, end) - begin):
+                few_rows = _stacked_rows(
+                    records, tile, block * RANKS + tl.arange(0, RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
+                )
+                for t in range(tokens):
+                    _shrink_token(
+                        x_at + t * D_IN, pool, pages + page_start, plane, num_rows, out_at + t * M * MAX_RANK,
+                        few_rows, plane_rows, PAGE, D_IN, W, RANKS, COLUMNS,
+                    )  # fmt: skip
         else:
-            split = part % splits
-            split_at = out_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
-            many_rows = _stacked_rows(
-                records, tile, part // splits * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS,
-                MAX_RANK,
-            )  # fmt: skip
-            _shrink_tile(
-                x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * split_width, split_width,
-                tokens, plane_rows, PAGE, D_IN, W, M, MAX_RANK, TOKENS, TILE_RANKS, TILE_COLUMNS, DTYPE,
-            )  # fmt: skip
+            # An item belongs to the share in which it begins.
+            first_item = tl.cdiv(tl.maximum(share_begin - begin, 0), tile_cost)
+            for item in range(first_item, tl.cdiv(tl.minimum(share_end, end) - begin, tile_cost)):
+                block = item // splits
+                split = item - block * splits
+                split_at = out_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
+                many_rows = _stacked_rows(
+                    records, tile, block * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
+                )
+                _shrink_tile(
+                    x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * split_width,
+                    split_width, tokens, plane_rows,
+                    PAGE, D_IN, W, M, MAX_RANK, TOKENS, TILE_RANKS, TILE_COLUMNS, DTYPE,
+                )  # fmt: skip
+        begin = end
+        tile += 1
 
 
 @triton.jit

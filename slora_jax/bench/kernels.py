@@ -195,7 +195,7 @@ class KernelBench:
         shape = (spec.widths[0][0], sum(d_out for _, d_out in spec.widths))
         kernels = tuple(normal(jax.random.key(_SEED), spec.layers, shape, spec.dtype))
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=compiler_options(spec.num_tokens))
         def layers(xs, kernels, pool, plan):
             outs = []
             for layer, (x, kernel) in enumerate(zip(xs, kernels, strict=True)):
