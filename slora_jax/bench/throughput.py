@@ -20,8 +20,10 @@ from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.config import build_config
+from slora_jax.engine import runner
 from slora_jax.engine.generation import Generation
 from slora_jax.engine.runner import StepInFlight
+from slora_jax.scheduler.scheduler import Scheduler
 
 SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16)}
 """Ranks of the adapters of each setting, in turn; q, k, v and o."""
@@ -130,13 +132,13 @@ class Recorder:
 
     Attributes:
       step_seconds: of each call of ``Engine.step`` that did something.
-      waiting_seconds: of these, in which the host waited for the device.
+      parts: of these, by what the host did; "wait" is for the device, "launch" for handing it its programs.
       sequences: running ones at each step.
       peak_pages: most pages of the pool in use.
     """
 
     step_seconds: list[float] = dataclasses.field(default_factory=list)
-    waiting_seconds: float = 0.0
+    parts: Counter[str] = dataclasses.field(default_factory=Counter)
     sequences: list[int] = dataclasses.field(default_factory=list)
     peak_pages: int = 0
 
@@ -157,7 +159,7 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
       Wall seconds, the ``Recorder``, and each request's ``Times``.
     """
     recorder = Recorder()
-    with _waiting_recorded(recorder):
+    with _parts_recorded(recorder.parts):
         start = time.perf_counter()
         todo = sorted(enumerate(workload), key=lambda item: -item[1].arrival)
         times = [Times(item.arrival) for item in workload]
@@ -219,16 +221,38 @@ def _watch(generation: Generation, times: Times, start: float) -> None:
 
 
 @contextlib.contextmanager
-def _waiting_recorded(recorder: Recorder) -> Iterator[None]:
-    read = StepInFlight.read
+def _parts_recorded(parts: Counter[str]) -> Iterator[None]:
+    """Adds up the seconds spent in the parts of ``Engine.step``, none of which calls another."""
 
-    def timed_read(step):
-        start = time.perf_counter()
+    def timed(function: Callable, name: str) -> Callable:
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                parts[name] += time.perf_counter() - start
+
+        return run
+
+    def wait(step: StepInFlight):
         jax.block_until_ready(step.sampled)
-        recorder.waiting_seconds += time.perf_counter() - start
+
+    timed_wait, read = timed(wait, "wait"), StepInFlight.read
+
+    def timed_read(step: StepInFlight):
+        timed_wait(step)
         return read(step)
 
-    with mock.patch.object(StepInFlight, "read", timed_read):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(StepInFlight, "read", timed_read))
+        for owner, function, name in (
+            (Scheduler, "plan", "plan"),
+            (Scheduler, "commit", "commit"),
+            (runner, "build_batch", "build"),
+            (runner, "build_sampler_inputs", "build"),
+            (jax.stages.Compiled, "__call__", "launch"),
+        ):
+            stack.enter_context(mock.patch.object(owner, function, timed(getattr(owner, function), name)))
         yield
 
 
@@ -316,7 +340,8 @@ def _run_case(engine: Engine, case: Case, workload: list[WorkItem], profile: Pat
     counts = {name: after[name] - before[name] for name in after}
     steps = counts["steps"]
     step_milliseconds = np.array(recorder.step_seconds) * 1e3
-    host_seconds = sum(recorder.step_seconds) - recorder.waiting_seconds
+    host_seconds = sum(recorder.step_seconds) - recorder.parts["wait"]
+    parts = {name: seconds / steps * 1e3 for name, seconds in sorted(recorder.parts.items())}
     return {
         "setting": case.setting,
         "n": case.num_adapters,
@@ -335,6 +360,7 @@ def _run_case(engine: Engine, case: Case, workload: list[WorkItem], profile: Pat
         "peak_memory_bytes": memory.get("peak_bytes_in_use"),
         "host_seconds": host_seconds,
         "host_milliseconds_per_step": host_seconds / steps * 1e3,
+        "host_parts_milliseconds_per_step": parts,
         "step_milliseconds": _percentiles(step_milliseconds),
         "first_token_seconds": _percentiles([t.first - t.arrival for t in times]),
         "latency_seconds": _percentiles([t.last - t.arrival for t in times]),
