@@ -40,6 +40,7 @@ from pallas_kernels import (
 from pallas_kernels.specs import ATTENTION, LORA, AttentionInputs, AttentionSpec, LoraInputs, LoraSpec, normal
 from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_per_execution
 from slora_jax.config import read_yaml
+from slora_jax.engine.batch import Buckets
 from slora_jax.engine.runner import compiler_options
 from slora_jax.memory.layout import MODULES, AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -304,14 +305,19 @@ class StepBench:
         table[:, :pages_each] = free[: sequences * pages_each].reshape(sequences, pages_each)
         last = self.context - 1
         rows = table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE
-        int32 = partial(jnp.asarray, dtype=jnp.int32)
+        # Padded as the engine would.
+        missing = Buckets.fine(1024, 512).shape(sequences, sequences, table.shape[1]).tokens - sequences
+
+        def int32(values):
+            return jnp.asarray(np.pad(values, [(0, missing)] + [(0, 0)] * (np.ndim(values) - 1)), jnp.int32)
+
         return TokenBatch(
             token_ids=int32(rng.integers(0, self.config.vocab_size, sequences)),
-            positions=jnp.full(sequences, last, jnp.int32),
+            positions=int32(np.full(sequences, last)),
             rows=int32(rows),
             page_table=int32(table),
-            query_start=jnp.arange(sequences + 1, dtype=jnp.int32),
-            context_len=jnp.full(sequences, self.context, jnp.int32),
+            query_start=jnp.minimum(jnp.arange(sequences + missing + 1, dtype=jnp.int32), sequences),
+            context_len=int32(np.full(sequences, self.context)),
             lora=self._segments(sequences, ranks, free[sequences * pages_each :]) if ranks else None,
             decode_only=True,
         )

@@ -80,10 +80,9 @@ class Buckets:
 
         Those two cost the Triton kernels nothing: their work follows the batch, not its padding.
         """
+        # A product of one row is slower than one of two: XLA takes another path (H200: 123 against 115 µs a layer, 7B).
         sizes = [
-            1,
             2,
-            4,
             8,
             16,
             *range(32, 257, 32),

@@ -15,10 +15,10 @@ COARSE = Buckets.geometric(512, 200, ratio=4)
 
 
 def test_sizes():
-    decode = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224)
+    decode = (2, 8, 16, 32, 64, 96, 128, 160, 192, 224)
     tokens = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1100)
     assert Buckets(decode, tokens, (224,), (256 * 200,)) == FINE
-    assert Buckets.fine(16, 16) == Buckets((1, 2, 4, 8, 16), (64,), (16,), (256 * 16,))
+    assert Buckets.fine(16, 16) == Buckets((2, 8, 16), (64,), (16,), (256 * 16,))
     assert Buckets.fine(2048, 512).tokens[-4:] == (768, 1024, 1536, 2048)
     assert Buckets((4, 16, 64, 256), (4, 16, 64, 256, 512), (4, 16, 64, 256), COARSE.total_ranks) == COARSE
 
