@@ -420,21 +420,39 @@ def _shrink_token(
     BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
     STEPS: tl.constexpr = D_IN // W * BLOCKS + (D_IN % W + COLUMNS - 1) // COLUMNS
     entry, stride, scale, place, exists = stacked
-    total = tl.zeros([RANKS], tl.float32)
-    for step in range(STEPS):
-        chunk = step // BLOCKS
-        column = step % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
-        rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
-        a = _load_columns(pool + (rows * W)[:, None], column[None, :], W, COLUMNS)
-        d = chunk * W + column
-        if W % COLUMNS:
-            values = tl.load(x + d, mask=(column < W) & (d < D_IN), other=0.0)
-        elif D_IN % COLUMNS:
-            values = tl.load(x + d, mask=d < D_IN, other=0.0)  # A is zero past D_IN
-        else:
-            values = tl.load(x + d)
-        total += tl.sum(a.to(tl.float32) * values.to(tl.float32)[None, :], 1)
-    tl.store(out + place, total * scale, mask=exists)
+    products = tl.zeros([RANKS, COLUMNS], tl.float32)
+    if STEPS <= 4:
+        # All loads are on their way before the first is needed.
+        for step in tl.static_range(STEPS):
+            products += _shrink_products(
+                x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
+            )
+    else:
+        for step in range(STEPS):
+            products += _shrink_products(
+                x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
+            )
+    # Once, at the end: a sum over the program's threads makes them wait for each other.
+    tl.store(out + place, tl.sum(products, 1) * scale, mask=exists)
+
+
+@triton.jit
+def _shrink_products(
+    x, pool, pages, plane, num_rows, entry, stride, step, plane_rows,
+    PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    chunk = step // BLOCKS
+    column = step % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
+    a = _load_columns(pool + (rows * W)[:, None], column[None, :], W, COLUMNS)
+    d = chunk * W + column
+    if W % COLUMNS:
+        values = tl.load(x + d, mask=(column < W) & (d < D_IN), other=0.0)
+    elif D_IN % COLUMNS:
+        values = tl.load(x + d, mask=d < D_IN, other=0.0)  # A is zero past D_IN
+    else:
+        values = tl.load(x + d)
+    return a.to(tl.float32) * values.to(tl.float32)[None, :]
 
 
 @triton.jit
