@@ -14,11 +14,12 @@ into its rows of a swizzled tile, all of them counted by one barrier. The other 
 one's softmax runs while the other's products keep the tensor cores busy. A turn issues the product with V of one block
 and the product with K of the next together.
 
-TMA copies have fixed sizes and a swizzled tile begins at a multiple of 8 rows, but a tile of queries may begin at any
-token and have any number of them. So queries and outputs pass through a plain buffer: the queries of a tile that ends
-the batch are read from further up, where all 128 rows exist, and outputs leave in copies of 64, 32, .. 1 rows. Keys past
-the context are those of its last page again, masked; their values are set to 0, for memory that nobody has written may
-hold NaN, which no weight hides.
+TMA copies have fixed sizes, and a swizzled tile takes them only at multiples of 8 rows, but a tile of queries may begin
+at any token and have any number of them. So queries and outputs pass through a buffer of plain rows. The queries of a
+tile that ends the batch are read from further up, where 128 rows exist; outputs leave in copies of 64, 32, .. 1 rows.
+
+Keys past the context are those of its last page again, masked. Their values are set to 0: rows that nobody has written
+may hold NaN, which no weight hides.
 """
 
 import math
@@ -32,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.pool import PAGE_SIZE, layer_array
+from pallas_kernels.tuning import block_sizes, device_kind
 
 QUERY_TILE = 128
 """Most tokens of a tile."""
@@ -44,28 +46,27 @@ _COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
 
 
 class Sizes(NamedTuple):
-    """How a kernel is cut.
+    """How the work is cut.
 
     Attributes:
-      block_n: keys of a block.
+      block_n: keys of a block, a multiple of 64.
       stages: blocks in shared memory.
-      programs: most programs; with more of them than tiles and heads, none has two.
+      programs: most programs; where there are more than tiles times heads, none has two.
       turns: whether the computing warpgroups take turns.
     """
 
-    block_n: int = 128
-    stages: int = 2
-    programs: int = 132
-    turns: bool = True
+    block_n: int
+    stages: int
+    programs: int
+    turns: int
 
 
-def is_supported(q: jax.Array, pool: jax.Array, num_kv_heads: int) -> bool:
-    """Whether ``attend_tiles`` can do these shapes and dtypes."""
-    head_dim = q.shape[2]
-    return q.dtype == pool.dtype and q.dtype in _DTYPES and head_dim in (64, 128) and pool.shape[3] % head_dim == 0
+def runs_on(device: jax.Device) -> bool:
+    """Whether the device is a Hopper GPU: others lack these instructions, later ones too."""
+    return device.platform == "gpu" and device.compute_capability == "9.0"
 
 
-def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, scale, sizes=Sizes(), interpret=None):
+def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, scale, sizes=None, interpret=None):
     """Attention of the tiles' tokens; the output's other tokens are not written.
 
     Args:
@@ -75,21 +76,23 @@ def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, 
       tiles: ``[N, 4]`` int32: first token, number of tokens (at most ``QUERY_TILE``), sequence, position of the first.
       num_tiles: ``[1]`` int32.
       layer: an int or an int32 scalar.
-      num_kv_heads, scale, sizes: static.
+      num_kv_heads, scale: static.
+      sizes: ``Sizes``; None takes those measured for this GPU.
       interpret: parameters of the interpreter; None compiles for a GPU.
 
     Returns:
       ``[T, H, D]`` of q's dtype.
 
     Raises:
-      NotImplementedError: ``is_supported`` is false, or the scale not positive.
+      NotImplementedError: a head size, scale or dtype that only other back ends have.
     """
     num_tokens, num_heads, head_dim = q.shape
-    if not is_supported(q, pool, num_kv_heads) or scale <= 0:
+    if q.dtype != pool.dtype or q.dtype not in _DTYPES or head_dim not in (64, 128) or scale <= 0:
         raise NotImplementedError(
             "the Mosaic kernel does head_dim 64 and 128, a positive scale, and q and pool both bfloat16 or float16; got"
             f" head_dim {head_dim}, scale {scale}, q {q.dtype} and pool {pool.dtype}"
         )
+    sizes = sizes or Sizes(**block_sizes("mosaic_attention", device_kind(), "half"))
     if num_tokens < QUERY_TILE:
         q = jnp.pad(q, ((0, QUERY_TILE - num_tokens), (0, 0), (0, 0)))
     options = {"num_rows": pool.shape[2], "num_kv_heads": num_kv_heads, "scale": scale, "sizes": sizes}
@@ -225,7 +228,7 @@ def _drain(num_blocks, *, sizes, buffers, **_):
                 plgpu.barrier_wait(buffers[f"{name}_consumed"].at[slot])
 
 
-def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **options):
+def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
     """Returns a function that does this warpgroup's queries of a tile, and counts all blocks so far."""
     num_tokens, _, head_dim = q.shape
     block_n = sizes.block_n
@@ -285,7 +288,9 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **options)
 
         @pl.when(num_blocks > 0)
         def _():
-            plgpu.copy_gmem_to_smem(q.at[pl.ds(start, _ROWS), tile.head], staged, buffers["staged_loaded"].at[warpgroup])
+            plgpu.copy_gmem_to_smem(
+                q.at[pl.ds(start, _ROWS), tile.head], staged, buffers["staged_loaded"].at[warpgroup]
+            )
             plgpu.barrier_wait(buffers["staged_loaded"].at[warpgroup])
             queries[...] = plgpu.load(staged, layout=plgpu.Layout.WGMMA, optimized=False)
             plgpu.commit_smem()
@@ -312,10 +317,12 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **options)
         row = jnp.clip(tile.token - start, 0, _ROWS)
         count = jnp.clip(tile.token + tile.count - start, 0, _ROWS) - row
         for size in (2**i for i in reversed(range(_ROWS.bit_length()))):
+
             @pl.when(count & size != 0)
             def _(row=row, size=size):
                 rows = pl.ds(start + row, size)
                 plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, size)], out.at[rows, tile.head])
+
             row = row + (count & size)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return before + num_blocks
@@ -329,7 +336,7 @@ def _products(acc, weights, values, interpret, then, columns=None):
     Interpreted one after the other: the interpreter knows neither accumulators that begin with a value nor factors in
     registers.
     """
-    if interpret:
+    if interpret is not None:
         acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
         if columns is None:
             then()
