@@ -260,24 +260,23 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
             total = total * decay + weights.sum(axis=1)
             # Nothing of this may move into the turn.
             acc, total, top, weights = lax.optimization_barrier((acc, total, new_top, weights.astype(q.dtype)))
-            slot = slot_of(block)
-            plgpu.barrier_wait(buffers["v_loaded"].at[slot])
+            slot, next_slot = slot_of(block), slot_of(block + 1)
             values = buffers["v"].at[slot]
+            plgpu.barrier_wait(buffers["v_loaded"].at[slot])
             if last:
                 _clear_from(values, tile.end - block * block_n)
-            switch()
-            if last:
-                acc = _products(acc, weights, values, interpret, switch)
+                switch()
+                (acc,) = _products((acc, weights, values), then=switch, interpret=interpret)
                 scores = ()
             else:
-                next_slot = slot_of(block + 1)
-
-                def issue_scores(scores_ref):
-                    plgpu.barrier_wait(buffers["k_loaded"].at[next_slot])
-                    plgpu.wgmma(scores_ref, queries, buffers["k"].at[next_slot].transpose((1, 0)))
-                    switch()
-
-                acc, scores = _products(acc, weights, values, interpret, issue_scores, block_n)
+                plgpu.barrier_wait(buffers["k_loaded"].at[next_slot])
+                switch()
+                keys = buffers["k"].at[next_slot].transpose((1, 0))
+                # The scores first: the next softmax waits for them.
+                zeros = _full((_ROWS, block_n), 0)
+                scores, acc = _products(
+                    (zeros, queries, keys), (acc, weights, values), then=switch, interpret=interpret
+                )
                 plgpu.barrier_arrive(buffers["k_consumed"].at[next_slot])
             plgpu.barrier_arrive(buffers["v_consumed"].at[slot])
             return scores, acc, total, top
@@ -298,12 +297,9 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
             plgpu.barrier_wait(buffers["k_loaded"].at[first_slot])
             switch()
 
-            def first_scores(scores_ref):
-                plgpu.wgmma(scores_ref, queries, buffers["k"].at[first_slot].transpose((1, 0)))
-                switch()
-                return scores_ref[...]
-
-            scores = pl.run_scoped(first_scores, plgpu.ACC((_ROWS, block_n), jnp.float32))
+            keys = buffers["k"].at[first_slot].transpose((1, 0))
+            zeros = _full((_ROWS, block_n), 0)
+            (scores,) = _products((zeros, queries, keys), then=switch, interpret=interpret)
             plgpu.barrier_arrive(buffers["k_consumed"].at[first_slot])
             # Keys of the first so many blocks are seen by every query.
             whole = jnp.minimum(_div(tile.position + 1, block_n), num_blocks - 1)
@@ -330,32 +326,19 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
     return attend_tile
 
 
-def _products(acc, weights, values, interpret, then, columns=None):
-    """``acc + weights @ values``; and what ``then`` adds to 0, of so many columns, while that is under way.
-
-    Interpreted one after the other: the interpreter knows neither accumulators that begin with a value nor factors in
-    registers.
-    """
+def _products(*operands, then, interpret):
+    """``start + a @ b`` for each triple; calls ``then`` when all of them are under way."""
     if interpret is not None:
-        acc = acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
-        if columns is None:
-            then()
-            return acc
-
-        def run(scores_ref):
-            then(scores_ref)
-            return scores_ref[...]
-
-        return acc, pl.run_scoped(run, plgpu.ACC((acc.shape[0], columns), jnp.float32))
+        # The interpreter knows neither accumulators that begin with a value nor factors in registers.
+        then()
+        return [start + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for start, a, b in operands]
 
     def issue(refs):
-        plgpu.wgmma(refs[0], weights, values)
-        then(*refs[1:])
+        for ref, (_, a, b) in zip(refs, operands, strict=True):
+            plgpu.wgmma(ref, a, b)
+        then()
 
-    refs = [plgpu.ACC.init(acc)]
-    if columns is None:
-        return pl.run_state(issue)(refs)[0]
-    return pl.run_state(issue)([*refs, plgpu.ACC.init(_full((acc.shape[0], columns), 0))])
+    return pl.run_state(issue)([plgpu.ACC.init(start) for start, *_ in operands])
 
 
 def _clear_from(values, count):
