@@ -37,6 +37,7 @@ from pallas_kernels import (
     plan_lora,
     tuning,
 )
+from pallas_kernels.paged_attention import mosaic
 from pallas_kernels.specs import ATTENTION, LORA, AttentionInputs, AttentionSpec, LoraInputs, LoraSpec, normal
 from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_per_execution
 from slora_jax.config import read_yaml
@@ -112,6 +113,7 @@ class KernelBench:
         self.time_lora = cache(self._time_lora)
         self.time_qkv = cache(self._time_qkv)
         self.time_cudnn = cache(self._time_cudnn)
+        self.time_mosaic = cache(self._time_mosaic)
 
     def _timed(self, run: Callable[[], list], calls: int, out: jax.Array, reference: jax.Array) -> Timing:
         """Checks one of an execution's calls, then times all of them."""
@@ -173,6 +175,20 @@ class KernelBench:
         attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         run = partial(jax.jit(lambda dense: [attend(*qkv) for qkv in dense]), dense)
         return self._timed(run, spec.layers, run()[0][0], reference)
+
+    def _time_mosaic(self, spec: AttentionSpec) -> Timing:
+        """The same by the kernel that no plan chooses yet."""
+        spec = spec.scaled(self.scale)
+        inputs, reference = _attention_problem(spec)
+        attend = partial(mosaic.attend_tiles, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5)
+
+        @jax.jit
+        def layers(qs, pool, plan):
+            tiles = plan.page_table, plan.tiles, plan.num_tiles
+            return [attend(q, pool, *tiles, layer) for layer, q in enumerate(qs)]
+
+        run = partial(layers, inputs.qs, inputs.pool, _attention_plan(spec, inputs, "triton"))
+        return self._timed(run, spec.layers, run()[0], reference)
 
     # Gathered LoRA.
 
@@ -422,8 +438,24 @@ def _prefill_attention(name: str, target: str | None, bench: KernelBench) -> Res
     if not bench.peers:
         return Result(timing, "of cuDNN", None, target, details)
     peer = bench.time_cudnn(spec)
-    details |= {"cudnn_seconds": peer.seconds, "cudnn_busy": peer.busy}
+    details |= {"cudnn_seconds": peer.seconds, "cudnn_busy": peer.busy} | _mosaic(spec, peer, bench)
     return Result(timing, "of cuDNN", peer.device / timing.device, target, details)
+
+
+def _mosaic(spec: AttentionSpec, cudnn: Timing, bench: KernelBench) -> dict:
+    """The Mosaic kernel beside the one that the case is about, whose result does not depend on it."""
+    if not mosaic.runs_on(jax.devices()[0]):
+        return {}
+    try:
+        timing = bench.time_mosaic(spec)
+    except Exception as e:
+        return {"mosaic_failure": f"{type(e).__name__}: {e}"}
+    return {
+        "mosaic_seconds": timing.seconds,
+        "mosaic_busy": timing.busy,
+        "mosaic_error": timing.error,
+        "mosaic_of_cudnn": cudnn.device / timing.device,
+    }
 
 
 def _prefill_lora(name: str, target: str | None, bench: KernelBench) -> Result:
@@ -563,8 +595,9 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
         # New for every combination: block sizes are read when a function is traced.
         bench = KernelBench(scale, peers=False, profiles=False)
         try:
+            time_attention = bench.time_mosaic if op == "mosaic_attention" else bench.time_attention
             with tuning.override(op, key, sizes):
-                timing = bench.time_attention(ATTENTION[name]) if name in ATTENTION else bench.time_lora(LORA[name])
+                timing = time_attention(ATTENTION[name]) if name in ATTENTION else bench.time_lora(LORA[name])
             row[name] = timing.seconds * 1e6
             click.echo(f"{row[name]:10.1f} {name} {json.dumps(sizes)}")
         except Exception as e:
@@ -584,7 +617,7 @@ def _tuning_row(total: float, sizes: dict[str, int], micros: dict[str, float]) -
 def _affected(op: str, key: str) -> str:
     if op.startswith("lora"):
         return f"lora-{key}-*"
-    if op == "prefill_attention":
+    if op in ("prefill_attention", "mosaic_attention"):
         return "attention-prefill-*"
     if op == "decode_attention" and key in ("multi_head", "grouped"):
         return "attention-decode-mha-*" if key == "multi_head" else "attention-decode-gqa-*"

@@ -1,0 +1,92 @@
+"""The Mosaic attention kernel without a GPU: interpreted, and lowered for CUDA."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_references import BFLOAT16, Attention, assert_close
+
+from pallas_kernels.paged_attention import mosaic, triton
+from pallas_kernels.paged_attention.mosaic import Sizes
+from pallas_kernels.pool import PAGE_SIZE
+
+HALF = np.dtype(np.float16)
+
+INTERPRETED = {
+    "grouped, chunks, several tiles a program": (
+        Attention(((131, 150), (1, 40), (0, 5), (37, 69), (3, 200)), 4, 1, 64, BFLOAT16, padding=90),
+        Sizes(128, 2, 3, 1),
+    ),
+    "multi-head, no padding": (Attention(((70, 290), (128, 128)), 2, 2, 64, HALF, padding=0), Sizes(64, 3, 1, 0)),
+    "heads of 128, fewer tokens than a tile": (Attention(((20, 45), (1, 9)), 2, 1, 128, HALF), Sizes(64, 2, 132, 1)),
+    "nothing but padding": (Attention(((0, 0), (0, 40)), 2, 2, 64, HALF, padding=4), Sizes(128, 2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(INTERPRETED)))
+def test_attention_interpreted(seed, name):
+    case, sizes = INTERPRETED[name]
+    q, pool, table, query_start, context_len = case.build(seed)
+    options = {"num_kv_heads": case.kv_heads, "scale": 0.3}
+    expected = oracles.attention(q, pool, case.layer, table, query_start, context_len, **options)
+    tiles, num_tiles = triton._tiles(jnp.asarray(query_start), jnp.asarray(context_len), len(q), mosaic.QUERY_TILE)
+
+    arguments = map(jnp.asarray, (q, pool, table))
+    interpret = plgpu.InterpretGPUParams()
+    out = mosaic.attend_tiles(*arguments, tiles, num_tiles, case.layer, **options, sizes=sizes, interpret=interpret)
+
+    assert out.dtype == q.dtype
+    written = in_tiles(tiles, num_tiles, len(q))
+    assert_close(out[written], expected[written])
+    assert not np.asarray(out[query_start[-1] :]).any(), "padding tokens give exactly 0"
+    assert np.isnan(np.asarray(out[~written], np.float32)).all(), "other tokens are not written"
+
+
+def in_tiles(tiles, num_tiles, num_tokens):
+    """Which tokens are in a tile; no token is in two."""
+    count = np.zeros(num_tokens, int)
+    for token, length, *_ in np.asarray(tiles)[: int(num_tiles[0])]:
+        count[token : token + length] += 1
+    assert count.max() == 1
+    return count == 1
+
+
+LOWERED = {  # tokens, query heads, KV heads, head size, dtype, sizes
+    "8B": (8192, 32, 8, 128, jnp.bfloat16, None),
+    "7B": (8192, 32, 32, 128, jnp.bfloat16, None),
+    "few tokens": (37, 32, 8, 128, jnp.float16, None),
+    "heads of 64, an odd number of tokens": (301, 6, 2, 64, jnp.bfloat16, None),
+    "other sizes": (300, 8, 2, 128, jnp.float16, Sizes(64, 4, 10_000, 0)),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_attention_lowers(name):
+    num_tokens, num_heads, num_kv_heads, head_dim, dtype, sizes = LOWERED[name]
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype)
+    pool = jax.ShapeDtypeStruct((2, 2, 1024 * PAGE_SIZE, num_kv_heads * head_dim), dtype)
+    attend = partial(mosaic.attend_tiles, num_kv_heads=num_kv_heads, scale=0.1, sizes=sizes)
+    traced = jax.jit(attend).trace(q, pool, integers(8, 600), integers(80, 4), integers(1), integers())
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    assert lowered.out_info.shape == q.shape and lowered.out_info.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "change", [{"head_dim": 80}, {"dtype": jnp.float32}, {"pool_dtype": jnp.float16}, {"scale": 0}]
+)
+def test_what_only_others_do(change):
+    sizes = {"head_dim": 64, "dtype": jnp.bfloat16, "pool_dtype": jnp.bfloat16, "scale": 1.0} | change
+    q = jnp.zeros((2, 2, sizes["head_dim"]), sizes["dtype"])
+    pool = jnp.zeros((1, 2, 16, sizes["head_dim"]), sizes["pool_dtype"])
+    arguments = q, pool, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 4), jnp.int32), jnp.ones(1, jnp.int32), 0
+    with pytest.raises(NotImplementedError, match="the Mosaic kernel does head_dim 64 and 128"):
+        mosaic.attend_tiles(*arguments, num_kv_heads=1, scale=sizes["scale"])

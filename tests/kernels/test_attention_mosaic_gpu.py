@@ -1,0 +1,94 @@
+"""The Mosaic attention kernel on a Hopper GPU against float64 loops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention_mosaic import in_tiles
+from test_attention_triton_gpu import MIXTURE, expected_attention, poison
+from test_references import BFLOAT16, Attention, assert_close
+
+from pallas_kernels.paged_attention import mosaic, triton
+from pallas_kernels.paged_attention.mosaic import Sizes
+from pallas_kernels.pool import PAGE_SIZE
+
+pytestmark = pytest.mark.gpu
+
+HALF = np.dtype(np.float16)
+CASES = {
+    # Every number of rows that a tile can end with, at any alignment.
+    "lengths": Attention(tuple((2 + 3 * i, 2 + 3 * i + 29 * (i % 3)) for i in range(45)), 2, 1, 128, BFLOAT16),
+    "128, 4 heads, bf16": Attention(MIXTURE, 8, 2, 128, BFLOAT16, padding=200),
+    "128, 1 head, f16": Attention(MIXTURE, 4, 4, 128, HALF),
+    "64, 8 heads, bf16": Attention(MIXTURE, 16, 2, 64, BFLOAT16, padding=0),
+    "fewer tokens than a tile": Attention(((20, 45), (1, 9)), 4, 1, 128, BFLOAT16),
+    "nothing but padding": Attention(((0, 0), (0, 40)), 4, 2, 128, BFLOAT16, padding=4),
+    "a long context": Attention(((300, 20_000), (1, 40), (1000, 1000)), 4, 1, 128, BFLOAT16),
+}
+SIZES = {
+    "tuned": None,
+    "one tile a program": Sizes(128, 2, 1 << 20, 1),
+    "many tiles a program": Sizes(128, 2, 3, 1),
+    "no turns": Sizes(128, 2, 132, 0),
+    "small blocks": Sizes(64, 4, 132, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if not mosaic.runs_on(jax.devices()[0]):
+        pytest.skip("needs a Hopper GPU")
+
+
+@partial(jax.jit, static_argnames=("num_kv_heads", "scale", "sizes"))
+def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, sizes=None):
+    tiles, num_tiles = triton._tiles(query_start, context_len, q.shape[0], mosaic.QUERY_TILE)
+    options = {"num_kv_heads": num_kv_heads, "scale": scale, "sizes": sizes}
+    return (
+        mosaic.attend_tiles(q, pool, jnp.maximum(page_table, 0), tiles, num_tiles, layer, **options),
+        tiles,
+        num_tiles,
+    )
+
+
+def check(case, seed, sizes=None, pool_of=lambda pool, table: (pool, table)):
+    q, pool, *ragged = case.build(seed)
+    options = {"num_kv_heads": case.kv_heads, "scale": 0.2}
+    expected = expected_attention(q, pool, case.layer, *ragged, **options)
+    pool, ragged[0] = pool_of(pool, ragged[0])
+    arguments = jnp.asarray(q), jnp.asarray(pool), jnp.int32(case.layer), *map(jnp.asarray, ragged)
+    compiled = attend.lower(*arguments, **options, sizes=sizes).compile()
+    poison()
+    out, tiles, num_tiles = map(np.asarray, compiled(*arguments))
+    written = in_tiles(tiles, num_tiles, len(q))
+    assert out.dtype == q.dtype
+    assert_close(out[written], expected[written])
+    assert not out[ragged[1][-1] :].any(), "padding tokens give exactly 0"
+    for _ in range(3):
+        again, *_ = compiled(*arguments)
+        assert np.asarray(again)[written].tobytes() == out[written].tobytes()
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(CASES)))
+def test_attention_on_the_gpu(seed, name):
+    check(CASES[name], seed)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name):
+    check(CASES["128, 4 heads, bf16"], 0, SIZES[name])
+
+
+def test_a_pool_of_more_than_2_to_31_elements():
+    shift = 70_000  # pages; in layer 1 the case then lies beyond element 2**31
+    case = Attention(((1, 700), (150, 400), (2, 30)), 8, 8, 128, BFLOAT16)
+
+    def far(pool, table):
+        empty = jnp.full((2, 2, shift * PAGE_SIZE, pool.shape[3]), jnp.nan, pool.dtype)
+        large = jnp.concatenate([empty, jnp.asarray(pool[:2])], axis=2)
+        assert large.size > 2**31 and large[0].size > 2**31
+        return large, table + shift
+
+    check(case, 0, pool_of=far)
