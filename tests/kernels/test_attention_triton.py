@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_references import ATTENTION, BFLOAT16, ROTARY, Attention, assert_close
+from test_references import ATTENTION, BFLOAT16, COMPILER_OPTIONS, ROTARY, Attention, assert_close
 from triton_on_cpu import compiled, interpreted
 
 from pallas_kernels import tuning
@@ -84,6 +84,11 @@ def test_rotary_write_by_interpreter(seed, name):
     case.check((q, written), qkv, cos, sin, pool, rows)
 
 
+jitted_plan = jax.jit(
+    attention.plan, static_argnames=("num_tokens", "max_query_len"), compiler_options=COMPILER_OPTIONS
+)
+
+
 @pytest.mark.parametrize("max_query_len", [None, 1])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
@@ -91,8 +96,8 @@ def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
     counts = rng.integers(0, 2 if max_query_len else 4, 12)
     lengths = (counts + rng.integers(0, 40000 if seed % 2 else 900, 12)).astype(np.int32)
     query_start = np.cumsum([0, *counts]).astype(np.int32)
-    num_tokens = int(query_start[-1]) + 2
-    plan = attention.plan(
+    num_tokens = 3 * 12 + 2  # the same for all, which is compiled once
+    plan = jitted_plan(
         jnp.zeros((12, 3), jnp.int32),
         jnp.asarray(query_start),
         jnp.asarray(lengths),
@@ -177,6 +182,10 @@ def test_what_only_the_reference_does(change):
     sizes = {"head_dim": 64, "group": 2, "dtype": jnp.float32, "pool_dtype": jnp.float32, "scale": 1.0} | change
     q = jnp.zeros((2, sizes["group"], sizes["head_dim"]), sizes["dtype"])
     pool = jnp.zeros((1, 2, 16, sizes["head_dim"]), sizes["pool_dtype"])
-    plan = attention.plan(jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2)
+
+    def attend(q, pool):
+        plan = attention.plan(jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2)
+        return attention.paged_attention(q, pool, 0, plan, num_kv_heads=1, scale=sizes["scale"])
+
     with pytest.raises(NotImplementedError, match="use the reference"):
-        attention.paged_attention(q, pool, 0, plan, num_kv_heads=1, scale=sizes["scale"])
+        jax.eval_shape(attend, q, pool)
