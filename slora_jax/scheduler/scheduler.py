@@ -353,6 +353,9 @@ class Scheduler:
                 return
             self._start_copy(adapter, builder)
             self._prefetched.add(key)
+            if len(self._prefetched) > self._pages.total:
+                # There cannot be as many adapters as pages; these were evicted before anybody used them.
+                self._prefetched = {key for key in self._prefetched if self._pages.lookup(key) is not None}
 
     def _cached_prefix(self, sequence: Sequence) -> list[Hashable]:
         """Keys of the leading pages found in the prefix cache; the last token is always left to compute."""

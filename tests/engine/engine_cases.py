@@ -4,6 +4,7 @@ import json
 from array import array
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,14 +12,22 @@ import numpy as np
 from slora_jax import Engine, Request, SamplingParams
 from slora_jax.config import build_config
 from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
+from slora_jax.memory.layout import MODULES
 from slora_jax.model.llama import Llama
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
 FIXTURES = Path(__file__).parent.parent / "oracle" / "fixtures"
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
-def make_engine(folder: Path, adapters: Path | None = None, pages: int = 400, **options) -> Engine:
-    """An engine without a background thread: ``run`` steps it, checking the pool after every step."""
+def make_engine(
+    folder: Path, adapters: Path | None = None, pages: int = 400, few_shapes: bool = True, **options
+) -> Engine:
+    """An engine without a background thread: ``run`` steps it, checking the pool after every step.
+
+    Args:
+      few_shapes: pad all steps alike, as compiling takes most of a test's time.
+    """
     scheduler = {"max_batch_tokens": 32, "max_sequences": 16} | options.pop("scheduler", {})
     fields = {
         "model": str(folder),
@@ -29,7 +38,18 @@ def make_engine(folder: Path, adapters: Path | None = None, pages: int = 400, **
         "pool": {"pages": pages},
         "scheduler": scheduler,
     }
-    return Engine.create(build_config(fields | options), progress=False)
+    config = build_config(fields | options)
+    if not few_shapes:
+        return Engine.create(config, progress=False)
+    with mock.patch("slora_jax.engine.engine._buckets", _few_buckets):
+        engine = Engine.create(config, progress=False)
+    engine._runner.all_shapes(range(len(MODULES)))
+    return engine
+
+
+def _few_buckets(config) -> Buckets:
+    sequences = (config.scheduler.max_sequences,)
+    return Buckets(sequences, (config.scheduler.max_batch_tokens,), sequences, (64, 1024))
 
 
 def run(engine: Engine, *generations, max_steps: int = 5000):
@@ -83,7 +103,7 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
         slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"
     entry = ScheduledSequence(sequence, 0, len(tokens), True, 0)
-    batch = build_batch([entry], slices, {}, Buckets.geometric(512, 512, ratio=8), 64)
+    batch = build_batch([entry], slices, {}, Buckets((1,), (64, 320), (1,), (64,)), 64, tuple(range(len(MODULES))))
     model = engine._runner.model
     hidden, engine._pool.array = _forced_hidden(
         engine._runner.params, batch.packed, engine._pool.array, model=model, shape=batch.shape
@@ -92,10 +112,7 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
     return np.asarray(logits)[: len(tokens)]
 
 
-@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool")
+@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool", compiler_options=FAST_TO_COMPILE)
 def _forced_hidden(params, packed, pool, *, model, shape):
     batch = shape.unpack(packed, jax.numpy.zeros(1, "int32"))
     return model.apply({"params": params}, batch, pool)
-
-
-CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")

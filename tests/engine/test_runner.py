@@ -48,7 +48,7 @@ def test_pages_of_adapters():
 def test_a_warm_engine_compiles_no_more():
     case = FIXTURES / "llama3_gqa"
     limits = {"max_batch_tokens": 16, "max_sequences": 4}
-    engine = make_engine(case / "model", warm_up=True, scheduler=limits, max_model_len=64)
+    engine = make_engine(case / "model", warm_up=True, scheduler=limits, max_model_len=64, few_shapes=False)
     engine.warm_up()
     compiled = dict(engine._runner._executables)
     assert len(compiled) == 5  # (4, 4), (4, 4) decoding and (16, 4); two samplers

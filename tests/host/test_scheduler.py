@@ -382,6 +382,19 @@ def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are
     assert running.epoch == 0
 
 
+def test_adapters_copied_ahead_for_nobody_are_forgotten():
+    loop = make_loop(max_sequences=1, num_pages=12)
+    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=100))
+    for i in range(1, 60):
+        sequence = make_sequence(i, [i] * 8, adapter=StubAdapter(str(i), 2))
+        loop.scheduler.add(sequence)
+        loads = [*loop.step().loads, *loop.step().loads]
+        assert [load.adapter for load in loads] == [sequence.adapter], "copied ahead"
+        loop.scheduler.finish(sequence)
+    assert len(loop.scheduler._prefetched) <= loop.pages.total
+    loop.run()
+
+
 def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever():
     loop = make_loop(num_pages=321, max_sequences=64, max_batch_tokens=512)
     loop.copy_steps = 2

@@ -1,4 +1,4 @@
-"""The kernels' contracts as float64 loops over single tokens, heads and rank rows. Shares no code with the kernels."""
+"""The kernels' contracts in float64, as plainly as NumPy allows. Shares no code with the kernels."""
 
 import numpy as np
 
@@ -11,17 +11,20 @@ def attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_he
     num_heads, depth = q.shape[1:]
     out = np.zeros(q.shape)
     for s in range(len(page_table)):
-        for t in range(query_start[s], query_start[s + 1]):
-            position = context_len[s] - query_start[s + 1] + t
-            rows = [page_table[s][c // ROWS_IN_PAGE] * ROWS_IN_PAGE + c % ROWS_IN_PAGE for c in range(position + 1)]
-            keys = pool[layer, 0][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
-            values = pool[layer, 1][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
-            for h in range(num_heads):
-                g = h // (num_heads // num_kv_heads)
-                scores = np.array([scale * np.dot(q[t, h], key) for key in keys[:, g]])
-                weights = np.exp(scores - max(scores))
-                for weight, value in zip(weights / weights.sum(), values[:, g], strict=True):
-                    out[t, h] += weight * value
+        tokens = np.arange(query_start[s], query_start[s + 1])
+        if not len(tokens):
+            continue
+        at = np.arange(context_len[s])
+        rows = page_table[s][at // ROWS_IN_PAGE] * ROWS_IN_PAGE + at % ROWS_IN_PAGE
+        keys = pool[layer, 0][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
+        values = pool[layer, 1][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
+        position = context_len[s] - query_start[s + 1] + tokens
+        is_seen = at <= position[:, None]
+        for h in range(num_heads):
+            g = h // (num_heads // num_kv_heads)
+            scores = np.where(is_seen, scale * q[tokens, h] @ keys[:, g].T, -np.inf)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[tokens, h] = weights / weights.sum(axis=1, keepdims=True) @ values[:, g]
     return out
 
 
@@ -30,38 +33,30 @@ def rotary_write(qkv, cos, sin, pool, layer, rows, *, num_kv_heads, head_dim):
     qkv, pool = np.asarray(qkv, np.float64), np.array(pool, np.float64)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = np.zeros((len(qkv), num_heads, head_dim))
-    for t, row in enumerate(rows):
-        for n in range(num_heads + 2 * num_kv_heads):
-            head = qkv[t, n * head_dim : (n + 1) * head_dim]
-            if n < num_heads + num_kv_heads:
-                pairs = [
-                    complex(head[i], head[i + head_dim // 2]) * complex(cos[t, i], sin[t, i])
-                    for i in range(head_dim // 2)
-                ]
-                head = [pair.real for pair in pairs] + [pair.imag for pair in pairs]
-            if n < num_heads:
-                q[t, n] = head
-            else:
-                plane, g = divmod(n - num_heads, num_kv_heads)
-                pool[layer, plane, row, g * head_dim : (g + 1) * head_dim] = head
+    turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+    for n in range(num_heads + 2 * num_kv_heads):
+        head = qkv[:, n * head_dim : (n + 1) * head_dim]
+        if n < num_heads + num_kv_heads:
+            pairs = (head[:, : head_dim // 2] + 1j * head[:, head_dim // 2 :]) * turn
+            head = np.concatenate([pairs.real, pairs.imag], axis=1)
+        if n < num_heads:
+            q[:, n] = head
+        else:
+            plane, g = divmod(n - num_heads, num_kv_heads)
+            pool[layer, plane, rows, g * head_dim : (g + 1) * head_dim] = head
     return q, pool
 
 
-def list_entry(pool, layer, pages, entry):
-    """Entry ``entry`` of the chunk list of an adapter that owns ``pages``."""
-    rows = ROWS_IN_PAGE * len(pages)
-    plane, j = divmod(entry, rows)
-    return np.asarray(pool[layer, plane, pages[j // ROWS_IN_PAGE] * ROWS_IN_PAGE + j % ROWS_IN_PAGE], np.float64)
+def rank_vectors(pool, layer, pages, start, rank, length):
+    """A matrix ``[rank, length]`` whose chunks start at entry ``start`` of the chunk list of ``pages``' adapter.
 
-
-def rank_vector(pool, layer, pages, start, rank, i, length):
-    """Vector i of a matrix of ``rank`` vectors whose chunks start at list entry ``start``, cut to ``length``."""
-    vector = []
-    c = 0
-    while len(vector) < length:
-        vector.extend(list_entry(pool, layer, pages, start + c * rank + i))
-        c += 1
-    return np.array(vector[:length])
+    Chunk c of vector i is entry ``start + c * rank + i``. The list fills the pages' keys, then their values.
+    """
+    num_chunks = -(-length // pool.shape[3])
+    entries = start + np.arange(num_chunks) * rank + np.arange(rank)[:, None]
+    plane, j = np.divmod(entries, ROWS_IN_PAGE * len(pages))
+    chunks = pool[layer, plane, pages[j // ROWS_IN_PAGE] * ROWS_IN_PAGE + j % ROWS_IN_PAGE]
+    return chunks.reshape(rank, -1)[:, :length].astype(np.float64)
 
 
 def shrink(x, pool, layer, segments, modules):
@@ -69,11 +64,9 @@ def shrink(x, pool, layer, segments, modules):
     out = np.zeros((len(x), len(modules), segments.max_rank))
     for g, pages, tokens in _adapters(segments):
         for j, m in enumerate(modules):
-            rank = int(segments.rank[g, m])
-            for i in range(rank):
-                a = rank_vector(pool, layer, pages, int(segments.start_a[g, m]), rank, i, x.shape[1])
-                for t in tokens:
-                    out[t, j, i] = float(segments.scale[g, m]) * np.dot(x[t], a)
+            if rank := int(segments.rank[g, m]):
+                a = rank_vectors(pool, layer, pages, int(segments.start_a[g, m]), rank, x.shape[1])
+                out[tokens, j, :rank] = float(segments.scale[g, m]) * x[tokens] @ a.T
     return out
 
 
@@ -83,11 +76,9 @@ def expand(partial_sums, widths, pool, layer, segments, modules):
     outs = [np.zeros((len(partial_sums), widths[m][1])) for m in modules]
     for g, pages, tokens in _adapters(segments):
         for j, m in enumerate(modules):
-            rank = int(segments.rank[g, m])
-            for i in range(rank):
-                b = rank_vector(pool, layer, pages, int(segments.start_b[g, m]), rank, i, widths[m][1])
-                for t in tokens:
-                    outs[j][t] += partial_sums[t, j, i] * b
+            if rank := int(segments.rank[g, m]):
+                b = rank_vectors(pool, layer, pages, int(segments.start_b[g, m]), rank, widths[m][1])
+                outs[j][tokens] = partial_sums[tokens, j, :rank] @ b
     return np.concatenate(outs, axis=1)
 
 
@@ -95,6 +86,6 @@ def _adapters(segments):
     """(segment, its pages, its tokens) of every segment that has tokens."""
     token_start, page_start = np.asarray(segments.token_start), np.asarray(segments.page_start)
     for g in range(len(token_start) - 1):
-        tokens = range(token_start[g], token_start[g + 1])
-        if tokens:
+        tokens = slice(token_start[g], token_start[g + 1])
+        if tokens.start < tokens.stop:
             yield g, np.asarray(segments.pages)[page_start[g] : page_start[g + 1]], tokens

@@ -1,6 +1,7 @@
 """The Triton attention kernels without a GPU: interpreted, and compiled for every supported generation."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_references import ATTENTION, BFLOAT16, ROTARY, Attention, assert_close
+from test_references import ATTENTION, BFLOAT16, COMPILER_OPTIONS, ROTARY, Attention, assert_close
 from triton_on_cpu import compiled, interpreted
 
+from pallas_kernels import tuning
 from pallas_kernels.paged_attention import rotary_triton
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
@@ -41,8 +43,15 @@ def test_interpreted():
 
 @pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(INTERPRETED)))
-def test_attention_by_interpreter(seed, name):
+def test_attention_by_interpreter(seed, name, monkeypatch):
     case = INTERPRETED[name]
+
+    def few_programs(op, *key):
+        sizes = tuning.block_sizes(op, *key)
+        return sizes | {"programs": 7} if "programs" in sizes else sizes  # interpreted one by one
+
+    monkeypatch.setattr(attention, "block_sizes", few_programs)
+    monkeypatch.setattr(attention, "ITEM_LEVELS", (4, 8))
     if case.dtype == BFLOAT16 and case.query_dtype is None:
         case = dataclasses.replace(case, dtype=HALF)
     q, pool, *ragged = case.build(seed)
@@ -75,6 +84,11 @@ def test_rotary_write_by_interpreter(seed, name):
     case.check((q, written), qkv, cos, sin, pool, rows)
 
 
+jitted_plan = jax.jit(
+    attention.plan, static_argnames=("num_tokens", "max_query_len"), compiler_options=COMPILER_OPTIONS
+)
+
+
 @pytest.mark.parametrize("max_query_len", [None, 1])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
@@ -82,8 +96,8 @@ def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
     counts = rng.integers(0, 2 if max_query_len else 4, 12)
     lengths = (counts + rng.integers(0, 40000 if seed % 2 else 900, 12)).astype(np.int32)
     query_start = np.cumsum([0, *counts]).astype(np.int32)
-    num_tokens = int(query_start[-1]) + 2
-    plan = attention.plan(
+    num_tokens = 3 * 12 + 2  # the same for all, which is compiled once
+    plan = jitted_plan(
         jnp.zeros((12, 3), jnp.int32),
         jnp.asarray(query_start),
         jnp.asarray(lengths),
@@ -122,8 +136,7 @@ COMPILED = {  # tokens, query heads, KV heads, head size, dtype of q, dtype of t
 
 
 @pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
-@pytest.mark.parametrize("capability", [80, 86, 90])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("name", "capability"), [*itertools.product(COMPILED, (80, 90)), ("8B", 86)])
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_attention_compiles(name, capability, monkeypatch):
     num_tokens, num_heads, num_kv_heads, head_dim, dtype, pool_dtype = COMPILED[name]
@@ -169,6 +182,10 @@ def test_what_only_the_reference_does(change):
     sizes = {"head_dim": 64, "group": 2, "dtype": jnp.float32, "pool_dtype": jnp.float32, "scale": 1.0} | change
     q = jnp.zeros((2, sizes["group"], sizes["head_dim"]), sizes["dtype"])
     pool = jnp.zeros((1, 2, 16, sizes["head_dim"]), sizes["pool_dtype"])
-    plan = attention.plan(jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2)
+
+    def attend(q, pool):
+        plan = attention.plan(jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2)
+        return attention.paged_attention(q, pool, 0, plan, num_kv_heads=1, scale=sizes["scale"])
+
     with pytest.raises(NotImplementedError, match="use the reference"):
-        attention.paged_attention(q, pool, 0, plan, num_kv_heads=1, scale=sizes["scale"])
+        jax.eval_shape(attend, q, pool)

@@ -1,4 +1,4 @@
-"""The Triton attention kernels on a GPU against float64 loops."""
+"""The Triton attention kernels on a GPU against float64 oracles."""
 
 from functools import partial
 
@@ -41,25 +41,6 @@ def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads
     return attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
-def expected_attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale):
-    """As ``oracles.attention``, with a sequence's heads and keys at once."""
-    q, out = np.asarray(q, np.float64), np.zeros(q.shape)
-    for s in range(len(page_table)):
-        count, length = query_start[s + 1] - query_start[s], context_len[s]
-        if not count:
-            continue
-        rows = (page_table[s][: -(-length // PAGE_SIZE), None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[:length]
-        k, v = pool[layer][:, rows].astype(np.float64).reshape(2, length, num_kv_heads, -1)
-        queries = q[query_start[s] : query_start[s + 1]].reshape(count, num_kv_heads, -1, q.shape[2])
-        scores = scale * np.einsum("tkgd,ckd->tkgc", queries, k)
-        seen = np.arange(length) <= length - count + np.arange(count)[:, None]
-        scores = np.where(seen[:, None, None], scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        mean = np.einsum("tkgc,ckd->tkgd", weights / weights.sum(axis=-1, keepdims=True), v)
-        out[query_start[s] : query_start[s + 1]] = mean.reshape(count, *q.shape[1:])
-    return out
-
-
 def poison():
     """Leaves NaN in memory that the next outputs are likely to get."""
     for _ in range(4):
@@ -68,7 +49,7 @@ def poison():
 
 def check(case, seed, scale=0.2, pool_of=lambda pool, table: (pool, table)):
     q, pool, *ragged = case.build(seed)
-    expected = expected_attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=scale)
+    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=scale)
     assert np.isfinite(expected).all()
     pool, ragged[0] = pool_of(pool, ragged[0])
     q, pool = jnp.asarray(q), jnp.asarray(pool)
@@ -91,14 +72,6 @@ def check(case, seed, scale=0.2, pool_of=lambda pool, table: (pool, table)):
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(CASES)))
 def test_attention_on_the_gpu(seed, name):
     check(CASES[name], seed)
-
-
-def test_the_vectorized_oracle():
-    case = Attention(((1, 20), (5, 17), (0, 3), (3, 3)), 4, 2, 64)
-    q, pool, *ragged = case.build(0)
-    options = {"num_kv_heads": 2, "scale": 0.2}
-    expected = oracles.attention(np.nan_to_num(q), pool, case.layer, *ragged, **options)
-    np.testing.assert_allclose(expected_attention(q, pool, case.layer, *ragged, **options), expected, atol=1e-12)
 
 
 def test_a_context_of_131072():
@@ -131,7 +104,7 @@ def test_a_page_table_in_the_middle_of_a_buffer():
             offset += array.size
         return attend(q, pool, case.layer, *arrays, num_kv_heads=case.kv_heads, scale=0.2)
 
-    expected = expected_attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.2)
+    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.2)
     assert_close(unpack_and_attend(packed, q, pool), expected)
 
 
@@ -204,5 +177,5 @@ def test_layers_write_and_attend_in_place():
         # From here on as the device rounded them.
         pool[layer] = actual
         queries = queries.astype(BFLOAT16)
-        assert_close(out[real], expected_attention(queries, pool, layer, *ragged, num_kv_heads=4, scale=0.1)[real])
+        assert_close(out[real], oracles.attention(queries, pool, layer, *ragged, num_kv_heads=4, scale=0.1)[real])
         q = np.asarray(out)

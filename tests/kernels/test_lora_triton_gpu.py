@@ -1,4 +1,4 @@
-"""The Triton LoRA kernels on a GPU against float64 loops."""
+"""The Triton LoRA kernels on a GPU against float64 oracles."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The plain-JAX kernels against float64 loops. Whatever the contract leaves unread holds NaN here."""
+"""The plain-JAX kernels against float64 oracles. Whatever the contract leaves unread holds NaN here."""
 
 import dataclasses
 from functools import partial

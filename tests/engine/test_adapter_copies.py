@@ -1,0 +1,155 @@
+"""Adapters on their way to the pool while requests come, go and change their minds. Answers are the oracle's."""
+
+import shutil
+
+import pytest
+from engine_cases import greedy, run
+
+from slora_jax.adapters.peft import load_adapter
+
+NUM_TOKENS = 12
+
+
+class SlowCopy:
+    """A copy that is not seen to arrive before it was asked ``polls`` times; each step asks the first one once."""
+
+    def __init__(self, copy, polls: int):
+        self._copy = copy
+        self._polls = polls
+        self.array, self.pages = copy.array, copy.pages
+
+    @property
+    def is_ready(self) -> bool:
+        self._polls -= 1
+        return self._polls < 0 and self._copy.is_ready
+
+    def wait(self) -> None:
+        self._polls = 0
+        self._copy.wait()
+
+
+def slow_engine(case, polls: int, **options):
+    engine = case.engine(**options)
+    start_copy = engine._pool.start_copy
+    engine._pool.start_copy = lambda staged, pages: SlowCopy(start_copy(staged, pages), polls)
+    return engine
+
+
+class Asked:
+    """The oracle's requests for each adapter, asked under any name and checked."""
+
+    def __init__(self, case, engine):
+        self._requests = case.requests
+        self._engine = engine
+        self._asked = []
+
+    def submit(self, adapter: str | None, name: str | None = None, place: int = 0):
+        request = [r for r in self._requests if r["adapter"] == adapter][place]
+        generation = self._engine.submit(greedy(request["prompt"], name or adapter, NUM_TOKENS))
+        self._asked.append((generation, request))
+        return generation
+
+    def check(self):
+        """Runs until idle and compares all that was not cancelled."""
+        results = run(self._engine, *(generation for generation, _ in self._asked))
+        for (_, request), result in zip(self._asked, results, strict=True):
+            (completion,) = result.completions
+            if completion.finish_reason != "abort":
+                assert list(completion.token_ids) == request["tokens"][:NUM_TOKENS], request["id"]
+        self._asked.clear()
+        assert self._engine.stats()["pages_used"] == 0 and not self._engine._copies
+        return [result.completions[0].finish_reason for result in results]
+
+
+def step_until_copying(engine, polls: int = 600) -> None:
+    for _ in range(polls):
+        engine.step()
+        engine.check_integrity()
+        if engine._copies:
+            return
+        engine.wait_for_work(timeout=0.1)
+    raise AssertionError("no copy was started")
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_cancelling_while_the_adapter_is_copied(tiny_case, others):
+    engine = slow_engine(tiny_case, polls=3)
+    asked = Asked(tiny_case, engine)
+    if others:
+        asked.submit(None)
+    dropped = asked.submit("qv-r8")
+    step_until_copying(engine)
+    dropped.cancel()
+    assert asked.check() == ["length", "abort"][not others :]
+    assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+    asked.submit("qv-r8")
+    asked.check()
+    assert engine.stats()["adapter_loads"] == 1, "the copy that nobody waited for is used later"
+
+
+def test_a_name_gets_other_weights_while_its_copies_are_under_way(tiny_case, tmp_path):
+    engine = slow_engine(tiny_case, polls=4)
+    asked = Asked(tiny_case, engine)
+    folder = tmp_path / "mine"
+    for adapter in ("all7-r1", "mlp-r3", "all7-r1"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tiny_case.adapters / adapter, folder)
+        engine.register_adapter("mine", str(folder))
+        asked.submit(adapter, "mine")
+        # Of equal weights the second copy is none: the pages are there, or on their way.
+        if engine.stats()["adapter_loads"] < 2:
+            step_until_copying(engine)
+        engine.unregister_adapter("mine")
+    assert engine._copies
+    assert asked.check() == ["length"] * 3
+    assert engine.stats()["adapter_loads"] == 2
+    assert "mine" not in engine.adapters()
+
+
+def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case):
+    pages = {name: info.num_pages for name, info in tiny_case.engine().adapters().items()}
+    engine = slow_engine(tiny_case, polls=2, pages=60)
+    assert min(pages.values()) > engine.stats()["pages_total"] // 32
+    asked = Asked(tiny_case, engine)
+    start_copy = engine._pool.start_copy
+    in_flight = []
+
+    def counted(staged, pages):
+        in_flight.append(len(engine._copies))
+        return start_copy(staged, pages)
+
+    engine._pool.start_copy = counted
+    for adapter in ("mlp-r3", "qv-r8", None, "all7-r1", "qv-r8"):
+        asked.submit(adapter)
+    asked.check()
+    assert in_flight == [0, 0, 0]
+
+
+@pytest.mark.parametrize("polls", [0, 3])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_fifty_adapters_take_turns_in_a_pool_of_three(tiny_case, polls, prefix_cache):
+    loaded = {}
+    source = tiny_case.engine()
+    for adapter in source.adapters():
+        header = source._store.get(adapter).header
+        (scale,) = set(header.scales) - {0.0}
+        loaded[adapter] = header.ranks, load_adapter(header, source.dtype).packed, scale
+    largest = max(info.num_pages for info in source.adapters().values())
+    # And the pages of one sequence of the longest prompt.
+    pages = 1 + 3 * largest + (120 + NUM_TOKENS + 15) // 16
+    engine = slow_engine(tiny_case, polls, pages=pages, scheduler={"prefix_cache": prefix_cache})
+    names = [(f"adapter-{i}", adapter) for i, adapter in zip(range(50), 17 * list(loaded), strict=False)]
+    for name, adapter in names:
+        engine.register_loaded_adapter(name, *loaded[adapter])
+    asked = Asked(tiny_case, engine)
+    for _ in range(2):
+        for i, (name, adapter) in enumerate(names):
+            generation = asked.submit(adapter, name)
+            if i % 7 == 3:
+                generation.cancel()
+            elif i % 5 == 3:
+                engine.step()
+                generation.cancel()
+        asked.check()
+    stats = engine.stats()
+    assert stats["adapter_loads"] > 50 and stats["evictions"] > 50
