@@ -5,9 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from test_attention_mosaic import in_tiles
-from test_attention_triton_gpu import MIXTURE, expected_attention, poison
+from test_attention_triton_gpu import MIXTURE, poison
 from test_references import BFLOAT16, Attention, assert_close
 
 from pallas_kernels.paged_attention import mosaic, triton
@@ -56,7 +57,7 @@ def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads
 def check(case, seed, sizes=None, pool_of=lambda pool, table: (pool, table)):
     q, pool, *ragged = case.build(seed)
     options = {"num_kv_heads": case.kv_heads, "scale": 0.2}
-    expected = expected_attention(q, pool, case.layer, *ragged, **options)
+    expected = oracles.attention(q, pool, case.layer, *ragged, **options)
     pool, ragged[0] = pool_of(pool, ragged[0])
     arguments = jnp.asarray(q), jnp.asarray(pool), jnp.int32(case.layer), *map(jnp.asarray, ragged)
     compiled = attend.lower(*arguments, **options, sizes=sizes).compile()
