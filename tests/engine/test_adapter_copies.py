@@ -6,8 +6,11 @@ import pytest
 from engine_cases import greedy, run
 
 from slora_jax.adapters.peft import load_adapter
+from slora_jax.scheduler import scheduler
 
 NUM_TOKENS = 12
+PAGES = 19
+"""Of a pool for three adapters and one sequence; the same in all tests, so that steps are compiled once."""
 
 
 class SlowCopy:
@@ -29,7 +32,7 @@ class SlowCopy:
 
 
 def slow_engine(case, polls: int, **options):
-    engine = case.engine(**options)
+    engine = case.engine(pages=PAGES, **options)
     start_copy = engine._pool.start_copy
     engine._pool.start_copy = lambda staged, pages: SlowCopy(start_copy(staged, pages), polls)
     return engine
@@ -106,10 +109,11 @@ def test_a_name_gets_other_weights_while_its_copies_are_under_way(tiny_case, tmp
     assert "mine" not in engine.adapters()
 
 
-def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case):
-    pages = {name: info.num_pages for name, info in tiny_case.engine().adapters().items()}
-    engine = slow_engine(tiny_case, polls=2, pages=60)
-    assert min(pages.values()) > engine.stats()["pages_total"] // 32
+def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case, monkeypatch):
+    monkeypatch.setattr(scheduler, "_COPY_SHARE", 9)
+    engine = slow_engine(tiny_case, polls=2)
+    limit = engine.stats()["pages_total"] // 9
+    assert {info.num_pages for info in engine.adapters().values()} == {limit, limit + 1}
     asked = Asked(tiny_case, engine)
     start_copy = engine._pool.start_copy
     in_flight = []
@@ -122,11 +126,10 @@ def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case):
     for adapter in ("mlp-r3", "qv-r8", None, "all7-r1", "qv-r8"):
         asked.submit(adapter)
     asked.check()
-    assert in_flight == [0, 0, 0]
+    assert len(in_flight) >= 3 and not any(in_flight)
 
 
-@pytest.mark.parametrize("polls", [0, 3])
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize(("polls", "prefix_cache"), [(0, True), (3, False)])
 def test_fifty_adapters_take_turns_in_a_pool_of_three(tiny_case, polls, prefix_cache):
     loaded = {}
     source = tiny_case.engine()
@@ -134,10 +137,7 @@ def test_fifty_adapters_take_turns_in_a_pool_of_three(tiny_case, polls, prefix_c
         header = source._store.get(adapter).header
         (scale,) = set(header.scales) - {0.0}
         loaded[adapter] = header.ranks, load_adapter(header, source.dtype).packed, scale
-    largest = max(info.num_pages for info in source.adapters().values())
-    # And the pages of one sequence of the longest prompt.
-    pages = 1 + 3 * largest + (120 + NUM_TOKENS + 15) // 16
-    engine = slow_engine(tiny_case, polls, pages=pages, scheduler={"prefix_cache": prefix_cache})
+    engine = slow_engine(tiny_case, polls, scheduler={"prefix_cache": prefix_cache})
     names = [(f"adapter-{i}", adapter) for i, adapter in zip(range(50), 17 * list(loaded), strict=False)]
     for name, adapter in names:
         engine.register_loaded_adapter(name, *loaded[adapter])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_cases import FIXTURES, greedy, make_engine, run
+from engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
 from slora_jax.engine.batch import BatchShape, Buckets
 from slora_jax.model.config import ModelConfig
@@ -80,7 +80,7 @@ def test_a_step_never_copies_the_pool(dtype, total_rank):
     packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
     lowered = jax.jit(step, donate_argnums=2).lower(abstract_params(config, dtype), packed, pool)
     assert lowered.as_text().count("call @_apply_block") == 3, "layers are calls of one function"
-    compiled = lowered.compile()
+    compiled = lowered.compile(FAST_TO_COMPILE)
     text = compiled.as_text()
     dims = f"[{','.join(map(str, pool.shape))}]"
     copies = [line for line in text.splitlines() if dims in line.partition("=")[2][:60] and " copy(" in line]
