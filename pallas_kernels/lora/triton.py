@@ -145,13 +145,26 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
     of_few = tokens <= block["few"]
     blocks = jnp.where(tokens > 0, jnp.where(of_few, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
     splits = jnp.clip(block["programs"] // jnp.maximum(jnp.sum(blocks), 1), 1, max_splits).astype(jnp.int32)
-    cost = jnp.where(of_few, 1, splits * _cost(tile_ranks, ranks, splits))
-    ends = jnp.cumulative_sum(blocks * cost).astype(jnp.int32)
-    splits = splits.reshape(1)
+    # Of an item of a tile of many tokens, in items of a tile of few: about as the bytes of A that they read.
+    tile_cost = jnp.maximum(tile_ranks // (ranks * splits), 1)
+    ends = jnp.cumulative_sum(blocks * jnp.where(of_few, 1, splits * tile_cost)).astype(jnp.int32)
+    splits, tile_cost = splits.reshape(1), tile_cost.reshape(1)
     ref = None if out is None else jax.new_ref(out)
     out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
     num_tiles = ends.shape[0]
-    arguments = (x, pool, plan.records, plan.pages, ends, splits, layer_array(layer), num_rows, num_tiles, num_tokens)
+    arguments = (
+        x,
+        pool,
+        plan.records,
+        plan.pages,
+        ends,
+        splits,
+        tile_cost,
+        layer_array(layer),
+        num_rows,
+        num_tiles,
+        num_tokens,
+    )
     result = jt.triton_call(
         *(arguments if ref is None else (*arguments, ref)),
         kernel=_shrink_kernel,
@@ -235,11 +248,6 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
     )
 
 
-def _cost(tile_ranks, ranks, splits):
-    """Of an item of a tile of many tokens, in items of a tile of few: about as the bytes of A that they read."""
-    return jnp.maximum(tile_ranks // (ranks * splits), 1)
-
-
 def _kind(num_tokens):
     """Key of the block sizes: a step that mostly decodes, or one with prompts in it."""
     return "decode" if num_tokens <= 1024 else "prefill"
@@ -312,6 +320,7 @@ def _shrink_kernel(
     pages,
     ends,  # [tiles]: cost of all items up to and with this tile's
     splits_at,  # [1]
+    tile_cost_at,  # [1]
     layer,  # [1]
     num_rows,
     num_tiles,
@@ -340,7 +349,7 @@ def _shrink_kernel(
     plane = 2 * tl.load(layer)
     splits = tl.load(splits_at)
     split_width = tl.cdiv(tl.cdiv(D_IN, splits), SPLIT_UNIT) * SPLIT_UNIT
-    tile_cost = tl.maximum(TILE_RANKS // (RANKS * splits), 1)
+    tile_cost = tl.load(tile_cost_at)
     total = tl.load(ends + num_tiles - 1).to(tl.int64)
     share_begin = (total * tl.program_id(0) // PROGRAMS).to(tl.int32)
     share_end = (total * (tl.program_id(0) + 1) // PROGRAMS).to(tl.int32)
