@@ -80,7 +80,7 @@ def plan_lora(
         raise ValueError(f"segments.scale must be [{num_segments}, {num_modules}], got {segments.scale.shape}")
     if len(widths) != num_modules:
         raise ValueError(f"widths must name {num_modules} modules, got {len(widths)}")
-    planner = triton.plan if backend == "triton" else reference.plan
+    planner = reference.plan if backend == "reference" else triton.plan
     return planner(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
 
 

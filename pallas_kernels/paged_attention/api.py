@@ -39,8 +39,10 @@ def plan_attention(
     expect_int32("page_table", page_table, (num_sequences, table_width))
     expect_int32("query_start", query_start, (num_sequences + 1,))
     expect_int32("context_len", context_len, (num_sequences,))
-    planner = triton.plan if backend == "triton" else reference.plan
-    return planner(page_table, query_start, context_len, num_tokens=num_tokens, max_query_len=max_query_len)
+    sizes = {"num_tokens": num_tokens, "max_query_len": max_query_len}
+    if backend == "reference":
+        return reference.plan(page_table, query_start, context_len, **sizes)
+    return triton.plan(page_table, query_start, context_len, **sizes, tiles_in_mosaic=backend == "hopper")
 
 
 def paged_attention(
@@ -142,5 +144,5 @@ def rotary_write_kv(
             expected = (num_tokens, head_dim // 2)
             raise ValueError(f"{name} must be float32 {expected}, got {angles.dtype} {angles.shape}")
     expect_int32("rows", rows, (num_tokens,))
-    module = rotary_triton if backend == "triton" else rotary_reference
+    module = rotary_reference if backend == "reference" else rotary_triton
     return module.rotary_write_kv(qkv, rope, pool, layer, rows, num_kv_heads=num_kv_heads, head_dim=head_dim)

@@ -1,5 +1,4 @@
-"""Ragged paged attention of many query tokens for Hopper GPUs, in Pallas Mosaic GPU. No plan chooses it yet: it has
-been interpreted and lowered, and waits for a measured win over ``triton`` on a GPU.
+"""Ragged paged attention of many query tokens for Hopper GPUs, in Pallas Mosaic GPU.
 
 Semantics, shapes and tiles are those of ``triton._tile_kernel``: for every query token t of a tile, at position p of
 sequence s, head h of KV head ``g = h // (H // num_kv_heads)``::
@@ -32,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.backend import MOSAIC_DTYPES, MOSAIC_HEAD_DIMS
 from pallas_kernels.pool import PAGE_SIZE, layer_array
 from pallas_kernels.tuning import block_sizes, device_kind
 
@@ -39,7 +39,6 @@ QUERY_TILE = 128
 """Most tokens of a tile."""
 
 _ROWS = QUERY_TILE // 2
-_DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 # Of 65,536 registers, in threads' shares: two computing warpgroups and one that copies.
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
@@ -59,11 +58,6 @@ class Sizes(NamedTuple):
     stages: int
     programs: int
     turns: int
-
-
-def runs_on(device: jax.Device) -> bool:
-    """Whether the device is a Hopper GPU: others lack these instructions, later ones too."""
-    return device.platform == "gpu" and device.compute_capability == "9.0"
 
 
 def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, scale, sizes=None, interpret=None):
@@ -87,10 +81,10 @@ def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, 
       NotImplementedError: a head size, scale or dtype that only other back ends have.
     """
     num_tokens, num_heads, head_dim = q.shape
-    if q.dtype != pool.dtype or q.dtype not in _DTYPES or head_dim not in (64, 128) or scale <= 0:
+    if q.dtype != pool.dtype or q.dtype not in MOSAIC_DTYPES or head_dim not in MOSAIC_HEAD_DIMS or scale <= 0:
         raise NotImplementedError(
             "the Mosaic kernel does head_dim 64 and 128, a positive scale, and q and pool both bfloat16 or float16; got"
-            f" head_dim {head_dim}, scale {scale}, q {q.dtype} and pool {pool.dtype}"
+            f" head_dim {head_dim}, scale {scale}, q {q.dtype} and pool {pool.dtype}: use triton"
         )
     sizes = sizes or Sizes(**block_sizes("mosaic_attention", device_kind(), "half"))
     if num_tokens < QUERY_TILE:

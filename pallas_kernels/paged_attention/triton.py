@@ -12,6 +12,7 @@ reads a *chunk* of its context once for all query heads of one KV head. Chunks a
 few long sequences and many short ones both give about as many programs as the GPU runs at once; a sequence of several
 chunks gets its parts put together, in order, by a third kernel. Every other sequence is cut into *tiles* of query
 tokens: bound by operations, so one program holds a tile's queries of one head and walks the keys up to the diagonal.
+On Hopper GPUs a Mosaic kernel, ``mosaic``, does the tiles instead: 1.3 times as fast on an H200.
 
 K and V rows are never loaded under a mask over keys: a lane past the context reads the last row of the context, which
 costs no memory traffic, and its score is masked. Sums are float32 and their order does not depend on timing.
@@ -26,6 +27,7 @@ import triton
 import triton.language as tl
 from flax import struct
 
+from pallas_kernels.paged_attention import mosaic
 from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
 
@@ -68,6 +70,7 @@ class TritonAttentionPlan:
         several tokens.
       num_tiles: ``[1]`` int32, how many of these there are; the rest is padding. None like ``tiles``.
       query_tile: most tokens of a tile.
+      tiles_in_mosaic: whether ``mosaic.attend_tiles`` does the tiles.
     """
 
     page_table: jax.Array
@@ -75,9 +78,12 @@ class TritonAttentionPlan:
     tiles: jax.Array | None
     num_tiles: jax.Array | None
     query_tile: int = struct.field(pytree_node=False)
+    tiles_in_mosaic: bool = struct.field(pytree_node=False)
 
 
-def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None) -> TritonAttentionPlan:
+def plan(
+    page_table, query_start, context_len, *, num_tokens, max_query_len=None, tiles_in_mosaic=False
+) -> TritonAttentionPlan:
     """See ``api.plan_attention``."""
     sizes = block_sizes("attention_plan", device_kind(), "any")
     # A buffer of its own: XLA hands a kernel a slice of a larger buffer in place, and Triton needs 16-byte alignment.
@@ -98,7 +104,9 @@ def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None
         length = jnp.where(single, context_len, 0)
         tiles, num_tiles = _tiles(query_start, context_len, num_tokens, sizes["query_tile"])
     decode = tuple(_decode_items(token, sequence, length, level, sizes["min_chunk"]) for level in ITEM_LEVELS)
-    return TritonAttentionPlan(page_table, decode, tiles, num_tiles, query_tile=sizes["query_tile"])
+    return TritonAttentionPlan(
+        page_table, decode, tiles, num_tiles, query_tile=sizes["query_tile"], tiles_in_mosaic=tiles_in_mosaic
+    )
 
 
 def _decode_items(token, sequence, length, level, min_chunk) -> DecodeItems:
@@ -165,7 +173,13 @@ def paged_attention(q, pool, layer, plan: TritonAttentionPlan, *, num_kv_heads, 
         "FLOAT32": q.dtype == jnp.float32 or q.dtype != pool.dtype,
     }
     arguments = q, pool, plan.page_table, layer_array(layer), pool.shape[2]
-    out = None if plan.tiles is None else _attend_tiles(arguments, plan, constants)
+    if plan.tiles is None:
+        out = None
+    elif plan.tiles_in_mosaic:
+        tiles = plan.page_table, plan.tiles, plan.num_tiles
+        out = mosaic.attend_tiles(q, pool, *tiles, layer, num_kv_heads=num_kv_heads, scale=scale)
+    else:
+        out = _attend_tiles(arguments, plan, constants)
     return _decode(arguments, plan, out, constants)
 
 

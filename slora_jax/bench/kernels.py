@@ -37,7 +37,6 @@ from pallas_kernels import (
     plan_lora,
     tuning,
 )
-from pallas_kernels.paged_attention import mosaic
 from pallas_kernels.specs import ATTENTION, LORA, AttentionInputs, AttentionSpec, LoraInputs, LoraSpec, normal
 from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_per_execution
 from slora_jax.config import read_yaml
@@ -108,12 +107,12 @@ class KernelBench:
         self.scale = scale
         self.peers = peers and jax.default_backend() == "gpu"
         self.profiles = profiles
-        self.backend = choose_backend(jax.default_backend())
+        # Every case has heads of 128 and bfloat16.
+        self.backend = choose_backend(jax.devices()[0], 128, jnp.dtype(jnp.bfloat16))
         self.time_attention = cache(self._time_attention)
         self.time_lora = cache(self._time_lora)
         self.time_qkv = cache(self._time_qkv)
         self.time_cudnn = cache(self._time_cudnn)
-        self.time_mosaic = cache(self._time_mosaic)
 
     def _timed(self, run: Callable[[], list], calls: int, out: jax.Array, reference: jax.Array) -> Timing:
         """Checks one of an execution's calls, then times all of them."""
@@ -150,7 +149,7 @@ class KernelBench:
 
     # Attention.
 
-    def _time_attention(self, spec: AttentionSpec) -> Timing:
+    def _time_attention(self, spec: AttentionSpec, backend: Backend) -> Timing:
         spec = spec.scaled(self.scale)
         inputs, reference = _attention_problem(spec)
         attend = _attend(spec)
@@ -159,7 +158,7 @@ class KernelBench:
         def layers(qs, pool, plan):
             return [attend(q, pool, layer, plan) for layer, q in enumerate(qs)]
 
-        run = partial(layers, inputs.qs, inputs.pool, _attention_plan(spec, inputs, self.backend))
+        run = partial(layers, inputs.qs, inputs.pool, _attention_plan(spec, inputs, backend))
         return self._timed(run, spec.layers, run()[0], reference)
 
     def _time_cudnn(self, spec: AttentionSpec) -> Timing:
@@ -175,20 +174,6 @@ class KernelBench:
         attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         run = partial(jax.jit(lambda dense: [attend(*qkv) for qkv in dense]), dense)
         return self._timed(run, spec.layers, run()[0][0], reference)
-
-    def _time_mosaic(self, spec: AttentionSpec) -> Timing:
-        """The same by the kernel that no plan chooses yet."""
-        spec = spec.scaled(self.scale)
-        inputs, reference = _attention_problem(spec)
-        attend = partial(mosaic.attend_tiles, num_kv_heads=spec.kv_heads, scale=spec.head_dim**-0.5)
-
-        @jax.jit
-        def layers(qs, pool, plan):
-            tiles = plan.page_table, plan.tiles, plan.num_tiles
-            return [attend(q, pool, *tiles, layer) for layer, q in enumerate(qs)]
-
-        run = partial(layers, inputs.qs, inputs.pool, _attention_plan(spec, inputs, "triton"))
-        return self._timed(run, spec.layers, run()[0], reference)
 
     # Gathered LoRA.
 
@@ -418,7 +403,7 @@ def _address(x: jax.Array) -> int:
 
 def _bandwidth(name: str, target: str | None, bench: KernelBench) -> Result:
     spec = ATTENTION.get(name) or LORA[name]
-    timing = bench.time_attention(spec) if name in ATTENTION else bench.time_lora(spec)
+    timing = bench.time_attention(spec, bench.backend) if name in ATTENTION else bench.time_lora(spec)
     rate = spec.scaled(bench.scale).bytes / timing.device
     details = {"bytes": spec.scaled(bench.scale).bytes, "bytes_per_second": rate}
     return Result(timing, "of copy", rate / bench.copy["bytes_per_second"], target, details)
@@ -432,30 +417,18 @@ def _one_adapter(bench: KernelBench) -> Result:
 
 def _prefill_attention(name: str, target: str | None, bench: KernelBench) -> Result:
     spec = ATTENTION[name]
-    timing = bench.time_attention(spec)
+    timing = bench.time_attention(spec, bench.backend)
     rate = spec.scaled(bench.scale).flops / timing.device
     details = {"flops_per_second": rate, "of_matmul": rate / bench.matmul_flops}
     if not bench.peers:
         return Result(timing, "of cuDNN", None, target, details)
     peer = bench.time_cudnn(spec)
-    details |= {"cudnn_seconds": peer.seconds, "cudnn_busy": peer.busy} | _mosaic(spec, peer, bench)
+    details |= {"cudnn_seconds": peer.seconds, "cudnn_busy": peer.busy}
+    if bench.backend != "triton":
+        # What other GPUs run.
+        triton = bench.time_attention(spec, "triton")
+        details |= {"triton_seconds": triton.seconds, "triton_busy": triton.busy}
     return Result(timing, "of cuDNN", peer.device / timing.device, target, details)
-
-
-def _mosaic(spec: AttentionSpec, cudnn: Timing, bench: KernelBench) -> dict:
-    """The Mosaic kernel beside the one that the case is about, whose result does not depend on it."""
-    if not mosaic.runs_on(jax.devices()[0]):
-        return {}
-    try:
-        timing = bench.time_mosaic(spec)
-    except Exception as e:
-        return {"mosaic_failure": f"{type(e).__name__}: {e}"}
-    return {
-        "mosaic_seconds": timing.seconds,
-        "mosaic_busy": timing.busy,
-        "mosaic_error": timing.error,
-        "mosaic_of_cudnn": cudnn.device / timing.device,
-    }
 
 
 def _prefill_lora(name: str, target: str | None, bench: KernelBench) -> Result:
@@ -595,9 +568,12 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
         # New for every combination: block sizes are read when a function is traced.
         bench = KernelBench(scale, peers=False, profiles=False)
         try:
-            time_attention = bench.time_mosaic if op == "mosaic_attention" else bench.time_attention
+            # Kernels that this GPU would not choose can be tuned too.
+            backend = "triton" if op == "prefill_attention" else bench.backend
             with tuning.override(op, key, sizes):
-                timing = time_attention(ATTENTION[name]) if name in ATTENTION else bench.time_lora(LORA[name])
+                timing = (
+                    bench.time_attention(ATTENTION[name], backend) if name in ATTENTION else bench.time_lora(LORA[name])
+                )
             row[name] = timing.seconds * 1e6
             click.echo(f"{row[name]:10.1f} {name} {json.dumps(sizes)}")
         except Exception as e:

@@ -82,7 +82,7 @@ class Runner:
 
     def __init__(self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_len: int):
         dtype = pool.array.dtype
-        self.model = Llama(config, dtype, choose_backend(jax.default_backend()))
+        self.model = Llama(config, dtype, choose_backend(jax.devices()[0], config.head_dim, dtype))
         self.params = params
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}

@@ -1,6 +1,7 @@
 """The Mosaic attention kernel without a GPU: interpreted, and lowered for CUDA."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import oracles
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_references import BFLOAT16, Attention, assert_close
+from triton_on_cpu import compiled
 
+from pallas_kernels import choose_backend, paged_attention, plan_attention
 from pallas_kernels.paged_attention import mosaic, triton
 from pallas_kernels.paged_attention.mosaic import Sizes
 from pallas_kernels.pool import PAGE_SIZE
@@ -78,6 +81,37 @@ def test_attention_lowers(name):
     lowered = traced.lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
     assert lowered.out_info.shape == q.shape and lowered.out_info.dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_a_whole_batch_lowers():
+    """The tiles in Mosaic, the decoding sequences in Triton, into one output."""
+    pool = jax.ShapeDtypeStruct((2, 2, 1024 * PAGE_SIZE, 8 * 128), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((300, 32, 128), jnp.bfloat16)
+    table, starts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 64), (9,), (8,)))
+
+    def attend(q, pool, *ragged):
+        plan = plan_attention(*ragged, num_tokens=300, backend="hopper")
+        return paged_attention(q, pool, 1, plan, num_kv_heads=8, scale=0.1)
+
+    with compiled(triton, 90) as kernels:
+        lowered = jax.jit(attend).trace(q, pool, table, starts, lengths).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    assert {name for name, _ in kernels} == {"_decode_kernel", "_combine_kernel"}
+
+
+def device(platform, capability=None):
+    return SimpleNamespace(platform=platform, compute_capability=capability, device_kind="a device")
+
+
+def test_what_runs_where():
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    assert choose_backend(device("cpu"), 128, bfloat16) == "reference"
+    assert choose_backend(device("gpu", "9.0"), 128, bfloat16) == "hopper"
+    assert choose_backend(device("gpu", "9.0"), 80, bfloat16) == "triton"
+    assert choose_backend(device("gpu", "9.0"), 128, jnp.dtype(jnp.float32)) == "triton"
+    assert choose_backend(device("gpu", "10.0"), 128, bfloat16) == "triton"
+    assert choose_backend(device("gpu", "8.0"), 64, bfloat16) == "triton"
 
 
 @pytest.mark.parametrize(

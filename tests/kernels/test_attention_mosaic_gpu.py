@@ -39,7 +39,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if not mosaic.runs_on(jax.devices()[0]):
+    if jax.devices()[0].compute_capability != "9.0":
         pytest.skip("needs a Hopper GPU")
 
 
@@ -75,6 +75,22 @@ def check(case, seed, sizes=None, pool_of=lambda pool, table: (pool, table)):
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(CASES)))
 def test_attention_on_the_gpu(seed, name):
     check(CASES[name], seed)
+
+
+@pytest.mark.parametrize("name", ["128, 4 heads, bf16", "nothing but padding"])
+def test_a_whole_batch_with_its_decoding_sequences(name):
+    case = CASES[name]
+    q, pool, *ragged = case.build(5)
+    options = {"num_kv_heads": case.kv_heads, "scale": 0.2}
+
+    @jax.jit
+    def run(q, pool, *ragged):
+        plan = triton.plan(*ragged, num_tokens=q.shape[0], tiles_in_mosaic=True)
+        return triton.paged_attention(q, pool, case.layer, plan, **options)
+
+    poison()
+    out = run(jnp.asarray(q), jnp.asarray(pool), *map(jnp.asarray, ragged))
+    assert_close(out, oracles.attention(q, pool, case.layer, *ragged, **options))
 
 
 @pytest.mark.parametrize("name", SIZES)
