@@ -376,7 +376,7 @@ def _percentiles(values) -> dict[str, float]:
 
 _GROUPS = (
     ("LoRA", r"shrink|expand|lora"),
-    ("attention", r"attention|attend|flash|_decode_kernel|_combine_kernel|_tile_kernel"),
+    ("attention", r"attention|attend|flash|mosaic|_decode_kernel|_combine_kernel|_tile_kernel"),
     ("rotary, KV write", r"_write_kernel|write_kv|rotary|rope"),
     ("copies", r"memcpy|memset|copy"),
     ("products", r"gemm|nvjet|cutlass|cublas|splitk|matmul|xmma|dot"),
