@@ -53,7 +53,7 @@ class HostLoop:
         ranks = dict.fromkeys("qkvo", _RANK)
         shape = layout.adapter(ranks)
         # Memory of one element, looked at as large: nobody reads the weights here.
-        weights = np.broadcast_to(np.float16(0), (layout.num_layers, 2, shape.num_rows, layout.row_width))
+        weights = np.broadcast_to(np.float16(0), shape.packed_shape)
         self._scales = loaded_adapter("stub", ranks, weights, layout).header.scales
         self._layout = shape
         self._adapters = [_ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]

@@ -27,6 +27,7 @@ from slora_jax.memory.pages import PageAllocator
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
 from slora_jax.scheduler.scheduler import Scheduler
@@ -67,6 +68,7 @@ class Engine:
         params: dict,
         tokenizer: Tokenizer | None,
         model_name: str,
+        mesh: ModelMesh | None = None,
     ):
         dtype = jax.tree.leaves(params)[0].dtype
         self.config = config
@@ -74,18 +76,18 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.dtype = dtype
-        self.pool_layout = layout = PoolLayout.for_model(model_config)
-        num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize))
+        self.pool_layout = layout = PoolLayout.for_model(model_config, config.mesh.tp)
+        num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize), config.mesh.tp)
         self._pages = PageAllocator(num_pages)
         limit = config.max_model_len or model_config.max_position_embeddings
         self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * PAGE_SIZE)
-        self._pool = UnifiedPool(layout, num_pages, dtype)
+        self._pool = UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None)
         self._wake_event = threading.Event()
         self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
         self._scheduler = Scheduler(config.scheduler, self._pages)
-        self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len)
+        self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len, mesh)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
@@ -115,22 +117,24 @@ class Engine:
         dtype = _dtype(config)
         if config.dummy:
             model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
-            params = dummy_params(model_config, dtype, config.seed)
+            mesh = ModelMesh.create(model_config, config.mesh.tp)
+            params = dummy_params(model_config, dtype, config.seed, mesh)
             tokenizer = None
             name = Path(config.model).stem
         else:
             folder = resolve_model(config.model)
             model_config = ModelConfig.from_folder(folder)
+            mesh = ModelMesh.create(model_config, config.mesh.tp)
             tokenizer = None
             if (folder / "tokenizer.json").is_file():
                 tokenizer = Tokenizer.from_folder(folder)
             else:
                 logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
             cache = Path(config.checkpoint_cache).expanduser() if config.checkpoint_cache else None
-            params, provenance = load_or_restore(folder, model_config, dtype, cache, progress=progress)
+            params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
             logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
             name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
-        engine = cls(config, model_config, params, tokenizer, config.served_name or name)
+        engine = cls(config, model_config, params, tokenizer, config.served_name or name, mesh)
         try:
             for adapter, path in config.adapters.items():
                 engine.register_adapter(adapter, path)
@@ -488,20 +492,21 @@ def _dtype(config: EngineConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def _num_pages(config: PoolConfig, page_bytes: int) -> int:
+def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
+    """Pages that the configured share of memory holds; ``page_bytes`` of each on every device."""
     if config.pages is not None:
         return config.pages
     if config.gigabytes is not None:
         budget = config.gigabytes * 2**30
     elif jax.default_backend() == "cpu":
-        budget = min(config.memory_fraction * psutil.virtual_memory().available, _MAX_CPU_POOL_BYTES)
+        budget = min(config.memory_fraction * psutil.virtual_memory().available, _MAX_CPU_POOL_BYTES) / num_devices
     else:
-        memory = jax.devices()[0].memory_stats()
-        budget = config.memory_fraction * (memory["bytes_limit"] - memory["bytes_in_use"])
+        memory = [device.memory_stats() for device in jax.local_devices()[:num_devices]]
+        budget = config.memory_fraction * min(m["bytes_limit"] - m["bytes_in_use"] for m in memory)
     pages = int(budget // page_bytes)
     if pages < 2:
         raise InvalidRequest(
-            f"the pool's {budget / 2**30:.2f} GiB hold {pages} pages of {page_bytes} bytes, and at least 2 are needed; "
+            f"the pool's {budget / 2**30:.2f} GiB a device hold {pages} pages of {page_bytes} bytes, and at least 2 are needed; "
             "raise pool.gigabytes"
         )
     return pages

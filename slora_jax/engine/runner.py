@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import choose_backend
 from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch
@@ -18,6 +19,7 @@ from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama
+from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
@@ -80,17 +82,36 @@ class Runner:
       model, params: the base model.
     """
 
-    def __init__(self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_len: int):
-        dtype = pool.array.dtype
-        self.model = Llama(config, dtype, choose_backend(jax.default_backend()))
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict,
+        pool: UnifiedPool,
+        buckets: Buckets,
+        max_len: int,
+        mesh: ModelMesh | None = None,
+    ):
+        """
+        Args:
+          config: the whole model's.
+          params: its weights, on the mesh's devices.
+          pool: on the same.
+          buckets: shapes that batches are padded to.
+          max_len: longest sequence, in tokens.
+          mesh: the devices that share the model; None for one.
+        """
+        backend = choose_backend(jax.default_backend())
+        self.model = Llama(config, pool.array.dtype, backend, mesh.size if mesh else 1)
         self.params = params
+        self._mesh = mesh
+        self._everywhere = mesh.replicated if mesh else None
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
         self._buckets = buckets
         self._vocab_size = config.vocab_size
         self._table_width = PoolLayout.token_pages(max_len)
-        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32)
+        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows: dict[int, int] = {}
         # Only grows, so that shapes settle.
         self._active: tuple[int, ...] = ()
@@ -126,12 +147,17 @@ class Runner:
 
     def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
         if isinstance(shape, BatchShape):
-            packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
-            return _forward.lower(self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape)
-        hidden = jax.ShapeDtypeStruct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
+            packed = self._struct((shape.packed_size,), jnp.int32)
+            return _forward.lower(
+                self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape, mesh=self._mesh
+            )
+        hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         # The inputs' shapes depend on nothing else when there is no history.
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
         return self._lower_sampler(shape, hidden, inputs)
+
+    def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
     def _lower_sampler(self, shape: SamplerShape, hidden, inputs: SamplerInputs) -> jax.stages.Lowered:
         return _sample.lower(
@@ -142,6 +168,7 @@ class Runner:
             model=self.model,
             shape=shape,
             num_tokens_out=self._buckets.max_sequences,
+            mesh=self._mesh,
         )
 
     def run(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> StepInFlight:
@@ -173,17 +200,50 @@ class Runner:
         return self._executables[shape]
 
 
-@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool")
-def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape):
+def _on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):
+    """``step(params, *arguments)``, or what it gives when every device of the mesh runs it on its slices."""
+    if mesh is None:
+        return step(params, *arguments)
+    return jax.shard_map(
+        step,
+        mesh=mesh.mesh,
+        in_specs=(mesh.param_specs(params), *in_specs),
+        out_specs=out_specs,
+        check_vma=False,
+    )(params, *arguments)
+
+
+_WHOLE = PartitionSpec()
+
+
+@partial(jax.jit, static_argnames=("model", "shape", "mesh"), donate_argnames="pool")
+def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape, mesh: ModelMesh | None):
     """Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool."""
-    batch = shape.unpack(packed, previous_tokens)
-    hidden, pool = model.apply({"params": params}, batch, pool)
-    return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
+
+    def step(params, packed, previous_tokens, pool):
+        batch = shape.unpack(packed, previous_tokens)
+        hidden, pool = model.apply({"params": params}, batch, pool)
+        return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
+
+    arguments = (packed, previous_tokens, pool)
+    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
 
 
-@partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out"))
+@partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out", "mesh"))
 def _sample(
-    params, hidden, inputs: SamplerInputs, previous_tokens, *, model: Llama, shape: SamplerShape, num_tokens_out: int
+    params,
+    hidden,
+    inputs: SamplerInputs,
+    previous_tokens,
+    *,
+    model: Llama,
+    shape: SamplerShape,
+    num_tokens_out: int,
+    mesh: ModelMesh | None,
 ) -> Sampled:
-    logits = model.apply({"params": params}, hidden, method=Llama.logits)
-    return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
+    def step(params, hidden, inputs, previous_tokens):
+        logits = model.apply({"params": params}, hidden, method=Llama.logits)
+        return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
+
+    arguments = (hidden, inputs, previous_tokens)
+    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
