@@ -126,6 +126,38 @@ FLAGS = {
             default="prefix-cache",
         ),
     ],
+    "Several GPUs": [
+        _flag(
+            "--tp",
+            "Devices that share the model and the pool, over all hosts: tensor parallelism.",
+            field="mesh.tp",
+            default="1",
+            type=int,
+            metavar="N",
+        ),
+        _flag(
+            "--coordinator",
+            "Several hosts: where the first one's process waits for the others.",
+            field="mesh.coordinator",
+            metavar="ADDRESS:PORT",
+        ),
+        _flag(
+            "--num-hosts",
+            "Processes, one a host; start each with the same flags.",
+            field="mesh.num_hosts",
+            default="1",
+            type=int,
+            metavar="COUNT",
+        ),
+        _flag(
+            "--host-id",
+            "Which of them this is; 0 answers requests.",
+            field="mesh.host_id",
+            default="0",
+            type=int,
+            metavar="NUMBER",
+        ),
+    ],
     "Scheduling": [
         _flag(
             "--max-batch-tokens",
@@ -252,7 +284,7 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
     from slora_jax.errors import InvalidRequest
 
     fields = read_yaml(Path(file)) if file else {}
-    for section in ("server", "pool", "scheduler", "adapters"):
+    for section in ("server", "pool", "scheduler", "mesh", "adapters"):
         fields[section] = fields.get(section) or {}
         if not isinstance(fields[section], dict):
             raise InvalidRequest(f"invalid configuration: {section} must be a mapping, got {fields[section]!r}")

@@ -19,8 +19,8 @@ def loaded_adapter(
     Args:
       name: shown as its path.
       ranks: rank of each module it changes.
-      packed: ``[layers, 2, R, N * W]`` in the pool's dtype, as from ``pool_layout.adapter(ranks).pack``; not to be written
-        to afterwards.
+      packed: ``[layers, 2, R, N * W]`` in the pool's dtype, as from ``pool_layout.adapter(ranks).pack``; not to be
+        written to afterwards.
       pool_layout: the base model's.
       scale: what B A x is multiplied with.
 

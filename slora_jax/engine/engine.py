@@ -402,8 +402,10 @@ class Engine:
         if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
             return
         start = time.perf_counter()
-        changed = {module for info in self.adapters().values() for module in info.ranks}
-        shapes = self._runner.all_shapes([MODULES.index(module) for module in changed])
+        adapters = self.adapters().values()
+        changed = {module for info in adapters for module in info.ranks}
+        largest = max((info.rank for info in adapters), default=1)
+        shapes = self._runner.all_shapes([MODULES.index(module) for module in changed], largest)
         self._runner.compile(shapes)
         logger.info("compiled %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
 
@@ -506,8 +508,8 @@ def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
     pages = int(budget // page_bytes)
     if pages < 2:
         raise InvalidRequest(
-            f"the pool's {budget / 2**30:.2f} GiB a device hold {pages} pages of {page_bytes} bytes, and at least 2 are needed; "
-            "raise pool.gigabytes"
+            f"the pool's {budget / 2**30:.2f} GiB a device hold {pages} pages of {page_bytes} bytes, at least 2 are "
+            "needed; raise pool.gigabytes"
         )
     return pages
 

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import choose_backend
-from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch
+from slora_jax.adapters.peft import MAX_RANK
+from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
@@ -113,18 +114,22 @@ class Runner:
         self._table_width = PoolLayout.token_pages(max_len)
         self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows: dict[int, int] = {}
-        # Only grows, so that shapes settle.
+        # These only grow, so that shapes settle.
         self._active: tuple[int, ...] = ()
+        # One device has no reason to count: its kernels work on real ranks.
+        self._max_rank = padded_rank(1) if mesh else MAX_RANK
         self._executables: dict[BatchShape | SamplerShape, jax.stages.Compiled] = {}
 
-    def all_shapes(self, active: Collection[int]) -> list[BatchShape]:
+    def all_shapes(self, active: Collection[int], max_rank: int = 1) -> list[BatchShape]:
         """Every shape that a step can have, but for steps with unusually large adapters.
 
         Args:
           active: the modules that adapters change, which steps will count on from now on; none without adapters.
+          max_rank: their largest rank, likewise.
         """
         self._active = tuple(sorted({*self._active, *active}))
-        return self._buckets.all_shapes(self._table_width, self._active)
+        self._max_rank = max(self._max_rank, padded_rank(max_rank))
+        return self._buckets.all_shapes(self._table_width, self._active, self._max_rank)
 
     def compile(self, shapes: Sequence[BatchShape]) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling.
@@ -178,8 +183,11 @@ class Runner:
           entries: at least one; each of another sequence. Pending tokens are those of the previous ``run``.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
         """
-        batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active)
+        batch = build_batch(
+            entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active, self._max_rank
+        )
         self._active = batch.shape.active or self._active
+        self._max_rank = batch.shape.max_rank or self._max_rank
         sampler_shape, sampler_inputs = build_sampler_inputs(
             batch.entries, self._rows, batch.shape.sequences, self._vocab_size
         )

@@ -103,9 +103,7 @@ class Llama(nn.Module):
             param_dtype=self.dtype,
             embedding_init=nn.initializers.normal(1.0),
         )
-        self.layers = [
-            Block(self.config, self.dtype, self.backend, self.num_shards) for _ in range(config.num_layers)
-        ]
+        self.layers = [Block(self.config, self.dtype, self.backend, self.num_shards) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config.vocab_size, self.dtype)
@@ -216,6 +214,15 @@ class Block(nn.Module):
         def low_rank(modules) -> bool:
             return step.lora is not None and bool(set(modules) & set(step.lora.active))
 
+        def shrink_split(x, modules):
+            """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
+            changed = [m for m in modules if m in step.lora.active]
+            gathered = _gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed))
+            if len(changed) == len(modules):
+                return gathered
+            places = np.array([modules.index(m) for m in changed])
+            return jnp.zeros((x.shape[0], len(modules), gathered.shape[2]), jnp.float32).at[:, places].set(gathered)
+
         def project(projection, x, *modules):
             y = projection(x)
             if not low_rank(modules):
@@ -223,7 +230,7 @@ class Block(nn.Module):
             # Nothing between the product and the sum: cuBLAS then does both in one kernel.
             if self.num_shards == 1:
                 return y + lora_delta(x, pool, layer, step.lora, modules)
-            partial_sums = _gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, modules))
+            partial_sums = shrink_split(x, modules)
             return y + lora_expand(partial_sums, pool, layer, step.lora, modules, x.dtype)
 
         def reduce(projection, x, module):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
