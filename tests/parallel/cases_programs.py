@@ -48,7 +48,7 @@ def compiled_step(engine, modules: str, rank: int) -> jax.stages.Compiled:
     return engine._runner._lower(shape).compile({"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_steps_collectives_are_the_papers(shape_file, tp):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": tp})
     tokens, hidden, layers, rank = 24, 48, 1, 16

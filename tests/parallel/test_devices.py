@@ -31,5 +31,6 @@ def test_on_eight_devices(file):
 
 
 @pytest.mark.slow
-def test_every_size_of_mesh_gives_the_oracles_tokens():
-    run_cases("cases_tokens", "slow")
+@pytest.mark.parametrize("file", ["cases_tokens", "cases_programs"])
+def test_on_more_sizes_of_mesh(file):
+    run_cases(file, "slow")
