@@ -263,7 +263,10 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
 
     try:
         engine_config, server_config = read_config(config, given)
-        serve(engine_config, server_config)
+        if engine_config.mesh.host_id:
+            follow(engine_config, server_config)
+        else:
+            serve(engine_config, server_config)
     except (SLoRAError, OSError, ModuleNotFoundError) as error:
         logging.getLogger("slora_jax").debug("failed to start", exc_info=True)
         raise Failure(error) from None
@@ -344,6 +347,17 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
             )
         finally:
             engine.close()
+    click.echo("Stopped.", err=True)
+
+
+def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
+    """Lends this host's devices to the first host's server, until that stops."""
+    logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from slora_jax.engine.engine import follow
+
+    mesh = engine_config.mesh
+    click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)
+    follow(engine_config)
     click.echo("Stopped.", err=True)
 
 

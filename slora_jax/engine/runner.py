@@ -176,30 +176,40 @@ class Runner:
             mesh=self._mesh,
         )
 
-    def run(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> StepInFlight:
+    def run(
+        self,
+        entries: tuple[ScheduledSequence, ...],
+        adapters: Mapping[object, AdapterSlice],
+        on_launch: Callable[[BatchShape, np.ndarray, SamplerShape, SamplerInputs], None],
+    ) -> StepInFlight:
         """Starts a step and returns at once.
 
         Args:
           entries: at least one; each of another sequence. Pending tokens are those of the previous ``run``.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
+          on_launch: is given the arguments of ``launch``, before that.
         """
         batch = build_batch(
             entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active, self._max_rank
         )
         self._active = batch.shape.active or self._active
         self._max_rank = batch.shape.max_rank or self._max_rank
-        sampler_shape, sampler_inputs = build_sampler_inputs(
-            batch.entries, self._rows, batch.shape.sequences, self._vocab_size
-        )
-        forward = self._executable(batch.shape, lambda: self._lower(batch.shape))
-        hidden, self._pool.array = forward(self.params, batch.packed, self._tokens, self._pool.array)
-        sampler = self._executable(sampler_shape, lambda: self._lower_sampler(sampler_shape, hidden, sampler_inputs))
-        sampled = sampler(self._head, hidden, sampler_inputs, self._tokens)
-        self._tokens = sampled.tokens
+        sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
+        on_launch(batch.shape, batch.packed, sampler, inputs)
+        sampled = self.launch(batch.shape, batch.packed, sampler, inputs)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         return StepInFlight(batch.entries, sampled)
+
+    def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
+        """Starts the programs of a step that is laid out."""
+        forward = self._executable(shape, lambda: self._lower(shape))
+        hidden, self._pool.array = forward(self.params, packed, self._tokens, self._pool.array)
+        sampling = self._executable(sampler, lambda: self._lower_sampler(sampler, hidden, inputs))
+        sampled = sampling(self._head, hidden, inputs, self._tokens)
+        self._tokens = sampled.tokens
+        return sampled
 
     def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         if shape not in self._executables:

@@ -158,7 +158,6 @@ def dummy_params(config: ModelConfig, dtype: jnp.dtype, seed: int, mesh: ModelMe
     They depend on ``seed`` and the model's shapes only, not on the mesh, and are small enough for activations to stay
     finite in 80 layers.
     """
-    key = jax.random.key(seed)
     num_drawn = 0
     recipes = _recipes(config, (), mesh.shards if mesh else Shards(config))
 
@@ -169,7 +168,7 @@ def dummy_params(config: ModelConfig, dtype: jnp.dtype, seed: int, mesh: ModelMe
             return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
         # One program a shape, whatever the number of layers.
         program = jax.jit(_draw, static_argnums=(2, 3), out_shardings=leaf.sharding)
-        return program(key, num_drawn, recipes[path].form, leaf.dtype)
+        return program(np.uint32(seed % 2**32), num_drawn, recipes[path].form, leaf.dtype)
 
     return _map_params(draw, config, dtype, mesh)
 
@@ -193,9 +192,10 @@ def _map_params(make: Callable[[ParamPath, jax.ShapeDtypeStruct], Any], config, 
     return jax.tree_util.tree_map_with_path(place, abstract_params(config, dtype, mesh.size if mesh else 1))
 
 
-def _draw(key, index, form: "_Form", dtype):
+def _draw(seed, index, form: "_Form", dtype):
     # In float32 whatever the dtype, so that a bfloat16 model is the float32 one, rounded.
-    values = jax.random.normal(jax.random.fold_in(key, index), form.shape, jnp.float32)
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    values = jax.random.normal(key, form.shape, jnp.float32)
     pieces = [
         jnp.zeros([size if axis == form.axis else n for axis, n in enumerate(form.shape)], jnp.float32)
         if first is None
