@@ -117,7 +117,13 @@ FLAGS = {
             type=float,
             metavar="SHARE",
         ),
-        _flag("--pool-gigabytes", "The pool's size in GiB.", field="pool.gigabytes", type=float, metavar="GIB"),
+        _flag(
+            "--pool-gigabytes",
+            "The pool's size in GiB on each device.",
+            field="pool.gigabytes",
+            type=float,
+            metavar="GIB",
+        ),
         _flag("--pool-pages", "The pool's size in pages of 16 tokens.", field="pool.pages", type=int, metavar="PAGES"),
         _flag(
             "--prefix-cache/--no-prefix-cache",
@@ -126,7 +132,7 @@ FLAGS = {
             default="prefix-cache",
         ),
     ],
-    "Several GPUs": [
+    "Devices": [
         _flag(
             "--tp",
             "Devices that share the model and the pool, over all hosts: tensor parallelism.",
