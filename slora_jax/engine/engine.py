@@ -79,6 +79,13 @@ class Engine:
         self.dtype = dtype
         self.pool_layout = layout = PoolLayout.for_model(model_config, config.mesh.tp)
         self._pool, self.max_model_len = _make_pool(config, model_config, dtype, mesh)
+        if layout.shards.num_idle:
+            logger.warning(
+                "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
+                layout.shards.num_idle,
+                layout.shards.count,
+                model_config.num_kv_heads,
+            )
         self._pages = PageAllocator(self._pool.num_pages)
         self._wake_event = threading.Event()
         self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from engine_cases import FIXTURES, make_engine
 
+from slora_jax.bench.plan import message_bytes
 from slora_jax.engine.batch import BatchShape, padded_rank
 from slora_jax.engine.sampling import SamplerShape
 from slora_jax.errors import InvalidRequest
@@ -70,6 +71,9 @@ def test_a_steps_collectives_are_the_papers(shape_file, tp):
     assert sent == layers * 5 * (tp - 1) * tokens * rank // tp
     sent = sum(sent_elements(kind, shape, tp) for kind, _, shape in of_lora(" ".join(MODULES)))
     assert sent == layers * (5 + 4) * (tp - 1) * tokens * rank // tp
+    planned = message_bytes(engine.model_config, tp, tokens, 0, dict.fromkeys(MODULES, rank), itemsize=4)
+    assert planned["lora"] == sent * 4
+    assert planned["base"] == len(base) * sent_elements(*base[0][::2], tp) * 4
 
 
 def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
