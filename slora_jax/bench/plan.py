@@ -22,9 +22,8 @@ _PARTIAL_SUM_BYTES = _LOGIT_BYTES = 4
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet numbers: bytes of memory; bytes a second of memory, and of the link each way; bf16 operations a second.
-
-    The H200's memory speed is what its copies reach here.
+    """Data-sheet numbers: bytes of memory; bytes a second of memory, and of the link each way; bf16 operations a
+    second. The H200's memory speed is what its copies reach here.
     """
 
     memory: float
