@@ -78,6 +78,7 @@ def tune(op: str, key: str, grid: str, only: str | None, scale: int):
 @click.option("--max-batch-tokens", default=1024, show_default=True)
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
+@click.option("--tp", default=1, show_default=True, help="Devices that share the model.")
 @click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
 @click.option("--rate", default=2.0, show_default=True, help="Open trace: requests a second.")
 @click.option("--cv", default=1.0, show_default=True, help="Open trace: coefficient of variation of the intervals.")
@@ -85,7 +86,7 @@ def tune(op: str, key: str, grid: str, only: str | None, scale: int):
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
 def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
-               pool_gigabytes, trace, rate, cv, alpha, profile, out):  # fmt: skip
+               pool_gigabytes, tp, trace, rate, cv, alpha, profile, out):  # fmt: skip
     """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
     A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
@@ -111,6 +112,7 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
                 "prefix_cache": prefix_cache,
             },
             pool={"gigabytes": pool_gigabytes},
+            tp=tp,
             trace=OpenTrace(rate, cv, alpha) if trace == "open" else None,
             profile=profile,
             command=command_line(),

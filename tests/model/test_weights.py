@@ -1,8 +1,11 @@
 """Safetensors to parameters: what lands where, what is refused, and what it costs."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -401,6 +404,32 @@ def test_peak_host_memory_is_far_from_twice_the_model(tmp_path, tp):
     write_model(tmp_path / "small", GROUPED)
     arguments = (tmp_path / "model", tmp_path / "small", tp, *shape)
     assert float(run_python(MEASURE_PEAK, *arguments, num_devices=tp)) < 1.5
+
+
+MEASURE_HOST = """
+import sys
+from slora_jax.config import MeshConfig
+from slora_jax.engine.hosts import join_hosts
+
+coordinator, host = sys.argv.pop(1), int(sys.argv.pop(1))
+join_hosts(MeshConfig(tp=2, coordinator=coordinator, num_hosts=2, host_id=host))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
+def test_no_host_of_two_holds_the_whole_model(tmp_path):
+    shape = (4096, 1024, 2816, 2, 16, 4, 64)
+    write_model(tmp_path / "model", ModelConfig(*shape), np.float32)
+    write_model(tmp_path / "small", GROUPED)
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{sock.getsockname()[1]}"
+    arguments = (tmp_path / "model", tmp_path / "small", 2, *shape)
+    with ThreadPoolExecutor(2) as hosts:
+        peaks = hosts.map(lambda host: run_python(MEASURE_HOST + MEASURE_PEAK, coordinator, host, *arguments), range(2))
+    for peak in peaks:
+        assert 0.5 < float(peak) < 0.85, "its half, and a parameter on its way"
 
 
 LOAD_SHARDED = """

@@ -1,24 +1,36 @@
 """What several devices' programs hold and send, read from the arrays and from the compiled code."""
 
+import contextlib
 import re
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_cases import FIXTURES, make_engine
+from triton_on_cpu import compiled
 
+from pallas_kernels.lora import triton as lora_kernels
+from pallas_kernels.paged_attention import rotary_triton
+from pallas_kernels.paged_attention import triton as attention
 from slora_jax.bench.plan import message_bytes
+from slora_jax.engine import runner
 from slora_jax.engine.batch import BatchShape, padded_rank
 from slora_jax.engine.sampling import SamplerShape
 from slora_jax.errors import InvalidRequest
-from slora_jax.memory.layout import MODULES
+from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import Llama
+from slora_jax.model.mesh import ModelMesh
+from slora_jax.model.weights import sharded_abstract_params
 
 _COLLECTIVE = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(")
 
 
-def collectives(compiled: jax.stages.Compiled) -> list[tuple[str, str, tuple[int, ...]]]:
+def collectives(program: jax.stages.Compiled) -> list[tuple[str, str, tuple[int, ...]]]:
     """Kind, element type and result's shape of every collective of a program; sorted."""
-    text = compiled.as_text()
+    text = program.as_text()
     found = [
         (kind, dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims, kind in _COLLECTIVE.findall(text)
     ]
@@ -86,8 +98,8 @@ def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
 def test_sampling_sends_the_logits_once(shape_file):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
     sampler = SamplerShape(16, random=True, filtered=False, history=0, logprobs=False)
-    compiled = engine._runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
-    assert collectives(compiled) == [("all-gather", "f32", (16, 100))], "97 tokens, in four equal parts"
+    program = engine._runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
+    assert collectives(program) == [("all-gather", "f32", (16, 100))], "97 tokens, in four equal parts"
 
 
 def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
@@ -113,6 +125,30 @@ def test_each_device_has_its_part_of_pool_and_weights(shape_file, tp):
     for keys, leaf in jax.tree_util.tree_leaves_with_path(weights):
         whole = any(key.key in norms for key in keys)
         assert leaf.addressable_shards[1].data.nbytes * (1 if whole else tp) == leaf.nbytes, keys
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_the_kernels_take_one_devices_part_of_a_70b_model(decode_only):
+    model = ModelConfig(32000, 8192, 28672, 1, 64, 8, 128)
+    mesh = ModelMesh.create(model, 8)
+    whole = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated)
+    shape = BatchShape(32 if decode_only else 512, 32, 256, 256 * 32, 512, tuple(range(7)), decode_only, 64)
+    pool = PoolLayout.for_model(model, 8).pool_shape(10)
+    with contextlib.ExitStack() as stack:
+        kernels = [stack.enter_context(compiled(module, 90)) for module in (lora_kernels, attention, rotary_triton)]
+        runner._forward.trace(
+            sharded_abstract_params(model, jnp.bfloat16, mesh),
+            whole((shape.packed_size,), jnp.int32),
+            whole((32,), jnp.int32),
+            jax.ShapeDtypeStruct(pool, jnp.bfloat16, sharding=mesh.pool),
+            model=Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8),
+            shape=shape,
+            mesh=mesh,
+        ).lower(lowering_platforms=("cuda",))
+    # Shrink and expand for each of qkv, o, gate and up, down; attention; the KV write.
+    assert [len(names) for names in kernels] == [8, 2 if decode_only else 3, 1]
 
 
 def test_a_bad_number_of_devices_gets_a_sentence(shape_file):

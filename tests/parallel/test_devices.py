@@ -20,7 +20,7 @@ def run_cases(file: str, marks: str) -> None:
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": DEVICES},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
@@ -31,6 +31,7 @@ def test_on_eight_devices(file):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("file", ["cases_tokens", "cases_programs"])
 def test_on_more_sizes_of_mesh(file):
     run_cases(file, "slow")
