@@ -77,8 +77,8 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.dtype = dtype
-        self.pool_layout = layout = PoolLayout.for_model(model_config, config.mesh.tp)
-        self._pool, self.max_model_len = _make_pool(config, model_config, dtype, mesh)
+        self.pool_layout = layout = _pool_layout(model_config, mesh)
+        self._pool, self.max_model_len = _make_pool(config, model_config, layout, dtype, mesh)
         if layout.shards.num_idle:
             logger.warning(
                 "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
@@ -481,9 +481,10 @@ def follow(config: EngineConfig, progress: bool = True) -> None:
     """
     base = _load_base(config, progress)
     model, mesh = base.model_config, base.mesh
-    pool, max_len = _make_pool(config, model, jax.tree.leaves(base.params)[0].dtype, mesh)
+    layout = _pool_layout(model, mesh)
+    pool, max_len = _make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
     runner = Runner(model, base.params, pool, _buckets(config), max_len, mesh)
-    Follower(model, PoolLayout.for_model(model, config.mesh.tp), pool, runner).follow()
+    Follower(model, layout, pool, runner).follow()
 
 
 @dataclass(frozen=True)
@@ -523,12 +524,15 @@ def _load_base(config: EngineConfig, progress: bool) -> _Base:
     return _Base(model_config, params, tokenizer, config.served_name or name, mesh)
 
 
+def _pool_layout(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
+    return PoolLayout.for_model(model, mesh.size if mesh else 1)
+
+
 def _make_pool(
-    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, mesh: ModelMesh | None
+    config: EngineConfig, model: ModelConfig, layout: PoolLayout, dtype: jnp.dtype, mesh: ModelMesh | None
 ) -> tuple[UnifiedPool, int]:
     """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow."""
-    layout = PoolLayout.for_model(model, config.mesh.tp)
-    num_pages = agreed_minimum(_num_pages(config.pool, layout.page_bytes(dtype.itemsize), config.mesh.tp))
+    num_pages = agreed_minimum(_num_pages(config.pool, layout.page_bytes(dtype.itemsize), layout.shards.count))
     limit = config.max_model_len or model.max_position_embeddings
     max_len = min(limit, model.max_position_embeddings, (num_pages - 1) * PAGE_SIZE)
     return UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None), max_len

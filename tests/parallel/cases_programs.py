@@ -95,6 +95,15 @@ def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
     assert [padded_rank(rank) for rank in (1, 8, 9, 33, 256)] == [8, 8, 16, 64, 256]
 
 
+def test_a_step_copies_no_devices_pool(shape_file):
+    engine = make_engine(shape_file, dummy=True, mesh={"tp": 4}, pages=4000)
+    program = compiled_step(engine, "q o", 8)
+    (shard, *_) = engine._pool.array.addressable_shards
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == shard.data.nbytes
+    assert memory.temp_size_in_bytes < shard.data.nbytes / 4
+
+
 def test_sampling_sends_the_logits_once(shape_file):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
     sampler = SamplerShape(16, random=True, filtered=False, history=0, logprobs=False)
