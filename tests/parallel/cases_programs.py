@@ -63,29 +63,34 @@ def compiled_step(engine, modules: str, rank: int) -> jax.stages.Compiled:
 
 @pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_steps_collectives_are_the_papers(shape_file, tp):
-    engine = make_engine(shape_file, dummy=True, mesh={"tp": tp})
+    engine = make_engine(shape_file, dummy=True, mesh={"tp": tp}, pages=4000)
     tokens, hidden, layers, rank = 24, 48, 1, 16
     base = collectives(compiled_step(engine, "", 0))
     # After o, after down, and once for the embedding.
     assert base == [("all-reduce", "f32", (tokens, hidden))] * (2 * layers + 1)
     assert sent_elements(*base[0][::2], tp) == 2 * (tp - 1) * tokens * hidden // tp
 
-    def of_lora(modules):
-        rest = collectives(compiled_step(engine, modules, rank))
+    def of_lora(program):
+        rest = collectives(program)
         for collective in base:
             rest.remove(collective)
         return rest
 
-    attention = of_lora("q k v o")
+    attention = of_lora(compiled_step(engine, "q k v o", rank))
     assert sorted({kind for kind, _, _ in attention}) == ["all-gather", "all-reduce"]
     assert len(attention) == 2 * layers
     sent = sum(sent_elements(kind, shape, tp) for kind, _, shape in attention)
     assert sent == layers * 5 * (tp - 1) * tokens * rank // tp
-    sent = sum(sent_elements(kind, shape, tp) for kind, _, shape in of_lora(" ".join(MODULES)))
+    program = compiled_step(engine, " ".join(MODULES), rank)
+    sent = sum(sent_elements(kind, shape, tp) for kind, _, shape in of_lora(program))
     assert sent == layers * (5 + 4) * (tp - 1) * tokens * rank // tp
     planned = message_bytes(engine.model_config, tp, tokens, 0, dict.fromkeys(MODULES, rank), itemsize=4)
     assert planned["lora"] == sent * 4
     assert planned["base"] == len(base) * sent_elements(*base[0][::2], tp) * 4
+    # And no device copies its part of the pool.
+    memory, pool = program.memory_analysis(), engine._pool.array.addressable_shards[0].data
+    assert memory.alias_size_in_bytes == pool.nbytes
+    assert memory.temp_size_in_bytes < pool.nbytes / 4
 
 
 def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
@@ -93,15 +98,6 @@ def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
     widths = {shape[1:] for _, _, shape in collectives(compiled_step(engine, "q v down", 13)) if len(shape) > 2}
     assert {int(np.prod(width)) for width in widths} == {2 * 16, 16}
     assert [padded_rank(rank) for rank in (1, 8, 9, 33, 256)] == [8, 8, 16, 64, 256]
-
-
-def test_a_step_copies_no_devices_pool(shape_file):
-    engine = make_engine(shape_file, dummy=True, mesh={"tp": 4}, pages=4000)
-    program = compiled_step(engine, "q o", 8)
-    (shard, *_) = engine._pool.array.addressable_shards
-    memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes == shard.data.nbytes
-    assert memory.temp_size_in_bytes < shard.data.nbytes / 4
 
 
 def test_sampling_sends_the_logits_once(shape_file):
