@@ -117,13 +117,51 @@ FLAGS = {
             type=float,
             metavar="SHARE",
         ),
-        _flag("--pool-gigabytes", "The pool's size in GiB.", field="pool.gigabytes", type=float, metavar="GIB"),
+        _flag(
+            "--pool-gigabytes",
+            "The pool's size in GiB on each device.",
+            field="pool.gigabytes",
+            type=float,
+            metavar="GIB",
+        ),
         _flag("--pool-pages", "The pool's size in pages of 16 tokens.", field="pool.pages", type=int, metavar="PAGES"),
         _flag(
             "--prefix-cache/--no-prefix-cache",
             "Keep the pages of finished prompts for prompts that begin alike.",
             field="scheduler.prefix_cache",
             default="prefix-cache",
+        ),
+    ],
+    "Devices": [
+        _flag(
+            "--tp",
+            "Devices that share the model and the pool, over all hosts: tensor parallelism.",
+            field="mesh.tp",
+            default="1",
+            type=int,
+            metavar="N",
+        ),
+        _flag(
+            "--coordinator",
+            "Several hosts: where the first one's process waits for the others.",
+            field="mesh.coordinator",
+            metavar="ADDRESS:PORT",
+        ),
+        _flag(
+            "--num-hosts",
+            "Processes, one a host; start each with the same flags.",
+            field="mesh.num_hosts",
+            default="1",
+            type=int,
+            metavar="COUNT",
+        ),
+        _flag(
+            "--host-id",
+            "Which of them this is; 0 answers requests.",
+            field="mesh.host_id",
+            default="0",
+            type=int,
+            metavar="NUMBER",
         ),
     ],
     "Scheduling": [
@@ -231,7 +269,10 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
 
     try:
         engine_config, server_config = read_config(config, given)
-        serve(engine_config, server_config)
+        if engine_config.mesh.host_id:
+            follow(engine_config, server_config)
+        else:
+            serve(engine_config, server_config)
     except (SLoRAError, OSError, ModuleNotFoundError) as error:
         logging.getLogger("slora_jax").debug("failed to start", exc_info=True)
         raise Failure(error) from None
@@ -252,7 +293,7 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
     from slora_jax.errors import InvalidRequest
 
     fields = read_yaml(Path(file)) if file else {}
-    for section in ("server", "pool", "scheduler", "adapters"):
+    for section in ("server", "pool", "scheduler", "mesh", "adapters"):
         fields[section] = fields.get(section) or {}
         if not isinstance(fields[section], dict):
             raise InvalidRequest(f"invalid configuration: {section} must be a mapping, got {fields[section]!r}")
@@ -312,6 +353,17 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
             )
         finally:
             engine.close()
+    click.echo("Stopped.", err=True)
+
+
+def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
+    """Lends this host's devices to the first host's server, until that stops."""
+    logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from slora_jax.engine.engine import follow
+
+    mesh = engine_config.mesh
+    click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)
+    follow(engine_config)
     click.echo("Stopped.", err=True)
 
 

@@ -1,8 +1,8 @@
 """Runs a README's commands as a reader would: every fenced block marked ``bash`` or ``python``, in order.
 
-A ``bash`` block that starts the server goes on in the background until the last block is done, and is then asked to
-stop with Ctrl-C's signal; the blocks after it wait until it answers. Blocks of other kinds, such as ``console`` for
-machines with a GPU, are shown to readers and not run.
+A ``bash`` block that starts the server goes on in the background until the next such block, or the last block, and is
+then asked to stop with Ctrl-C's signal; the blocks after it wait until it answers. Blocks of other kinds, such as
+``console`` for machines with a GPU, are shown to readers and not run.
 """
 
 import os
@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-HEALTH = "http://127.0.0.1:8000/health"
+PORT = re.compile(r"--port (\d+)")
 START_SECONDS = 900
 
 
@@ -28,33 +28,40 @@ def main(readme: str) -> None:
                 continue
             print(f"\n=== {kind}\n{text.rstrip()}\n---", flush=True)
             if kind == "bash" and "serve.py" in text and "--help" not in text:
+                if server is not None:
+                    stop(server)
                 server = subprocess.Popen(["bash", "-euo", "pipefail", "-c", text], start_new_session=True)
-                wait_until_healthy(server)
+                port = PORT.search(text)
+                wait_until_healthy(server, f"http://127.0.0.1:{port[1] if port else 8000}/health")
             elif kind == "bash":
                 subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
             else:
                 subprocess.run(["uv", "run", "python", "-c", text], check=True)
         if server is None:
             sys.exit("the README starts no server")
-        os.killpg(server.pid, signal.SIGINT)
-        if code := server.wait(timeout=60):
-            sys.exit(f"the server ended with exit code {code} after Ctrl-C")
+        stop(server)
     finally:
         if server is not None and server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def wait_until_healthy(server: subprocess.Popen) -> None:
+def stop(server: subprocess.Popen) -> None:
+    os.killpg(server.pid, signal.SIGINT)
+    if code := server.wait(timeout=60):
+        sys.exit(f"the server ended with exit code {code} after Ctrl-C")
+
+
+def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
             sys.exit(f"the server ended with exit code {server.returncode} before it answered")
         try:
-            with urllib.request.urlopen(HEALTH, timeout=5):
+            with urllib.request.urlopen(url, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
-    sys.exit(f"the server did not answer {HEALTH} within {START_SECONDS} s")
+    sys.exit(f"the server did not answer {url} within {START_SECONDS} s")
 
 
 if __name__ == "__main__":

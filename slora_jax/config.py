@@ -28,7 +28,7 @@ class PoolConfig(_Frozen):
       memory_fraction: share of the device memory still free after loading the weights, used when neither
         ``pages`` nor ``gigabytes`` is given. On the CPU it is a share of the free host memory, of which the
         pool then takes at most 2 GiB.
-      gigabytes: the pool's size in GiB.
+      gigabytes: the pool's size in GiB, on each device.
       pages: the pool's size in pages of 16 token rows (one of them is the trash page).
     """
 
@@ -62,6 +62,30 @@ class SchedulerConfig(_Frozen):
         return self
 
 
+class MeshConfig(_Frozen):
+    """The devices that share the model and the pool: tensor parallelism.
+
+    Attributes:
+      tp: how many, over all hosts.
+      coordinator: ``address:port`` where the first host's process waits for the others; None for one host.
+      num_hosts: processes, each with the devices of its host.
+      host_id: which of them this one is, from 0; number 0 answers requests.
+    """
+
+    tp: int = pydantic.Field(1, ge=1)
+    coordinator: str | None = None
+    num_hosts: int = pydantic.Field(1, ge=1)
+    host_id: int = pydantic.Field(0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _hosts_can_meet(self):
+        if (self.num_hosts > 1) != (self.coordinator is not None):
+            raise ValueError("num_hosts above 1 and coordinator go together: the hosts meet there")
+        if self.host_id >= self.num_hosts:
+            raise ValueError(f"host_id ({self.host_id}) must be below num_hosts ({self.num_hosts}); they count from 0")
+        return self
+
+
 class EngineConfig(_Frozen):
     """One engine: a base model, its adapters, and how much of the machine it takes.
 
@@ -78,7 +102,7 @@ class EngineConfig(_Frozen):
       compilation_cache: where compiled steps are kept, for faster starts; None keeps none.
       warm_up: compile every shape of step before the server says that it is ready, so that no request waits for it;
         None does so on a GPU, not on a CPU.
-      pool, scheduler: see there.
+      pool, scheduler, mesh: see there.
       seed: seeds dummy weights and requests that bring no seed.
     """
 
@@ -94,6 +118,7 @@ class EngineConfig(_Frozen):
     warm_up: bool | None = None
     pool: PoolConfig = PoolConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
 

@@ -19,8 +19,8 @@ def loaded_adapter(
     Args:
       name: shown as its path.
       ranks: rank of each module it changes.
-      packed: ``[layers, 2, R, W]`` in the pool's dtype, as from ``pool_layout.adapter(ranks).pack``; not to be written
-        to afterwards.
+      packed: ``[layers, 2, R, N * W]`` in the pool's dtype, as from ``pool_layout.adapter(ranks).pack``; not to be
+        written to afterwards.
       pool_layout: the base model's.
       scale: what B A x is multiplied with.
 
@@ -37,9 +37,10 @@ def loaded_adapter(
         layout=layout,
         num_pages=layout.num_pages,
     )
-    expected = (pool_layout.num_layers, 2, layout.num_rows, pool_layout.row_width)
-    if packed.shape != expected:
-        raise BadAdapter(f"adapter {name}: packed weights of these ranks have shape {expected}, not {packed.shape}")
+    if packed.shape != layout.packed_shape:
+        raise BadAdapter(
+            f"adapter {name}: packed weights of these ranks have shape {layout.packed_shape}, not {packed.shape}"
+        )
     # Drawn instead of computed: hashing the weights takes long, and an equal hash would only save pages.
     content = uuid.uuid4().hex
     header = AdapterHeader(Path(name), shape, packed.nbytes, content.encode(), (0, 0))
@@ -52,7 +53,7 @@ def synthetic_weights(
     """Random weights of one rank in all layers, small enough to leave a model's activations finite.
 
     Returns:
-      ``[layers, 2, R, W]`` in ``dtype``, read-only, for ``loaded_adapter``.
+      ``[layers, 2, R, N * W]`` in ``dtype``, read-only, for ``loaded_adapter``.
     """
     rng = np.random.default_rng(seed)
     weights = {}

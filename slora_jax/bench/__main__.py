@@ -78,6 +78,7 @@ def tune(op: str, key: str, grid: str, only: str | None, scale: int):
 @click.option("--max-batch-tokens", default=1024, show_default=True)
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
+@click.option("--tp", default=1, show_default=True, help="Devices that share the model.")
 @click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
 @click.option("--rate", default=2.0, show_default=True, help="Open trace: requests a second.")
 @click.option("--cv", default=1.0, show_default=True, help="Open trace: coefficient of variation of the intervals.")
@@ -85,7 +86,7 @@ def tune(op: str, key: str, grid: str, only: str | None, scale: int):
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
 def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
-               pool_gigabytes, trace, rate, cv, alpha, profile, out):  # fmt: skip
+               pool_gigabytes, tp, trace, rate, cv, alpha, profile, out):  # fmt: skip
     """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
     A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
@@ -111,6 +112,7 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
                 "prefix_cache": prefix_cache,
             },
             pool={"gigabytes": pool_gigabytes},
+            tp=tp,
             trace=OpenTrace(rate, cv, alpha) if trace == "open" else None,
             profile=profile,
             command=command_line(),
@@ -127,6 +129,39 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
         compiled += result["compilations"]
     if compiled:
         raise click.ClickException(f"{compiled} programs were compiled inside the timed part")
+
+
+@main.command()
+@click.option("--model", default="llama-70b", show_default=True, help="A shape of configs/shapes, or a YAML file.")
+@click.option("--tp", default=1, show_default=True, help="Devices that share it.")
+@click.option("--gpu", default="h100-80g", show_default=True, help="a10g, a100-40g, a100-80g, h100-80g or h200.")
+@click.option("--sequences", default=128, show_default=True, help="Sequences of a step, a token each.")
+@click.option("--context", default=512, show_default=True, help="Tokens in the pool of each.")
+@click.option("--adapters", default=0, show_default=True, help="Distinct adapters of the step.")
+@click.option("--rank", default=16, show_default=True, help="Their rank.")
+@click.option("--modules", default="q,k,v,o", show_default=True, help="What they change.")
+@click.option("--memory-fraction", default=0.9, show_default=True, help="As the engine's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fraction, as_json):
+    """What fits on GPUs of a kind, and the least time of a step; no GPU is needed."""
+    from slora_jax.bench.plan import GPUS, Load, plan, table
+    from slora_jax.config import read_yaml
+    from slora_jax.errors import SLoRAError
+    from slora_jax.memory.layout import MODULES
+    from slora_jax.model.config import ModelConfig
+
+    if gpu not in GPUS:
+        raise click.UsageError(f"no such GPU: {gpu}; known are {', '.join(GPUS)}")
+    names = modules.split(",")
+    if unknown := [name for name in names if name not in MODULES]:
+        raise click.UsageError(f"no such module: {unknown[0]}; known are {', '.join(MODULES)}")
+    file = Path(model) if model.endswith((".yaml", ".yml")) else Path("configs/shapes") / f"{model}.yaml"
+    load = Load(sequences, context, adapters, dict.fromkeys(names, rank))
+    try:
+        result = plan(ModelConfig.from_hf(read_yaml(file)), tp, GPUS[gpu], load, memory_fraction)
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(json.dumps(result, indent=2) if as_json else table(result))
 
 
 @main.command()

@@ -53,14 +53,14 @@ class HostLoop:
         ranks = dict.fromkeys("qkvo", _RANK)
         shape = layout.adapter(ranks)
         # Memory of one element, looked at as large: nobody reads the weights here.
-        weights = np.broadcast_to(np.float16(0), (layout.num_layers, 2, shape.num_rows, layout.row_width))
+        weights = np.broadcast_to(np.float16(0), shape.packed_shape)
         self._scales = loaded_adapter("stub", ranks, weights, layout).header.scales
         self._layout = shape
         self._adapters = [_ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]
         pages = PageAllocator(2**17)
         config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6)
         self._scheduler = Scheduler(config, pages)
-        self._buckets = Buckets.geometric(8192, ratio=2)
+        self._buckets = Buckets.geometric(8192, _NUM_SEQUENCES, ratio=2)
         self._table_width = table_width
         self._slices: dict[object, AdapterSlice] = {}
         self._rows: dict[int, int] = {}
@@ -97,8 +97,7 @@ class HostLoop:
             marks.append(("", time.perf_counter()))
             batch = build_batch(plan.entries, adapters, self._rows, self._buckets, self._table_width)
             marks.append(("build_batch", time.perf_counter()))
-            last_tokens = np.cumsum([e.count for e in batch.entries]) - 1
-            build_sampler_inputs(batch.entries, last_tokens, self._rows, batch.shape.sequences, _LLAMA_7B.vocab_size)
+            build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, _LLAMA_7B.vocab_size)
             marks.append(("build_sampler_inputs", time.perf_counter()))
             self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
         ended = []

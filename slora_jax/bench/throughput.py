@@ -281,6 +281,7 @@ def run_throughput(
     longest: int,
     scheduler: dict[str, int | bool],
     pool: dict[str, int | float],
+    tp: int,
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
@@ -293,6 +294,7 @@ def run_throughput(
             "checkpoint_cache": None,
             "scheduler": {"max_waiting": max(1000, 2 * requests), **scheduler},
             "pool": pool,
+            "mesh": {"tp": tp},
         }
     )
     engine = Engine.create(config, progress=False)
@@ -318,6 +320,7 @@ def run_throughput(
                 "start_seconds": start_seconds,
                 "start_compiling_seconds": compiling,
                 "model": Path(model).stem,
+                "tp": tp,
                 "seed": seed,
                 "scheduler": config.scheduler.model_dump(),
                 "trace": trace and dataclasses.asdict(trace),

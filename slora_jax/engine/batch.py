@@ -109,22 +109,24 @@ class Buckets:
         total_rank: int = 0,
         adapter_pages: int = 0,
         active: tuple[int, ...] = (),
+        max_rank: int = MAX_RANK,
     ) -> "BatchShape":
         """The smallest shape that holds a batch; see ``BatchShape`` for the arguments, here without padding."""
         decode_only = num_tokens == num_sequences
         sequences = _first_at_least(self.decode if decode_only else self.sequences, num_sequences)
         tokens = sequences if decode_only else _first_at_least(self.tokens, num_tokens)
         if not total_rank:
-            return BatchShape(tokens, sequences, table_width, 0, 0, (), decode_only)
+            return BatchShape(tokens, sequences, table_width, 0, 0, (), decode_only, 0)
         total_rank = _first_at_least(self.total_ranks, total_rank)
         pages = _adapter_pages(sequences, adapter_pages)
-        return BatchShape(tokens, sequences, table_width, total_rank, pages, active, decode_only)
+        return BatchShape(tokens, sequences, table_width, total_rank, pages, active, decode_only, max_rank)
 
-    def all_shapes(self, table_width: int, active: tuple[int, ...]) -> "list[BatchShape]":
+    def all_shapes(self, table_width: int, active: tuple[int, ...], max_rank: int = MAX_RANK) -> "list[BatchShape]":
         """Every shape that ``shape`` gives, but for adapters of more than 16 pages a sequence.
 
         Args:
           active: the modules that adapters change; without any, shapes of steps without adapters only.
+          max_rank: of every shape with adapters.
         """
         sizes = [(n, n) for n in self.decode]
         # A step that is not of this kind has at least one token more than sequences.
@@ -134,9 +136,9 @@ class Buckets:
         ]
         num_decode = len(self.decode)
         return [
-            BatchShape(
-                t, s, table_width, rank, _adapter_pages(s, 0) if rank else 0, active if rank else (), i < num_decode
-            )
+            BatchShape(t, s, table_width, rank, _adapter_pages(s, 0), active, i < num_decode, max_rank)
+            if rank
+            else BatchShape(t, s, table_width, 0, 0, (), i < num_decode, 0)
             for rank in ((0, *self.total_ranks) if active else (0,))
             for i, (t, s) in enumerate(sizes)
         ]
@@ -147,6 +149,11 @@ def _first_at_least(values: Sequence[int], needed: int) -> int:
         if value >= needed:
             return value
     raise AssertionError(f"no bucket holds {needed}; the largest is {values[-1]}")
+
+
+def padded_rank(rank: int) -> int:
+    """The next power of two, at least 8: few shapes of steps, and room for what is registered later."""
+    return max(8, 1 << (rank - 1).bit_length())
 
 
 def _adapter_pages(num_sequences: int, needed: int) -> int:
@@ -168,6 +175,7 @@ class BatchShape:
       adapter_pages: padded pages of the distinct adapters; 0 when no token has an adapter.
       active: modules that the adapters may change, increasing; () when no token has an adapter.
       decode_only: every sequence has one token, and T = S.
+      max_rank: padded largest rank, which devices that share a model send each other; 0 when no token has an adapter.
     """
 
     tokens: int
@@ -177,6 +185,7 @@ class BatchShape:
     adapter_pages: int
     active: tuple[int, ...]
     decode_only: bool
+    max_rank: int
 
     @property
     def _fields(self) -> dict[str, tuple[slice, tuple[int, ...], np.dtype]]:
@@ -216,7 +225,7 @@ class BatchShape:
             lora = LoraSegments(
                 **arrays,
                 active=self.active,
-                max_rank=min(MAX_RANK, self.total_rank),
+                max_rank=min(self.max_rank, self.total_rank),
                 total_rank=self.total_rank,
             )
         return TokenBatch(token_ids, positions, rows, page_table, query_start, context_len, lora, self.decode_only)
@@ -284,6 +293,7 @@ def build_batch(
     buckets: Buckets,
     table_width: int,
     active: tuple[int, ...] = (),
+    max_rank: int = MAX_RANK,
 ) -> HostBatch:
     """Pads a plan's entries to a bucket, ordered so that each adapter's tokens are contiguous.
 
@@ -294,6 +304,7 @@ def build_batch(
       buckets: allowed sizes.
       table_width: pages of the longest sequence allowed.
       active: modules to compute updates of in any case, so that steps whose adapters change fewer share their shape.
+      max_rank: room for this rank in any case, for the same reason.
     """
     num_adapters = len(adapters)
     # Sequences without an adapter come last, behind every segment.
@@ -312,6 +323,7 @@ def build_batch(
         modules = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
         modules = modules.reshape(num_adapters, 4, len(MODULES))
         total_rank = int(modules[:, 0].sum(axis=0).max())
+        max_rank = max(max_rank, padded_rank(int(modules[:, 0].max())))
         active = tuple(sorted({*active, *np.flatnonzero(modules[:, 0].any(axis=0)).tolist()}))
     shape = buckets.shape(
         num_tokens=num_real_tokens,
@@ -320,6 +332,7 @@ def build_batch(
         total_rank=total_rank,
         adapter_pages=sum([len(a.pages) for a in adapters.values()]),
         active=active,
+        max_rank=max_rank,
     )
     packed, arrays = shape.zeros()
     arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)

@@ -20,6 +20,7 @@ from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
 from slora_jax.engine.generation import Generation, OutputText
+from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
 from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.layout import MODULES, PoolLayout
@@ -27,6 +28,7 @@ from slora_jax.memory.pages import PageAllocator
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
 from slora_jax.scheduler.scheduler import Scheduler
@@ -67,6 +69,7 @@ class Engine:
         params: dict,
         tokenizer: Tokenizer | None,
         model_name: str,
+        mesh: ModelMesh | None = None,
     ):
         dtype = jax.tree.leaves(params)[0].dtype
         self.config = config
@@ -74,18 +77,23 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.dtype = dtype
-        self.pool_layout = layout = PoolLayout.for_model(model_config)
-        num_pages = _num_pages(config.pool, layout.page_bytes(dtype.itemsize))
-        self._pages = PageAllocator(num_pages)
-        limit = config.max_model_len or model_config.max_position_embeddings
-        self.max_model_len = min(limit, model_config.max_position_embeddings, self._pages.total * PAGE_SIZE)
-        self._pool = UnifiedPool(layout, num_pages, dtype)
+        self.pool_layout = layout = _pool_layout(model_config, mesh)
+        self._pool, self.max_model_len = _make_pool(config, model_config, layout, dtype, mesh)
+        if layout.shards.num_idle:
+            logger.warning(
+                "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
+                layout.shards.num_idle,
+                layout.shards.count,
+                model_config.num_kv_heads,
+            )
+        self._pages = PageAllocator(self._pool.num_pages)
         self._wake_event = threading.Event()
         self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
         self._scheduler = Scheduler(config.scheduler, self._pages)
-        self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len)
+        self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len, mesh)
+        self._followers = Followers()
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
@@ -111,26 +119,8 @@ class Engine:
         Raises:
           UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
         """
-        _enable_compilation_cache(config.compilation_cache)
-        dtype = _dtype(config)
-        if config.dummy:
-            model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
-            params = dummy_params(model_config, dtype, config.seed)
-            tokenizer = None
-            name = Path(config.model).stem
-        else:
-            folder = resolve_model(config.model)
-            model_config = ModelConfig.from_folder(folder)
-            tokenizer = None
-            if (folder / "tokenizer.json").is_file():
-                tokenizer = Tokenizer.from_folder(folder)
-            else:
-                logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
-            cache = Path(config.checkpoint_cache).expanduser() if config.checkpoint_cache else None
-            params, provenance = load_or_restore(folder, model_config, dtype, cache, progress=progress)
-            logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
-            name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
-        engine = cls(config, model_config, params, tokenizer, config.served_name or name)
+        base = _load_base(config, progress)
+        engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh)
         try:
             for adapter, path in config.adapters.items():
                 engine.register_adapter(adapter, path)
@@ -167,9 +157,11 @@ class Engine:
         Ready at once. Adapters that share ``packed`` share its host memory, but each has pages of its own in the pool.
 
         Raises:
-          BadAdapter: a bad name, ranks or shape; nothing changes.
+          BadAdapter: a bad name, ranks or shape, or there are several hosts; nothing changes.
           ValueError: ``packed`` has not the pool's ``dtype``.
         """
+        if self.config.mesh.num_hosts > 1:
+            raise BadAdapter(f"adapter {name}: several hosts read adapters from folders; save it as one")
         self._check_adapter_name(name)
         return self._store.register_loaded(name, loaded_adapter(name, ranks, packed, self.pool_layout, scale))
 
@@ -300,7 +292,9 @@ class Engine:
 
     def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
         for load in plan.loads:
-            staged = load.adapter.host().packed
+            host = load.adapter.host()
+            staged = host.packed
+            self._followers.start_copy(host.header.path, host.content_hash, load.pages)
             self._copies.append((load, self._pool.start_copy(staged, load.pages)))
             self._counts["adapter_loads"] += 1
             self._counts["adapter_load_bytes"] += staged.nbytes
@@ -314,7 +308,7 @@ class Engine:
                 prefill += min(count, sequence.num_prompt - start)
         self._counts["prefill_tokens"] += prefill
         self._counts["decode_tokens"] += plan.num_tokens - prefill
-        return plan, self._runner.run(plan.entries, self._adapter_slices(plan))
+        return plan, self._runner.run(plan.entries, self._adapter_slices(plan), self._followers.run)
 
     def _adapter_slices(self, plan: StepPlan) -> dict[Hashable, AdapterSlice]:
         keys = dict.fromkeys(entry.sequence.adapter_key for entry in plan.entries)
@@ -325,6 +319,7 @@ class Engine:
         """Has arrived adapters written to the pool, in the order in which their copies were started."""
         while self._copies and self._copies[0][1].is_ready:
             load, copy = self._copies.popleft()
+            self._followers.finish_copy()
             self._pool.finish_copy(copy)
             self._scheduler.adapter_arrived(load)
             header = load.adapter.header
@@ -398,8 +393,12 @@ class Engine:
         if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
             return
         start = time.perf_counter()
-        changed = {module for info in self.adapters().values() for module in info.ranks}
-        shapes = self._runner.all_shapes([MODULES.index(module) for module in changed])
+        adapters = self.adapters().values()
+        changed = {module for info in adapters for module in info.ranks}
+        largest = max((info.rank for info in adapters), default=1)
+        active = [MODULES.index(module) for module in changed]
+        self._followers.compile(active, largest)
+        shapes = self._runner.all_shapes(active, largest)
         self._runner.compile(shapes)
         logger.info("compiled %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
 
@@ -418,6 +417,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         self._end_all("abort", self._closed)
+        self._followers.stop()
         self._store.close()
 
     def _loop(self) -> None:
@@ -473,6 +473,71 @@ class Engine:
         self._pages.check_integrity()
 
 
+def follow(config: EngineConfig, progress: bool = True) -> None:
+    """What the other hosts do in place of an engine: follows the first one's until that is closed.
+
+    Raises:
+      UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
+    """
+    base = _load_base(config, progress)
+    model, mesh = base.model_config, base.mesh
+    layout = _pool_layout(model, mesh)
+    pool, max_len = _make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
+    runner = Runner(model, base.params, pool, _buckets(config), max_len, mesh)
+    Follower(model, layout, pool, runner).follow()
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base model, loaded."""
+
+    model_config: ModelConfig
+    params: dict
+    tokenizer: Tokenizer | None
+    name: str
+    mesh: ModelMesh | None
+
+
+def _load_base(config: EngineConfig, progress: bool) -> _Base:
+    join_hosts(config.mesh)
+    _enable_compilation_cache(config.compilation_cache)
+    dtype = _dtype(config)
+    if config.dummy:
+        model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
+        mesh = ModelMesh.create(model_config, config.mesh.tp)
+        params = dummy_params(model_config, dtype, config.seed, mesh)
+        return _Base(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
+    folder = resolve_model(config.model)
+    model_config = ModelConfig.from_folder(folder)
+    mesh = ModelMesh.create(model_config, config.mesh.tp)
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(folder)
+    else:
+        logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
+    # Several hosts each read their slices of the safetensors.
+    cached = config.checkpoint_cache is not None and config.mesh.num_hosts == 1
+    cache = Path(config.checkpoint_cache).expanduser() if cached else None
+    params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
+    logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
+    name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
+    return _Base(model_config, params, tokenizer, config.served_name or name, mesh)
+
+
+def _pool_layout(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
+    return PoolLayout.for_model(model, mesh.size if mesh else 1)
+
+
+def _make_pool(
+    config: EngineConfig, model: ModelConfig, layout: PoolLayout, dtype: jnp.dtype, mesh: ModelMesh | None
+) -> tuple[UnifiedPool, int]:
+    """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow."""
+    num_pages = agreed_minimum(_num_pages(config.pool, layout.page_bytes(dtype.itemsize), layout.shards.count))
+    limit = config.max_model_len or model.max_position_embeddings
+    max_len = min(limit, model.max_position_embeddings, (num_pages - 1) * PAGE_SIZE)
+    return UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None), max_len
+
+
 def _enable_compilation_cache(folder: str | None) -> None:
     """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
@@ -488,21 +553,22 @@ def _dtype(config: EngineConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def _num_pages(config: PoolConfig, page_bytes: int) -> int:
+def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
+    """Pages that the configured share of memory holds; ``page_bytes`` of each on every device."""
     if config.pages is not None:
         return config.pages
     if config.gigabytes is not None:
         budget = config.gigabytes * 2**30
     elif jax.default_backend() == "cpu":
-        budget = min(config.memory_fraction * psutil.virtual_memory().available, _MAX_CPU_POOL_BYTES)
+        budget = min(config.memory_fraction * psutil.virtual_memory().available, _MAX_CPU_POOL_BYTES) / num_devices
     else:
-        memory = jax.devices()[0].memory_stats()
-        budget = config.memory_fraction * (memory["bytes_limit"] - memory["bytes_in_use"])
+        memory = [device.memory_stats() for device in jax.local_devices()[:num_devices]]
+        budget = config.memory_fraction * min(m["bytes_limit"] - m["bytes_in_use"] for m in memory)
     pages = int(budget // page_bytes)
     if pages < 2:
         raise InvalidRequest(
-            f"the pool's {budget / 2**30:.2f} GiB hold {pages} pages of {page_bytes} bytes, and at least 2 are needed; "
-            "raise pool.gigabytes"
+            f"the pool's {budget / 2**30:.2f} GiB a device hold {pages} pages of {page_bytes} bytes, at least 2 are "
+            "needed; raise pool.gigabytes"
         )
     return pages
 

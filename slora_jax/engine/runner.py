@@ -10,14 +10,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import choose_backend
-from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch
+from slora_jax.adapters.peft import MAX_RANK
+from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama
+from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
@@ -80,30 +83,54 @@ class Runner:
       model, params: the base model.
     """
 
-    def __init__(self, config: ModelConfig, params: dict, pool: UnifiedPool, buckets: Buckets, max_len: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict,
+        pool: UnifiedPool,
+        buckets: Buckets,
+        max_len: int,
+        mesh: ModelMesh | None = None,
+    ):
+        """
+        Args:
+          config: the whole model's.
+          params: its weights, on the mesh's devices.
+          pool: on the same.
+          buckets: shapes that batches are padded to.
+          max_len: longest sequence, in tokens.
+          mesh: the devices that share the model; None for one.
+        """
         dtype = pool.array.dtype
-        self.model = Llama(config, dtype, choose_backend(jax.devices()[0], config.head_dim, dtype))
+        backend = choose_backend(jax.devices()[0], config.head_dim, dtype)
+        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1)
         self.params = params
+        self._mesh = mesh
+        self._everywhere = mesh.replicated if mesh else None
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
         self._buckets = buckets
         self._vocab_size = config.vocab_size
         self._table_width = PoolLayout.token_pages(max_len)
-        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32)
+        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows: dict[int, int] = {}
-        # Only grows, so that shapes settle.
+        # These only grow, so that shapes settle.
         self._active: tuple[int, ...] = ()
+        # One device has no reason to count: its kernels work on real ranks.
+        self._max_rank = padded_rank(1) if mesh else MAX_RANK
         self._executables: dict[BatchShape | SamplerShape, jax.stages.Compiled] = {}
 
-    def all_shapes(self, active: Collection[int]) -> list[BatchShape]:
+    def all_shapes(self, active: Collection[int], max_rank: int = 1) -> list[BatchShape]:
         """Every shape that a step can have, but for steps with unusually large adapters.
 
         Args:
           active: the modules that adapters change, which steps will count on from now on; none without adapters.
+          max_rank: their largest rank, likewise.
         """
         self._active = tuple(sorted({*self._active, *active}))
-        return self._buckets.all_shapes(self._table_width, self._active)
+        self._max_rank = max(self._max_rank, padded_rank(max_rank))
+        return self._buckets.all_shapes(self._table_width, self._active, self._max_rank)
 
     def compile(self, shapes: Sequence[BatchShape]) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling.
@@ -126,12 +153,17 @@ class Runner:
 
     def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
         if isinstance(shape, BatchShape):
-            packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
-            return _forward.lower(self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape)
-        hidden = jax.ShapeDtypeStruct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
+            packed = self._struct((shape.packed_size,), jnp.int32)
+            return _forward.lower(
+                self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape, mesh=self._mesh
+            )
+        hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         # The inputs' shapes depend on nothing else when there is no history.
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
         return self._lower_sampler(shape, hidden, inputs)
+
+    def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
     def _lower_sampler(self, shape: SamplerShape, hidden, inputs: SamplerInputs) -> jax.stages.Lowered:
         return _sample.lower(
@@ -142,29 +174,43 @@ class Runner:
             model=self.model,
             shape=shape,
             num_tokens_out=self._buckets.max_sequences,
+            mesh=self._mesh,
         )
 
-    def run(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> StepInFlight:
+    def run(
+        self,
+        entries: tuple[ScheduledSequence, ...],
+        adapters: Mapping[object, AdapterSlice],
+        on_launch: Callable[[BatchShape, np.ndarray, SamplerShape, SamplerInputs], None],
+    ) -> StepInFlight:
         """Starts a step and returns at once.
 
         Args:
           entries: at least one; each of another sequence. Pending tokens are those of the previous ``run``.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
+          on_launch: is given the arguments of ``launch``, before that.
         """
-        batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active)
-        self._active = batch.shape.active or self._active
-        sampler_shape, sampler_inputs = build_sampler_inputs(
-            batch.entries, self._rows, batch.shape.sequences, self._vocab_size
+        batch = build_batch(
+            entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active, self._max_rank
         )
-        forward = self._executable(batch.shape, lambda: self._lower(batch.shape))
-        hidden, self._pool.array = forward(self.params, batch.packed, self._tokens, self._pool.array)
-        sampler = self._executable(sampler_shape, lambda: self._lower_sampler(sampler_shape, hidden, sampler_inputs))
-        sampled = sampler(self._head, hidden, sampler_inputs, self._tokens)
-        self._tokens = sampled.tokens
+        self._active = batch.shape.active or self._active
+        self._max_rank = batch.shape.max_rank or self._max_rank
+        sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
+        on_launch(batch.shape, batch.packed, sampler, inputs)
+        sampled = self.launch(batch.shape, batch.packed, sampler, inputs)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         return StepInFlight(batch.entries, sampled)
+
+    def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
+        """Starts the programs of a step that is laid out."""
+        forward = self._executable(shape, lambda: self._lower(shape))
+        hidden, self._pool.array = forward(self.params, packed, self._tokens, self._pool.array)
+        sampling = self._executable(sampler, lambda: self._lower_sampler(sampler, hidden, inputs))
+        sampled = sampling(self._head, hidden, inputs, self._tokens)
+        self._tokens = sampled.tokens
+        return sampled
 
     def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         if shape not in self._executables:
@@ -173,17 +219,50 @@ class Runner:
         return self._executables[shape]
 
 
-@partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool")
-def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape):
+def _on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):
+    """``step(params, *arguments)``, or what it gives when every device of the mesh runs it on its slices."""
+    if mesh is None:
+        return step(params, *arguments)
+    return jax.shard_map(
+        step,
+        mesh=mesh.mesh,
+        in_specs=(mesh.param_specs(params), *in_specs),
+        out_specs=out_specs,
+        check_vma=False,
+    )(params, *arguments)
+
+
+_WHOLE = PartitionSpec()
+
+
+@partial(jax.jit, static_argnames=("model", "shape", "mesh"), donate_argnames="pool")
+def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape, mesh: ModelMesh | None):
     """Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool."""
-    batch = shape.unpack(packed, previous_tokens)
-    hidden, pool = model.apply({"params": params}, batch, pool)
-    return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
+
+    def step(params, packed, previous_tokens, pool):
+        batch = shape.unpack(packed, previous_tokens)
+        hidden, pool = model.apply({"params": params}, batch, pool)
+        return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
+
+    arguments = (packed, previous_tokens, pool)
+    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
 
 
-@partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out"))
+@partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out", "mesh"))
 def _sample(
-    params, hidden, inputs: SamplerInputs, previous_tokens, *, model: Llama, shape: SamplerShape, num_tokens_out: int
+    params,
+    hidden,
+    inputs: SamplerInputs,
+    previous_tokens,
+    *,
+    model: Llama,
+    shape: SamplerShape,
+    num_tokens_out: int,
+    mesh: ModelMesh | None,
 ) -> Sampled:
-    logits = model.apply({"params": params}, hidden, method=Llama.logits)
-    return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
+    def step(params, hidden, inputs, previous_tokens):
+        logits = model.apply({"params": params}, hidden, method=Llama.logits)
+        return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
+
+    arguments = (hidden, inputs, previous_tokens)
+    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)

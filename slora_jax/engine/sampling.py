@@ -184,8 +184,7 @@ def sample(
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         logprob = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
         top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
-    out = jnp.zeros(num_tokens_out, jnp.int32).at[:num_sequences].set(tokens)
-    return Sampled(out, logprob, top_tokens, top_logprobs)
+    return Sampled(jnp.pad(tokens, (0, num_tokens_out - num_sequences)), logprob, top_tokens, top_logprobs)
 
 
 def _penalize(logits, inputs, previous_tokens):

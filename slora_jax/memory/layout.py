@@ -19,8 +19,20 @@ are filled evenly, so an adapter costs its own bytes rounded up to a page, whate
 
 A page spans all layers, so a module whose rank differs between layers (PEFT's ``rank_pattern``) takes its largest
 rank everywhere, zero-filled where it is smaller.
+
+With N devices (paper, section 6; see ``slora_jax.model.shards``) each has such a pool of its own KV heads, its rows W
+wide, and all use the same page numbers and the same list, which holds one device's part of the adapter::
+
+    module              rows of A in the list           columns of a row    rows of B in the list    length of each
+    q, k, v, gate, up   ⌈rank / N⌉: i, i + N, i + 2N …   all of d_in         rank                     the device's d_out
+    o, down             rank                            the device's d_in   rank                     d_out / N
+
+on device i; with a rank that N does not divide, the last row is zeros on some devices. Stand ``rank_a`` for the number
+of rows of A, the chunk of A has index ``start_a + c * rank_a + i``. The array over all devices is
+``[layers, 2, rows, N * W]``: the devices' rows side by side.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,9 +41,13 @@ import numpy as np
 
 from slora_jax.config import PAGE_SIZE
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.shards import Run, Shards
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 """The projections an adapter can change, in the order of every per-module array."""
+
+ROW_PARALLEL = ("o", "down")
+"""Those whose input the devices share out; of the others they share out the output."""
 
 NUM_PLANES = 2
 
@@ -62,25 +78,55 @@ def module_shapes(model: ModelConfig) -> dict[str, ModuleShape]:
     }
 
 
+def local_shapes(shards: Shards) -> dict[str, ModuleShape]:
+    """Width of what one device multiplies with A's rows and B's columns, for every projection in ``MODULES``."""
+    return {
+        module: dataclasses.replace(shape, d_out=shards.hidden_slice) if module in ROW_PARALLEL else shape
+        for module, shape in module_shapes(shards.local).items()
+    }
+
+
+def split_ranks(ranks, num_shards: int):
+    """Rows of A that one device has, of column-parallel modules of these ranks; for ints and arrays alike."""
+    return -(-ranks // num_shards)
+
+
 @dataclass(frozen=True)
 class PoolLayout:
-    """Costs in the pool of one base model."""
+    """Costs in the pool of one base model.
+
+    Attributes:
+      num_layers: of the model.
+      row_width: W, of one device.
+      shapes: width of every projection of the whole model.
+      shards: how devices share the model.
+    """
 
     num_layers: int
     row_width: int
     shapes: Mapping[str, ModuleShape]
+    shards: Shards
 
     @classmethod
-    def for_model(cls, model: ModelConfig) -> "PoolLayout":
-        return cls(model.num_layers, model.kv_size, module_shapes(model))
+    def for_model(cls, model: ModelConfig, num_shards: int = 1) -> "PoolLayout":
+        """
+        Raises:
+          InvalidRequest: so many devices cannot share the model.
+        """
+        shards = Shards(model, num_shards)
+        return cls(model.num_layers, shards.local.kv_size, module_shapes(model), shards)
+
+    @cached_property
+    def local_shapes(self) -> Mapping[str, ModuleShape]:
+        return local_shapes(self.shards)
 
     def page_bytes(self, itemsize: int) -> int:
-        """Bytes of one page over all layers and both planes, at ``itemsize`` bytes an element."""
+        """Bytes of one page on one device, over all layers and both planes, at ``itemsize`` bytes an element."""
         return self.num_layers * NUM_PLANES * PAGE_SIZE * self.row_width * itemsize
 
     def pool_shape(self, num_pages: int) -> tuple[int, int, int, int]:
-        """``[layers, 2, rows, W]``."""
-        return (self.num_layers, NUM_PLANES, num_pages * PAGE_SIZE, self.row_width)
+        """``[layers, 2, rows, N * W]``."""
+        return (self.num_layers, NUM_PLANES, num_pages * PAGE_SIZE, self.shards.count * self.row_width)
 
     @staticmethod
     def token_pages(num_tokens: int) -> int:
@@ -105,9 +151,17 @@ class AdapterLayout:
     ranks: tuple[int, ...]
 
     @cached_property
+    def _ranks_a(self) -> tuple[int, ...]:
+        count = self.pool.shards.count
+        return tuple(
+            rank if module in ROW_PARALLEL else split_ranks(rank, count)
+            for module, rank in zip(MODULES, self.ranks, strict=True)
+        )
+
+    @cached_property
     def _starts(self) -> np.ndarray:
-        widths = np.array([[s.d_in, s.d_out] for s in (self.pool.shapes[m] for m in MODULES)])
-        chunks = -(-widths // self.pool.row_width) * np.array(self.ranks)[:, None]
+        widths = np.array([[s.d_in, s.d_out] for s in (self.pool.local_shapes[m] for m in MODULES)])
+        chunks = -(-widths // self.pool.row_width) * np.array([self._ranks_a, self.ranks]).T
         ends = np.cumsum(chunks.T.reshape(-1))
         return np.concatenate([[0], ends])
 
@@ -134,6 +188,11 @@ class AdapterLayout:
         """R of the module's docstring: rows in each plane."""
         return self.num_pages * PAGE_SIZE
 
+    @property
+    def packed_shape(self) -> tuple[int, int, int, int]:
+        """``[layers, 2, R, N * W]``."""
+        return self.pool.pool_shape(self.num_pages)
+
     def pack(self, weights: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]], dtype: np.dtype) -> np.ndarray:
         """Lays the weights out as the pool keeps them.
 
@@ -143,19 +202,44 @@ class AdapterLayout:
           dtype: the pool's dtype.
 
         Returns:
-          ``[layers, 2, R, W]``: row j goes to row j of the adapter's pages, in page order.
+          ``[layers, 2, R, N * W]``: row j goes to row j of the adapter's pages, in page order.
         """
-        width = self.pool.row_width
-        entries = np.zeros((self.pool.num_layers, NUM_PLANES * self.num_rows, width), dtype)
+        width, count = self.pool.row_width, self.pool.shards.count
+        entries = np.zeros((self.pool.num_layers, NUM_PLANES * self.num_rows, count, width), dtype)
         for (layer, module), (a, b) in weights.items():
             m = MODULES.index(module)
-            for start, vectors in ((self.start_a[m], a), (self.start_b[m], b.T)):
-                rank, length = vectors.shape
-                chunks = cdiv(length, width)
-                padded = np.zeros((rank, chunks * width), dtype)
-                padded[:, :length] = vectors
-                target = entries[layer, start : start + chunks * self.ranks[m]]
-                target.reshape(chunks, self.ranks[m], width)[:, :rank] = padded.reshape(rank, chunks, width).swapaxes(
-                    0, 1
-                )
-        return entries.reshape(self.pool.num_layers, NUM_PLANES, self.num_rows, width)
+            for shard in range(count):
+                for start, rank, vectors in (
+                    (self.start_a[m], self._ranks_a[m], self._part_of_a(module, a, shard)),
+                    (self.start_b[m], self.ranks[m], _taken(b.T, self._output_runs(module, shard))),
+                ):
+                    found, length = vectors.shape
+                    chunks = cdiv(length, width)
+                    padded = np.zeros((found, chunks * width), dtype)
+                    padded[:, :length] = vectors
+                    target = entries[layer, start : start + chunks * rank, shard].reshape(chunks, rank, width)
+                    target[:, :found] = padded.reshape(found, chunks, width).swapaxes(0, 1)
+        return entries.reshape(self.packed_shape)
+
+    def _part_of_a(self, module: str, a: np.ndarray, shard: int) -> np.ndarray:
+        shards = self.pool.shards
+        if module in ROW_PARALLEL:
+            return _taken(a, shards.query(shard) if module == "o" else shards.ffn(shard))
+        return a[shard :: shards.count]
+
+    def _output_runs(self, module: str, shard: int) -> tuple[Run, ...]:
+        shards = self.pool.shards
+        if module in ROW_PARALLEL:
+            return shards.hidden(shard)
+        if module in ("k", "v"):
+            return shards.key_value(shard)
+        return shards.query(shard) if module == "q" else shards.ffn(shard)
+
+
+def _taken(vectors: np.ndarray, runs: tuple[Run, ...]) -> np.ndarray:
+    """Columns in the order of ``runs``."""
+    parts = [
+        np.zeros((len(vectors), count), vectors.dtype) if first is None else vectors[:, first : first + count]
+        for first, count in runs
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

@@ -2,18 +2,19 @@
 
 An adapter waits in host memory that the device copies from by itself (``stage``). From there it comes into device
 memory while steps run (``start_copy``), and a short write puts it into its pages between two steps (``finish_copy``).
+With several devices each has its columns of the rows, in host memory too, and page numbers are the same on all.
 """
 
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from slora_jax.config import PAGE_SIZE
 from slora_jax.memory.layout import PoolLayout
@@ -24,7 +25,7 @@ class StagedAdapter:
     """An adapter's weights in page-locked host memory; freed with the last reference.
 
     Attributes:
-      array: ``[layers, 2, PAGE_SIZE * B, W]``, B the number of pages rounded up to a power of two.
+      array: ``[layers, 2, PAGE_SIZE * B, N * W]``, B the number of pages rounded up to a power of two.
       num_pages: pages without the padding.
       nbytes: bytes without the padding.
     """
@@ -55,20 +56,26 @@ class AdapterCopy:
 
 
 class UnifiedPool:
-    """Owns the array ``[layers, 2, rows, W]``.
+    """Owns the array ``[layers, 2, rows, N * W]`` on N devices.
 
     Each update donates the array and replaces it: take ``array`` anew for every step, and give back what the step
     returns.
     """
 
-    def __init__(self, layout: PoolLayout, num_pages: int, dtype: jnp.dtype):
+    def __init__(self, layout: PoolLayout, num_pages: int, dtype: jnp.dtype, sharding: NamedSharding | None = None):
+        """
+        Args:
+          layout: rows of the pool.
+          num_pages: its pages, the same on every device.
+          dtype: its elements.
+          sharding: where the slices of its rows live; None for one device, JAX's default.
+        """
         self.num_pages = num_pages
-        self.array = jnp.zeros(layout.pool_shape(num_pages), dtype)
+        self.array = jnp.zeros(layout.pool_shape(num_pages), dtype, device=sharding)
         self._shape = self.array.shape
         self._dtype = self.array.dtype
-        (device,) = self.array.devices()
-        self._on_device = SingleDeviceSharding(device)
-        self._on_host = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._on_device = self.array.sharding
+        self._on_host = self._on_device.with_memory_kind("pinned_host")
         self._staged: dict[int, tuple[weakref.ref, weakref.ref]] = {}
         self._staging = threading.Lock()
 
@@ -78,7 +85,7 @@ class UnifiedPool:
         The same buffer, staged again while it lives, gives the same result.
 
         Args:
-          packed: ``[layers, 2, PAGE_SIZE * pages, W]`` as from ``AdapterLayout.pack``, in the pool's dtype.
+          packed: ``[layers, 2, PAGE_SIZE * pages, N * W]`` as from ``AdapterLayout.pack``, in the pool's dtype.
 
         Raises:
           ValueError: it has another shape or dtype.
@@ -105,7 +112,10 @@ class UnifiedPool:
         padded_pages = _padded(num_pages)
         missing = padded_pages * PAGE_SIZE - rows
         padded = np.pad(packed, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else packed
-        array = jax.device_put(padded, self._on_host).block_until_ready()
+        # Of several devices each gets its columns, and only those of this process's devices are touched.
+        array = jax.make_array_from_callback(
+            padded.shape, self._on_host, lambda index: np.ascontiguousarray(padded[index])
+        ).block_until_ready()
         # Compiled here, in the loader's thread, so that the loop never waits for it.
         _compiled_write(self._shape, self._dtype, padded_pages, self._on_device)
         return StagedAdapter(array, num_pages, packed.nbytes)
@@ -138,17 +148,29 @@ def _padded(num_pages: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _compiled_write(shape: tuple[int, ...], dtype: np.dtype, num_pages: int, sharding: SingleDeviceSharding):
+def _compiled_write(shape: tuple[int, ...], dtype: np.dtype, num_pages: int, sharding: Sharding):
     layers, planes, _, width = shape
     values = (layers, planes, num_pages * PAGE_SIZE, width)
-    return _write_pages.lower(
-        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
-        jax.ShapeDtypeStruct((num_pages,), np.int32),
-        jax.ShapeDtypeStruct(values, dtype, sharding=sharding),
-    ).compile()
+    write = _write_pages
+    if isinstance(sharding, NamedSharding):
+        write = jax.shard_map(
+            write,
+            mesh=sharding.mesh,
+            in_specs=(sharding.spec, PartitionSpec(), sharding.spec),
+            out_specs=sharding.spec,
+            check_vma=False,
+        )
+    return (
+        jax.jit(write, donate_argnums=0)
+        .lower(
+            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
+            jax.ShapeDtypeStruct((num_pages,), np.int32),
+            jax.ShapeDtypeStruct(values, dtype, sharding=sharding),
+        )
+        .compile()
+    )
 
 
-@partial(jax.jit, donate_argnums=0)
 def _write_pages(pool: jax.Array, pages: jax.Array, values: jax.Array) -> jax.Array:
     rows = (pages[:, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE)).reshape(-1)
     return pool.at[:, :, rows].set(values, mode="promise_in_bounds")

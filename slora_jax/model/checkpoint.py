@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.weights import ShardingRule, load_params, sharded_abstract_params, weight_files
+from slora_jax.model.mesh import ModelMesh
+from slora_jax.model.weights import load_params, sharded_abstract_params, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def load_or_restore(
     config: ModelConfig,
     dtype: jnp.dtype,
     cache_root: Path | None,
-    sharding: ShardingRule | None = None,
+    mesh: ModelMesh | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], Provenance]:
     """``load_params``, or the same parameters from the cache if the source files have not changed since.
@@ -82,7 +83,7 @@ def load_or_restore(
     those in the safetensors are. A cache that cannot be written costs a warning, nothing else.
 
     Args:
-      folder, config, dtype, sharding, progress: as in ``load_params``.
+      folder, config, dtype, mesh, progress: as in ``load_params``.
       cache_root: folder of the cache; None keeps none.
 
     Raises:
@@ -90,16 +91,16 @@ def load_or_restore(
     """
     start = time.perf_counter()
     if cache_root is None:
-        params = load_params(folder, config, dtype, sharding, progress)
+        params = load_params(folder, config, dtype, mesh, progress)
         return params, Provenance("safetensors", time.perf_counter() - start)
 
-    abstract = sharded_abstract_params(config, dtype, sharding)
+    abstract = sharded_abstract_params(config, dtype, mesh)
     entry = _entry(Path(cache_root).expanduser().absolute(), folder, config, abstract)
     params = _restore(entry, abstract)
     if params is not None:
         return params, Provenance("orbax", time.perf_counter() - start)
     start = time.perf_counter()
-    params = load_params(folder, config, dtype, sharding, progress)
+    params = load_params(folder, config, dtype, mesh, progress)
     seconds = time.perf_counter() - start
     _save(entry, params)
     return params, Provenance("safetensors", seconds)

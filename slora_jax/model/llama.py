@@ -5,10 +5,16 @@ Axis letters of shape comments: T tokens of the step, S sequences, h hidden_size
 ``Llama(config, dtype).apply({"params": params}, batch, pool)`` is a pure function. Layers are unrolled: a scan over
 stacked layers copies every layer's weights each step. They are calls of one jitted function, so that all are traced
 and lowered once; XLA inlines the calls.
+
+With ``num_shards`` N, ``apply`` is what one of N devices runs, inside ``jax.shard_map`` over the axis ``mesh.TP``, on
+its slices of parameters and pool (``mesh.param_spec``). Collectives of a layer, T tokens, ranks padded to R: one
+all-reduce ``[T, h]`` each after o and down; for LoRA (S-LoRA, section 6) an all-gather ``[T, R]`` for each of q, k, v,
+gate, up and an all-reduce ``[T, R]`` for each of o, down.
 """
 
 import math
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import jax
@@ -23,13 +29,17 @@ from pallas_kernels import (
     LoraPlan,
     LoraSegments,
     lora_delta,
+    lora_expand,
+    lora_shrink,
     paged_attention,
     plan_attention,
     plan_lora,
     rotary_write_kv,
 )
-from slora_jax.memory.layout import MODULES, module_shapes
+from slora_jax.memory.layout import MODULES, ROW_PARALLEL, local_shapes, split_ranks
 from slora_jax.model.config import ModelConfig, RopeScaling
+from slora_jax.model.mesh import TP, param_spec
+from slora_jax.model.shards import Shards
 
 Q, K, V, O, GATE, UP, DOWN = range(len(MODULES))  # noqa: E741
 
@@ -60,26 +70,32 @@ class TokenBatch:
 
 
 class StepTables(NamedTuple):
-    """What all layers share in one step: KV rows ``[T]``, rotary angles, and the kernels' plans."""
+    """What all layers share in one step: KV rows ``[T]``, rotary angles, and the kernels' plans.
+
+    ``lora_split`` is None on one device. On several it shrinks for the column-parallel modules, whose A is split by
+    rank; ``lora`` does the rest.
+    """
 
     rows: jax.Array
     rope: tuple[jax.Array, jax.Array]
     attention: AttentionPlan
     lora: LoraPlan | None
+    lora_split: LoraPlan | None
 
 
 class Llama(nn.Module):
     """The decoder. Parameters are in ``dtype``; norms, rope and softmax compute in float32.
 
-    ``backend`` says which kernels it calls.
+    ``config`` is the whole model's; ``backend`` says which kernels it calls.
     """
 
     config: ModelConfig
     dtype: jnp.dtype
     backend: Backend = "reference"
+    num_shards: int = 1
 
     def setup(self):
-        config = self.config
+        config = Shards(self.config, self.num_shards).local
         self.embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -87,7 +103,7 @@ class Llama(nn.Module):
             param_dtype=self.dtype,
             embedding_init=nn.initializers.normal(1.0),
         )
-        self.layers = [Block(config, self.dtype, self.backend) for _ in range(config.num_layers)]
+        self.layers = [Block(self.config, self.dtype, self.backend, self.num_shards) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config.vocab_size, self.dtype)
@@ -102,7 +118,7 @@ class Llama(nn.Module):
         Returns:
           Hidden states ``[T, h]`` after the final norm, and the pool with the tokens' K and V.
         """
-        x = self.embed(batch.token_ids)
+        x = self._embed(batch.token_ids)
         step = self._plan(batch, pool.shape[3])
         for i, block in enumerate(self.layers):
             layer = np.int32(i)
@@ -110,17 +126,37 @@ class Llama(nn.Module):
                 x, pool = block(x, step, pool, layer)
             else:
                 params = block.variables["params"]
-                x, pool = _apply_block(params, x, step, pool, layer, self.config, self.dtype, self.backend)
+                x, pool = _apply_block(
+                    params, x, step, pool, layer, self.config, self.dtype, self.backend, self.num_shards
+                )
         return self.norm(x), pool
+
+    def _embed(self, token_ids: jax.Array) -> jax.Array:
+        if self.num_shards == 1:
+            return self.embed(token_ids)
+        size = self.embed.num_embeddings
+        here = token_ids - jax.lax.axis_index(TP) * size
+        found = (here >= 0) & (here < size)
+        # Zeros from all devices but one: exact in any dtype.
+        return jax.lax.psum(jnp.where(found[:, None], self.embed(jnp.clip(here, 0, size - 1)), 0), TP)
 
     def _plan(self, batch: TokenBatch, row_width: int) -> StepTables:
         num_tokens = batch.token_ids.shape[0]
-        lora = None
+        lora = lora_split = None
         if batch.lora is not None:
-            widths = [(s.d_in, s.d_out) for s in module_shapes(self.config).values()]
-            lora = plan_lora(
-                batch.lora, num_tokens=num_tokens, row_width=row_width, widths=widths, backend=self.backend
+            shapes = local_shapes(Shards(self.config, self.num_shards))
+            plan = partial(
+                plan_lora,
+                num_tokens=num_tokens,
+                row_width=row_width,
+                widths=[(s.d_in, s.d_out) for s in shapes.values()],
+                backend=self.backend,
             )
+            if self.num_shards == 1:
+                lora = plan(batch.lora)
+            else:
+                split, whole = _split_segments(batch.lora, self.num_shards)
+                lora_split, lora = plan(split), plan(whole)
         attention = plan_attention(
             batch.page_table,
             batch.query_start,
@@ -129,13 +165,18 @@ class Llama(nn.Module):
             backend=self.backend,
             max_query_len=1 if batch.decode_only else None,
         )
-        return StepTables(batch.rows, rotary_angles(batch.positions, self.config), attention, lora)
+        return StepTables(batch.rows, rotary_angles(batch.positions, self.config), attention, lora, lora_split)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits ``[..., V]`` of final hidden states ``[..., h]``."""
         if self.config.tie_word_embeddings:
-            return _dot(hidden, self.embed.embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
-        return self.lm_head(hidden, out_dtype=jnp.float32)
+            logits = _dot(hidden, self.embed.embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+        else:
+            logits = self.lm_head(hidden, out_dtype=jnp.float32)
+        if self.num_shards == 1:
+            return logits
+        logits = jax.lax.all_gather(logits, TP, axis=logits.ndim - 1, tiled=True)
+        return logits[..., : self.config.vocab_size]
 
     def init_all(self, batch: TokenBatch, pool: jax.Array) -> jax.Array:
         """Touches every parameter; for ``init`` and ``eval_shape`` only."""
@@ -149,9 +190,14 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     backend: Backend
+    num_shards: int
+
+    @property
+    def local(self) -> ModelConfig:
+        return Shards(self.config, self.num_shards).local
 
     def setup(self):
-        config = self.config
+        config = self.local
         self.attention_norm = RMSNorm(config.rms_norm_eps, self.dtype)
         # Columns [q | k | v], heads in order, and [gate | up].
         self.qkv = Projection(config.q_size + 2 * config.kv_size, self.dtype)
@@ -165,14 +211,42 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states ``[T, h]`` and the pool after this layer; ``layer`` is its number, an int32 scalar."""
 
+        def low_rank(modules) -> bool:
+            return step.lora is not None and bool(set(modules) & set(step.lora.active))
+
+        def shrink_split(x, modules):
+            """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
+            changed = [m for m in modules if m in step.lora.active]
+            gathered = _gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed))
+            if len(changed) == len(modules):
+                return gathered
+            places = np.array([modules.index(m) for m in changed])
+            return jnp.zeros((x.shape[0], len(modules), gathered.shape[2]), jnp.float32).at[:, places].set(gathered)
+
         def project(projection, x, *modules):
             y = projection(x)
-            if step.lora is None or not set(modules) & set(step.lora.active):
+            if not low_rank(modules):
                 return y
             # Nothing between the product and the sum: cuBLAS then does both in one kernel.
-            return y + lora_delta(x, pool, layer, step.lora, modules)
+            if self.num_shards == 1:
+                return y + lora_delta(x, pool, layer, step.lora, modules)
+            partial_sums = shrink_split(x, modules)
+            return y + lora_expand(partial_sums, pool, layer, step.lora, modules, x.dtype)
 
-        config = self.config
+        def reduce(projection, x, module):
+            if self.num_shards == 1:
+                return project(projection, x, module)
+            y = projection(x)
+            if low_rank((module,)):
+                partial_sums = jax.lax.psum(lora_shrink(x, pool, layer, step.lora, (module,)), TP)
+                delta = lora_expand(partial_sums, pool, layer, step.lora, (module,), x.dtype)
+                # Ahead of the base's own collective, which then brings everyone's columns to everyone.
+                first = jax.lax.axis_index(TP) * delta.shape[1]
+                own = jax.lax.dynamic_slice_in_dim(y, first, delta.shape[1], axis=1)
+                y = jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
+            return jax.lax.psum(y, TP)
+
+        config = self.local
         # Every read of the adapters' rows comes before the write, which needs all of qkv: XLA copies no pool to keep
         # them valid.
         qkv = project(self.qkv, self.attention_norm(x), Q, K, V)
@@ -188,15 +262,44 @@ class Block(nn.Module):
         )
         scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(q, pool, layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale)
-        x = x + project(self.o, attended.reshape(-1, config.q_size), O)
+        x = x + reduce(self.o, attended.reshape(-1, config.q_size), O)
         gate, up = jnp.split(project(self.gate_up, self.mlp_norm(x), GATE, UP), 2, axis=1)
-        return x + project(self.down, nn.silu(gate) * up, DOWN), pool
+        return x + reduce(self.down, nn.silu(gate) * up, DOWN), pool
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "backend"))
-def _apply_block(params, x, step: StepTables, pool, layer, config: ModelConfig, dtype: jnp.dtype, backend: Backend):
+@partial(jax.jit, static_argnames=("config", "dtype", "backend", "num_shards"))
+def _apply_block(
+    params,
+    x,
+    step: StepTables,
+    pool,
+    layer,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    backend: Backend,
+    num_shards: int,
+):
     """``Block`` as a function that knows neither its layer nor its parameters: the same for all layers."""
-    return Block(config, dtype, backend, parent=None).apply({"params": params}, x, step, pool, layer)
+    block = Block(config, dtype, backend, num_shards, parent=None)
+    return block.apply({"params": params}, x, step, pool, layer)
+
+
+def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegments, LoraSegments]:
+    """The same segments as one device shrinks them for column-parallel modules, and as it does everything else."""
+    is_split = np.array([module not in ROW_PARALLEL for module in MODULES])
+    max_rank = split_ranks(segments.max_rank, num_shards)
+    split = segments.replace(
+        rank=jnp.where(is_split, split_ranks(segments.rank, num_shards), 0),
+        max_rank=max_rank,
+        total_rank=min(segments.total_rank, segments.total_rank // num_shards + segments.rank.shape[0]),
+    )
+    return split, segments.replace(max_rank=num_shards * max_rank)
+
+
+def _gathered_ranks(partial_sums: jax.Array) -> jax.Array:
+    """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
+    gathered = jax.lax.all_gather(partial_sums, TP, axis=partial_sums.ndim)
+    return gathered.reshape(*partial_sums.shape[:2], -1)
 
 
 class Projection(nn.Module):
@@ -250,13 +353,21 @@ def _llama3_scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
     return (1.0 - blend) * frequency / scaling.factor + blend * frequency
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict:
-    """The parameter tree's shapes and dtypes, without allocating any."""
-    model = Llama(config, dtype)
+def abstract_params(config: ModelConfig, dtype: jnp.dtype, num_shards: int = 1) -> dict:
+    """The parameter tree's shapes and dtypes over all devices, without allocating any."""
+    local = Shards(config, num_shards).local
+    model = Llama(local, dtype)
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = TokenBatch(
         int32((1,)), int32((1,)), int32((1,)), int32((1, 1)), int32((2,)), int32((1,)), None, decode_only=True
     )
-    pool = jax.ShapeDtypeStruct((config.num_layers, 2, 16, config.kv_size), dtype)
+    pool = jax.ShapeDtypeStruct((local.num_layers, 2, 16, local.kv_size), dtype)
     init = partial(model.init, method=Llama.init_all)
-    return jax.eval_shape(init, jax.random.key(0), batch, pool)["params"]
+    one = jax.eval_shape(init, jax.random.key(0), batch, pool)["params"]
+
+    def over_all(keys, leaf):
+        spec = param_spec(tuple(key.key for key in keys))
+        shape = [size * (num_shards if axis == TP else 1) for size, axis in zip_longest(leaf.shape, spec)]
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(over_all, one)

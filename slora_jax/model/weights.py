@@ -1,13 +1,15 @@
 """Parameters of a base model: from Hugging Face ``*.safetensors``, or random.
 
-A weight file is read one parameter at a time: the bytes go as they are into one host buffer, which joins tensors that
-make one parameter (q, k, v; gate, up), and from there to the device, to be transposed and cast.
+A weight file is read one parameter at a time: the bytes go as they are into a host buffer for each device of this
+process, which joins the tensors that make one parameter (q, k, v; gate, up), and from there to the device, to be
+transposed and cast. With several devices each gets its slice only (``Shards``), and what other processes hold is
+neither read into memory nor sent anywhere.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,8 @@ from tqdm import tqdm
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import abstract_params
-
-ParamPath = tuple[str, ...]
-"""Keys from the root of the parameter tree to a leaf, such as ``("layers_0", "qkv", "kernel")``."""
-
-ShardingRule = Callable[[ParamPath, jax.ShapeDtypeStruct], Sharding]
-"""Says where a parameter lives: a ``NamedSharding``, or one that does not split arrays."""
+from slora_jax.model.mesh import ModelMesh, ParamPath
+from slora_jax.model.shards import Run, Shards, joined_runs
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -35,6 +33,7 @@ _DOWNLOADED = ("*.safetensors", _INDEX, "config.json", "generation_config.json",
 _NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # buffers that old checkpoints carry along
 _INIT_STD = 0.02
+_SCRATCH_BYTES = 16 * 2**20
 
 
 def resolve_model(spec: str) -> Path:
@@ -120,60 +119,58 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_params(
-    folder: Path, config: ModelConfig, dtype: jnp.dtype, sharding: ShardingRule | None = None, progress: bool = True
+    folder: Path, config: ModelConfig, dtype: jnp.dtype, mesh: ModelMesh | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Reads the weights onto the device, in the tree of ``abstract_params(config, dtype)``.
+    """Reads the weights onto their devices, in the tree of ``abstract_params``.
 
-    Needs host memory for one parameter beside the result.
+    Needs host memory for this process's slices of one parameter beside the result.
 
     Args:
       folder: holds the safetensors, with or without an index.
       config: the shape that they must have.
       dtype: what to cast them to.
-      sharding: where each parameter lives; None takes the default device.
+      mesh: the devices that share the model; None takes the default device.
       progress: show a progress bar, in bytes.
 
     Raises:
       UnsupportedModel: a tensor is missing, left over, or of another shape or dtype; the message names it.
     """
     tensors = _read_headers(folder)
-    recipes = _recipes(config, tensors)
+    recipes = _recipes(config, tensors, mesh.shards if mesh else Shards(config))
     _check_tensors(folder, recipes, tensors, config)
-    total = sum(tensors[piece.name].nbytes for recipe in recipes.values() for piece in recipe.pieces)
+    total = sum(tensors[name].nbytes for recipe in recipes.values() for name in recipe.shapes)
     with tqdm(
         total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
     ) as bar:
 
         def load(path: ParamPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             recipe = recipes[path]
-            param = _build(recipe, tensors, leaf.dtype, sharding(path, leaf) if sharding else default_sharding())
-            assert param.shape == leaf.shape, (path, param.shape, leaf.shape)
-            bar.update(sum(tensors[piece.name].nbytes for piece in recipe.pieces))
+            param = _build(recipe, tensors, leaf)
+            bar.update(sum(tensors[name].nbytes for name in recipe.shapes))
             return param
 
-        return _map_params(load, config, dtype)
+        return _map_params(load, config, dtype, mesh)
 
 
-def dummy_params(
-    config: ModelConfig, dtype: jnp.dtype, seed: int, sharding: ShardingRule | None = None
-) -> dict[str, Any]:
-    """Random weights in the tree of ``abstract_params(config, dtype)``, drawn on the device.
+def dummy_params(config: ModelConfig, dtype: jnp.dtype, seed: int, mesh: ModelMesh | None = None) -> dict[str, Any]:
+    """Random weights in the tree of ``abstract_params``, drawn on the devices.
 
-    They depend on ``seed`` and the shapes only, and are small enough for activations to stay finite in 80 layers.
+    They depend on ``seed`` and the model's shapes only, not on the mesh, and are small enough for activations to stay
+    finite in 80 layers.
     """
-    key = jax.random.key(seed)
     num_drawn = 0
+    recipes = _recipes(config, (), mesh.shards if mesh else Shards(config))
 
     def draw(path: ParamPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         nonlocal num_drawn
         num_drawn += 1
-        place = sharding(path, leaf) if sharding else default_sharding()
         if path[-1] == "scale":
-            return jnp.ones(leaf.shape, leaf.dtype, device=place)
+            return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
         # One program a shape, whatever the number of layers.
-        return jax.jit(_draw, static_argnums=(2, 3), out_shardings=place)(key, num_drawn, leaf.shape, leaf.dtype)
+        program = jax.jit(_draw, static_argnums=(2, 3), out_shardings=leaf.sharding)
+        return program(np.uint32(seed % 2**32), num_drawn, recipes[path].form, leaf.dtype)
 
-    return _map_params(draw, config, dtype)
+    return _map_params(draw, config, dtype, mesh)
 
 
 def default_sharding() -> Sharding:
@@ -181,25 +178,31 @@ def default_sharding() -> Sharding:
     return jnp.zeros(()).sharding
 
 
-def sharded_abstract_params(config: ModelConfig, dtype: jnp.dtype, sharding: ShardingRule | None) -> dict[str, Any]:
+def sharded_abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: ModelMesh | None) -> dict[str, Any]:
     """``abstract_params`` with each leaf's sharding."""
-
-    def place(path, leaf):
-        where = sharding(path, leaf) if sharding else default_sharding()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return _map_params(place, config, dtype)
+    return _map_params(lambda _, leaf: leaf, config, dtype, mesh)
 
 
-def _map_params(make: Callable[[ParamPath, jax.ShapeDtypeStruct], Any], config, dtype) -> dict[str, Any]:
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: make(tuple(key.key for key in keys), leaf), abstract_params(config, dtype)
-    )
+def _map_params(make: Callable[[ParamPath, jax.ShapeDtypeStruct], Any], config, dtype, mesh: ModelMesh | None):
+    def place(keys, leaf):
+        path = tuple(key.key for key in keys)
+        sharding = mesh.param(path) if mesh else default_sharding()
+        return make(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+
+    return jax.tree_util.tree_map_with_path(place, abstract_params(config, dtype, mesh.size if mesh else 1))
 
 
-def _draw(key, index, shape, dtype):
+def _draw(seed, index, form: "_Form", dtype):
     # In float32 whatever the dtype, so that a bfloat16 model is the float32 one, rounded.
-    values = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    values = jax.random.normal(key, form.shape, jnp.float32)
+    pieces = [
+        jnp.zeros([size if axis == form.axis else n for axis, n in enumerate(form.shape)], jnp.float32)
+        if first is None
+        else jax.lax.slice_in_dim(values, first, first + size, axis=form.axis)
+        for first, size in form.runs
+    ]
+    values = jnp.concatenate(pieces, form.axis) if len(pieces) > 1 else values
     return (values * _INIT_STD).astype(dtype)
 
 
@@ -220,85 +223,179 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor, and the shape it must have."""
+    """Some rows, or columns, of a tensor as the file has it; or, without a name, zeros."""
 
-    name: str
+    name: str | None
+    first: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How devices share a parameter out: the runs of one device's parameter of this shape, of all devices in order."""
+
     shape: tuple[int, ...]
+    axis: int
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to make a parameter: join ``pieces`` along the first axis and, if ``transposed``, swap the axes.
+    """How to make a parameter: join ``pieces`` along ``axis`` and, if ``transposed``, swap the axes.
 
     Files hold linear maps as ``[out, in]``, parameters as ``[in, out]``.
+
+    Attributes:
+      shapes: of each tensor that it takes pieces of.
+      axis, pieces: in the file's order of axes.
+      transposed: see above.
     """
 
+    shapes: dict[str, tuple[int, ...]]
+    axis: int
     pieces: tuple[_Piece, ...]
-    transposed: bool = True
+    transposed: bool
+
+    @property
+    def form(self) -> _Form:
+        """The same, with the parameter on one device as the source."""
+        starts, total = {}, 0
+        for name, shape in self.shapes.items():
+            starts[name] = total
+            total += shape[self.axis]
+        shape = list(next(iter(self.shapes.values())))
+        shape[self.axis] = total
+        runs = joined_runs((None if p.name is None else starts[p.name] + p.first, p.size) for p in self.pieces)
+        if self.transposed:
+            return _Form(tuple(reversed(shape)), len(shape) - 1 - self.axis, runs)
+        return _Form(tuple(shape), self.axis, runs)
 
 
-def _recipes(config: ModelConfig, names) -> dict[ParamPath, _Recipe]:
+def _recipes(config: ModelConfig, names, shards: Shards) -> dict[ParamPath, _Recipe]:
     """Recipe of every parameter; ``names`` are those of the checkpoint."""
     hidden, ffn = config.hidden_size, config.intermediate_size
+    each = range(shards.count)
 
-    def linear(num_in, *maps):
-        return _Recipe(tuple(_Piece(f"{name}.weight", (num_out, num_in)) for name, num_out in maps))
+    def pieces(name: str, runs: Sequence[Run]) -> list[_Piece]:
+        return [_Piece(None if first is None else name, first or 0, size) for first, size in runs]
 
-    def plain(name, *shape):
-        return _Recipe((_Piece(f"{name}.weight", shape),), transposed=False)
+    def whole(name: str, *shape: int) -> _Recipe:
+        name = f"{name}.weight"
+        return _Recipe({name: shape}, 0, (_Piece(name, 0, shape[0]),), transposed=False)
+
+    def vocabulary(name: str, transposed: bool) -> _Recipe:
+        name = f"{name}.weight"
+        parts = [piece for i in each for piece in pieces(name, shards.vocabulary(i))]
+        return _Recipe({name: (config.vocab_size, hidden)}, 0, tuple(parts), transposed)
+
+    def outputs(maps: dict[str, tuple[int, Callable[[int], Sequence[Run]]]]) -> _Recipe:
+        """Column-parallel: by name, the width and each device's columns."""
+        maps = {f"{name}.weight": of for name, of in maps.items()}
+        parts = [piece for i in each for name, (_, runs) in maps.items() for piece in pieces(name, runs(i))]
+        return _Recipe({name: (width, hidden) for name, (width, _) in maps.items()}, 0, tuple(parts), transposed=True)
+
+    def inputs(name: str, width: int, runs: Callable[[int], Sequence[Run]]) -> _Recipe:
+        """Row-parallel: the width, and each device's rows."""
+        name = f"{name}.weight"
+        parts = [piece for i in each for piece in pieces(name, runs(i))]
+        return _Recipe({name: (hidden, width)}, 1, tuple(parts), transposed=True)
 
     embedding = "model.embed_tokens"
     if config.tie_word_embeddings and f"{embedding}.weight" not in names and "lm_head.weight" in names:
         embedding = "lm_head"  # of two tied tensors a file may keep either
     recipes = {
-        ("embed", "embedding"): plain(embedding, config.vocab_size, hidden),
-        ("norm", "scale"): plain("model.norm", hidden),
+        ("embed", "embedding"): vocabulary(embedding, transposed=False),
+        ("norm", "scale"): whole("model.norm", hidden),
     }
     if not config.tie_word_embeddings:
-        recipes["lm_head", "kernel"] = linear(hidden, ("lm_head", config.vocab_size))
+        recipes["lm_head", "kernel"] = vocabulary("lm_head", transposed=True)
     for i in range(config.num_layers):
         layer, prefix = f"layers_{i}", f"model.layers.{i}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         recipes |= {
-            (layer, "attention_norm", "scale"): plain(f"{prefix}.input_layernorm", hidden),
-            (layer, "mlp_norm", "scale"): plain(f"{prefix}.post_attention_layernorm", hidden),
-            (layer, "qkv", "kernel"): linear(
-                hidden,
-                (f"{attention}.q_proj", config.q_size),
-                (f"{attention}.k_proj", config.kv_size),
-                (f"{attention}.v_proj", config.kv_size),
+            (layer, "attention_norm", "scale"): whole(f"{prefix}.input_layernorm", hidden),
+            (layer, "mlp_norm", "scale"): whole(f"{prefix}.post_attention_layernorm", hidden),
+            (layer, "qkv", "kernel"): outputs(
+                {
+                    f"{attention}.q_proj": (config.q_size, shards.query),
+                    f"{attention}.k_proj": (config.kv_size, shards.key_value),
+                    f"{attention}.v_proj": (config.kv_size, shards.key_value),
+                }
             ),
-            (layer, "o", "kernel"): linear(config.q_size, (f"{attention}.o_proj", hidden)),
-            (layer, "gate_up", "kernel"): linear(hidden, (f"{mlp}.gate_proj", ffn), (f"{mlp}.up_proj", ffn)),
-            (layer, "down", "kernel"): linear(ffn, (f"{mlp}.down_proj", hidden)),
+            (layer, "o", "kernel"): inputs(f"{attention}.o_proj", config.q_size, shards.query),
+            (layer, "gate_up", "kernel"): outputs(
+                {f"{mlp}.gate_proj": (ffn, shards.ffn), f"{mlp}.up_proj": (ffn, shards.ffn)}
+            ),
+            (layer, "down", "kernel"): inputs(f"{mlp}.down_proj", ffn, shards.ffn),
         }
     return recipes
 
 
-def _build(recipe: _Recipe, tensors: dict[str, _Tensor], dtype: jnp.dtype, place: Sharding) -> jax.Array:
-    # On a CPU `raw` may be the host buffer itself, so every path below ends in a new array. Transposing and casting
-    # are two programs because XLA's CPU back end is several times slower at both in one.
-    host = _read(recipe, tensors)
-    raw = jax.device_put(host, _file_sharding(place) if recipe.transposed else place)
-    del host
+def _build(recipe: _Recipe, tensors: dict[str, _Tensor], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    # On a CPU `raw` may be the host buffers themselves, so every path below ends in a new array. Transposing and
+    # casting are two programs because XLA's CPU back end is several times slower at both in one.
+    shape, place = leaf.shape, leaf.sharding
     if recipe.transposed:
-        raw = jax.jit(jnp.transpose, out_shardings=place)(raw)
-    if not recipe.transposed or raw.dtype != dtype:
-        raw = jax.jit(_copy_as, static_argnums=1, out_shardings=place)(raw, dtype)
+        shape, place = shape[::-1], _file_sharding(place)
+    raw = _read(recipe, tensors, shape, place)
+    if recipe.transposed:
+        raw = jax.jit(jnp.transpose, out_shardings=leaf.sharding)(raw)
+    if not recipe.transposed or raw.dtype != leaf.dtype:
+        raw = jax.jit(_copy_as, static_argnums=1, out_shardings=leaf.sharding)(raw, leaf.dtype)
+    assert raw.shape == leaf.shape, (recipe, raw.shape, leaf.shape)
     return raw.block_until_ready()
 
 
-def _read(recipe: _Recipe, tensors: dict[str, _Tensor]) -> np.ndarray:
-    """The recipe's tensors, joined, in the file's dtype."""
-    found = [tensors[piece.name] for piece in recipe.pieces]
-    host = _aligned_empty(sum(tensor.nbytes for tensor in found))
-    start = 0
-    for tensor in found:
-        with tensor.file.open("rb", buffering=0) as stream:
-            stream.seek(tensor.offset)
-            _read_into(stream, host[start : start + tensor.nbytes])
-        start += tensor.nbytes
-    return host.view(found[0].dtype).reshape(-1, *found[0].shape[1:])
+def _read(recipe: _Recipe, tensors: dict[str, _Tensor], shape: tuple[int, ...], place: Sharding) -> jax.Array:
+    """The recipe's pieces, joined, in the file's dtype and order of axes; each device reads its own."""
+    dtype = next(tensors[name].dtype for name in recipe.shapes)
+    places = place.addressable_devices_indices_map(shape)
+    ranges = {device: index[recipe.axis].indices(shape[recipe.axis])[:2] for device, index in places.items()}
+    buffers = {}
+    for start, stop in set(ranges.values()):
+        local = [stop - start if axis == recipe.axis else size for axis, size in enumerate(shape)]
+        raw = _aligned_empty(math.prod(local) * dtype.itemsize)
+        buffers[start, stop] = raw.view(dtype).reshape(local)
+    copies = []
+    for (start, stop), buffer in buffers.items():
+        at = 0
+        for piece in recipe.pieces:
+            # The part of the piece that lies in the buffer.
+            first, last = max(at, start), min(at + piece.size, stop)
+            if first < last:
+                target = buffer[(slice(None),) * recipe.axis + (slice(first - start, last - start),)]
+                copies.append((piece.name, piece.first + first - at, target))
+            at += piece.size
+    for name, first, target in copies:
+        if name is None:
+            target[...] = 0
+        elif recipe.axis == 0:
+            _read_rows(tensors[name], first, target)
+    if recipe.axis == 1:
+        for name in recipe.shapes:
+            _read_columns(tensors[name], [(first, target) for source, first, target in copies if source == name])
+    arrays = [jax.device_put(buffers[part], device) for device, part in ranges.items()]
+    return jax.make_array_from_single_device_arrays(shape, place, arrays)
+
+
+def _read_rows(tensor: _Tensor, first: int, target: np.ndarray) -> None:
+    """Rows of a tensor from ``first`` on into ``target``, which is contiguous."""
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset + first * row_bytes)
+        _read_into(stream, target.reshape(-1).view(np.uint8))
+
+
+def _read_columns(tensor: _Tensor, targets: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Columns of a tensor from each ``first`` on into its target; the tensor passes through memory once, in part."""
+    num_rows, num_columns = tensor.shape
+    block_rows = max(1, _SCRATCH_BYTES // (num_columns * tensor.dtype.itemsize))
+    block = np.empty((min(block_rows, num_rows), num_columns), tensor.dtype)
+    for row in range(0, num_rows, block_rows):
+        part = block[: num_rows - row]
+        _read_rows(tensor, row, part)
+        for first, target in targets:
+            target[row : row + len(part)] = part[:, first : first + target.shape[1]]
 
 
 def _aligned_empty(nbytes: int) -> np.ndarray:
@@ -374,27 +471,27 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
 def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: ModelConfig) -> None:
     used = set()
     for recipe in recipes.values():
-        for piece in recipe.pieces:
-            used.add(piece.name)
-            tensor = tensors.get(piece.name)
+        first = next(iter(recipe.shapes))
+        for name, shape in recipe.shapes.items():
+            used.add(name)
+            tensor = tensors.get(name)
             if tensor is None:
                 raise UnsupportedModel(
-                    f"{folder}: tensor {piece.name!r} is missing; the files must hold every weight of a Llama with the "
+                    f"{folder}: tensor {name!r} is missing; the files must hold every weight of a Llama with the "
                     "shape that config.json gives"
                 )
             if tensor.dtype_name not in _DTYPES:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {piece.name!r} has dtype {tensor.dtype_name}, supported are "
+                    f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype_name}, supported are "
                     f"{', '.join(_DTYPES)}; give the unquantized checkpoint"
                 )
-            if tensor.shape != piece.shape:
+            if tensor.shape != shape:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {piece.name!r} has shape {tensor.shape}, config.json asks for {piece.shape}"
+                    f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, config.json asks for {shape}"
                 )
-            first = recipe.pieces[0].name
             if tensor.dtype != tensors[first].dtype:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {piece.name!r} has dtype {tensor.dtype_name} but {first!r} has "
+                    f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype_name} but {first!r} has "
                     f"{tensors[first].dtype_name}; save the model in one dtype"
                 )
     redundant = {"lm_head.weight", "model.embed_tokens.weight"} if config.tie_word_embeddings else set()

@@ -98,7 +98,7 @@ def test_flags_reach_their_fields():
             "--compilation-cache k "
             "--adapter a=x --adapter b=y=z --adapter-dir d --adapter-dir e --allow-adapter-loading --pool-pages 77 "
             "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 0.0.0.0 --port 1 "
-            "--max-streams 9 --max-body-bytes 5000 --log-level info"
+            "--max-streams 9 --max-body-bytes 5000 --log-level info --tp 8 --coordinator here:1 --num-hosts 2"
         )
     )
     assert engine == build_config(
@@ -113,6 +113,7 @@ def test_flags_reach_their_fields():
             "adapters": {"a": "x", "b": "y=z"},
             "adapter_dirs": ["d", "e"],
             "pool": {"pages": 77},
+            "mesh": {"tp": 8, "coordinator": "here:1", "num_hosts": 2},
             "scheduler": {"max_batch_tokens": 300, "max_sequences": 30, "max_waiting": 5, "prefix_cache": False},
         }
     )
@@ -149,6 +150,31 @@ def test_flags_win_over_the_file(tmp_path):
     assert (engine.pool.pages, engine.pool.gigabytes) == (64, None)  # the flag's size, not the file's
     assert (server.port, server.host) == (5, "::1")
     assert engine.scheduler.max_sequences == 8
+
+
+def test_another_host_follows_instead_of_serving():
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "serve", lambda *_: pytest.fail("it serves"))
+        patch.setattr(serve, "follow", lambda engine, _: seen.append(engine.mesh.host_id))
+        result = run("--tp", "4", "--num-hosts", "2", "--coordinator", "here:1", "--host-id", "1")
+    assert result.exit_code == 0, result.output
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num-hosts 2", "num_hosts above 1 and coordinator go together"),
+        ("--coordinator here:1", "num_hosts above 1 and coordinator go together"),
+        ("--num-hosts 2 --coordinator here:1 --host-id 2", r"host_id (2) must be below num_hosts (2)"),
+        ("--tp 0", "mesh.tp"),
+    ],
+)
+def test_hosts_that_cannot_meet_are_refused(flags, message):
+    result = run(*flags.split())
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_empty_sections_of_a_file_are_defaults(tmp_path):
@@ -242,7 +268,7 @@ def test_every_config_parses(path):
 def test_server_yaml_shows_every_field_with_its_default_and_a_comment():
     text = (ROOT / "configs" / "server.yaml").read_text()
     written = yaml.safe_load(text)
-    sections = {name: value for name, value in written.items() if name in ("pool", "scheduler", "server")}
+    sections = {name: value for name, value in written.items() if name in ("pool", "scheduler", "mesh", "server")}
     flat = {name: value for name, value in written.items() if name not in sections}
     flat |= {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     assert {name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()} == ALL_FIELDS

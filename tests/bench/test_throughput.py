@@ -68,6 +68,7 @@ def test_throughput_of_a_toy(shape):
         longest=12,
         scheduler={"max_sequences": 4, "max_batch_tokens": 16, "prefix_cache": False},
         pool={"pages": 64},
+        tp=1,
         trace=None,
         profile=None,
         command="",

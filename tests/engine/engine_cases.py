@@ -43,7 +43,7 @@ def make_engine(
         return Engine.create(config, progress=False)
     with mock.patch("slora_jax.engine.engine._buckets", _few_buckets):
         engine = Engine.create(config, progress=False)
-    engine._runner.all_shapes(range(len(MODULES)))
+    engine._runner.all_shapes(range(len(MODULES)), max_rank=64)
     return engine
 
 

@@ -70,7 +70,7 @@ def test_warming_up_is_off_on_a_cpu_unless_asked_for():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_never_copies_the_pool(dtype, total_rank):
     config = ModelConfig(64, 32, 48, 3, 4, 2, 8)
-    shape = BatchShape(8, 4, 3, total_rank, 64 if total_rank else 0, (0, 1) if total_rank else (), False)
+    shape = BatchShape(8, 4, 3, total_rank, total_rank, (0, 1) if total_rank else (), False, total_rank)
     model = Llama(config, jnp.dtype(dtype), "reference")
     pool = jax.ShapeDtypeStruct((3, 2, 16 * 4096, config.kv_size), dtype)
 

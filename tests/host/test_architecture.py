@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 LEAVES = {"errors", "config", "request"}
 ALLOWED = {
     "text": {"errors"},
-    "memory": {"model.config"},
+    "memory": {"model.config", "model.shards"},
     "scheduler": {"memory.layout", "memory.pages"},
     "adapters": {"memory.layout", "model.config"},
     "model": {"memory.layout", "demo"},
@@ -28,6 +28,7 @@ NO_JAX = (
     "slora_jax.request",
     "slora_jax.memory.layout",
     "slora_jax.memory.pages",
+    "slora_jax.model.shards",
     "slora_jax.scheduler.scheduler",
     "slora_jax.adapters.store",
     "slora_jax.text.tokenizer",

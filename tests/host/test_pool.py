@@ -10,13 +10,15 @@ import pytest
 from slora_jax.config import PAGE_SIZE
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
+from slora_jax.model.config import ModelConfig
 
 LAYERS, WIDTH, NUM_PAGES = 2, 8, 12
+MODEL = ModelConfig(64, 16, 16, LAYERS, 2, 2, WIDTH // 2)
 
 
 @pytest.fixture
 def pool():
-    pool = UnifiedPool(PoolLayout(LAYERS, WIDTH, {}), NUM_PAGES, jnp.dtype(jnp.float32))
+    pool = UnifiedPool(PoolLayout.for_model(MODEL), NUM_PAGES, jnp.dtype(jnp.float32))
     pool.array = jnp.ones_like(pool.array)
     return pool
 

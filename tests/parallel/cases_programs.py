@@ -1,0 +1,171 @@
+"""What several devices' programs hold and send, read from the arrays and from the compiled code."""
+
+import contextlib
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine_cases import FIXTURES, make_engine
+from triton_on_cpu import compiled
+
+from pallas_kernels.lora import triton as lora_kernels
+from pallas_kernels.paged_attention import rotary_triton
+from pallas_kernels.paged_attention import triton as attention
+from slora_jax.bench.plan import message_bytes
+from slora_jax.engine import runner
+from slora_jax.engine.batch import BatchShape, padded_rank
+from slora_jax.engine.sampling import SamplerShape
+from slora_jax.errors import InvalidRequest
+from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import Llama
+from slora_jax.model.mesh import ModelMesh
+from slora_jax.model.weights import sharded_abstract_params
+
+_COLLECTIVE = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(")
+
+
+def collectives(program: jax.stages.Compiled) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Kind, element type and result's shape of every collective of a program; sorted."""
+    text = program.as_text()
+    found = [
+        (kind, dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims, kind in _COLLECTIVE.findall(text)
+    ]
+    assert len(found) == len(re.findall(r" (?:all|reduce-scatter|collective)[\w-]*\(", text)), "a form not known here"
+    return sorted(found)
+
+
+def sent_elements(kind: str, shape: tuple[int, ...], size: int) -> int:
+    """What each device sends: a ring, as in the paper; N devices."""
+    rounds = {"all-reduce": 2, "all-gather": 1}[kind] * (size - 1)
+    assert np.prod(shape) * rounds % size == 0
+    return int(np.prod(shape)) * rounds // size
+
+
+@pytest.fixture(scope="module")
+def shape_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("model") / "shape.yaml"
+    file.write_text(
+        "{model_type: llama, vocab_size: 97, hidden_size: 48, intermediate_size: 80, num_hidden_layers: 1, "
+        "num_attention_heads: 8, num_key_value_heads: 4, max_position_embeddings: 256}"
+    )
+    return file
+
+
+def compiled_step(engine, modules: str, rank: int) -> jax.stages.Compiled:
+    active = tuple(i for i, module in enumerate(MODULES) if module in modules.split())
+    shape = BatchShape(24, 8, 4, 64 if active else 0, 32 if active else 0, active, False, rank if active else 0)
+    return engine._runner._lower(shape).compile({"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_steps_collectives_are_the_papers(shape_file, tp):
+    engine = make_engine(shape_file, dummy=True, mesh={"tp": tp}, pages=4000)
+    tokens, hidden, layers, rank = 24, 48, 1, 16
+    base = collectives(compiled_step(engine, "", 0))
+    # After o, after down, and once for the embedding.
+    assert base == [("all-reduce", "f32", (tokens, hidden))] * (2 * layers + 1)
+    assert sent_elements(*base[0][::2], tp) == 2 * (tp - 1) * tokens * hidden // tp
+
+    def of_lora(program):
+        rest = collectives(program)
+        for collective in base:
+            rest.remove(collective)
+        return rest
+
+    attention = of_lora(compiled_step(engine, "q k v o", rank))
+    assert sorted({kind for kind, _, _ in attention}) == ["all-gather", "all-reduce"]
+    assert len(attention) == 2 * layers
+    sent = sum(sent_elements(kind, shape, tp) for kind, _, shape in attention)
+    assert sent == layers * 5 * (tp - 1) * tokens * rank // tp
+    program = compiled_step(engine, " ".join(MODULES), rank)
+    sent = sum(sent_elements(kind, shape, tp) for kind, _, shape in of_lora(program))
+    assert sent == layers * (5 + 4) * (tp - 1) * tokens * rank // tp
+    planned = message_bytes(engine.model_config, tp, tokens, 0, dict.fromkeys(MODULES, rank), itemsize=4)
+    assert planned["lora"] == sent * 4
+    assert planned["base"] == len(base) * sent_elements(*base[0][::2], tp) * 4
+    # And no device copies its part of the pool.
+    memory, pool = program.memory_analysis(), engine._pool.array.addressable_shards[0].data
+    assert memory.alias_size_in_bytes == pool.nbytes
+    assert memory.temp_size_in_bytes < pool.nbytes / 4
+
+
+def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
+    engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
+    widths = {shape[1:] for _, _, shape in collectives(compiled_step(engine, "q v down", 13)) if len(shape) > 2}
+    assert {int(np.prod(width)) for width in widths} == {2 * 16, 16}
+    assert [padded_rank(rank) for rank in (1, 8, 9, 33, 256)] == [8, 8, 16, 64, 256]
+
+
+def test_sampling_sends_the_logits_once(shape_file):
+    engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
+    sampler = SamplerShape(16, random=True, filtered=False, history=0, logprobs=False)
+    program = engine._runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
+    assert collectives(program) == [("all-gather", "f32", (16, 100))], "97 tokens, in four equal parts"
+
+
+def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
+    engine = make_engine(shape_file, dummy=True)
+    text = engine._runner._lower(BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
+    assert "manual_computation" not in text and "all_reduce" not in text and "all_gather" not in text
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_each_device_has_its_part_of_pool_and_weights(shape_file, tp):
+    one, several = (make_engine(shape_file, dummy=True, mesh={"tp": n}) for n in (1, tp))
+    shards = several._pool.array.addressable_shards
+    assert len(shards) == tp
+    assert {shard.data.nbytes * tp for shard in shards} == {one._pool.array.nbytes}
+    assert several.pool_layout.page_bytes(4) * tp == one.pool_layout.page_bytes(4)
+    for ranks in ({"q": 8, "k": 8, "v": 8, "o": 8}, dict.fromkeys(MODULES, 64)):
+        sizes = [
+            engine.pool_layout.adapter(ranks).num_entries * engine.pool_layout.row_width for engine in (one, several)
+        ]
+        assert sizes[1] * tp <= sizes[0] * 1.1
+    weights = several._runner.params
+    norms = {"attention_norm", "mlp_norm", "norm"}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        whole = any(key.key in norms for key in keys)
+        assert leaf.addressable_shards[1].data.nbytes * (1 if whole else tp) == leaf.nbytes, keys
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_the_kernels_take_one_devices_part_of_a_70b_model(decode_only):
+    model = ModelConfig(32000, 8192, 28672, 1, 64, 8, 128)
+    mesh = ModelMesh.create(model, 8)
+    whole = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated)
+    shape = BatchShape(32 if decode_only else 512, 32, 256, 256 * 32, 512, tuple(range(7)), decode_only, 64)
+    pool = PoolLayout.for_model(model, 8).pool_shape(10)
+    with contextlib.ExitStack() as stack:
+        kernels = [stack.enter_context(compiled(module, 90)) for module in (lora_kernels, attention, rotary_triton)]
+        runner._forward.trace(
+            sharded_abstract_params(model, jnp.bfloat16, mesh),
+            whole((shape.packed_size,), jnp.int32),
+            whole((32,), jnp.int32),
+            jax.ShapeDtypeStruct(pool, jnp.bfloat16, sharding=mesh.pool),
+            model=Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8),
+            shape=shape,
+            mesh=mesh,
+        ).lower(lowering_platforms=("cuda",))
+    # Shrink and expand for each of qkv, o, gate and up, down; attention; the KV write.
+    assert [len(names) for names in kernels] == [8, 2 if decode_only else 3, 1]
+
+
+def test_a_bad_number_of_devices_gets_a_sentence(shape_file):
+    for tp, message in (
+        (
+            5,
+            r"cannot be shared by 5 devices: .*hidden_size \(48\) .*intermediate_size \(80\).* tp from 1, 2, 4, 8",
+        ),
+        (16, r"tp=16 needs as many devices, and JAX finds 8 \(cpu\); lower tp"),
+        (0, "mesh.tp: .*greater than or equal to 1"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            make_engine(shape_file, dummy=True, mesh={"tp": tp})
+    with pytest.raises(InvalidRequest, match="query head of the 4 for each; choose tp from 1, 2, 4"):
+        make_engine(FIXTURES / "llama1_mha" / "model", mesh={"tp": 8})

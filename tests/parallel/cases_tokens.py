@@ -1,0 +1,71 @@
+"""Tokens of a model on several devices are those of the oracle, and of one device."""
+
+import numpy as np
+import pytest
+from engine_cases import FIXTURES, Case, greedy, make_engine, run
+
+from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.memory.layout import MODULES
+
+_LENGTH = 48
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        ("llama1_mha", 4),  # a head each
+        ("smollm_gqa3", 8),  # three KV heads: two devices for each, and two that only have their share of the MLP
+        *(
+            pytest.param(name, tp, marks=pytest.mark.slow)
+            for name, tp in (
+                ("llama1_mha", 2),
+                ("llama3_gqa", 2),  # a KV head and its four query heads each
+                ("llama3_gqa", 4),  # more devices than KV heads
+                ("llama3_gqa", 8),
+                ("smollm_gqa3", 2),
+                ("smollm_gqa3", 4),
+            )
+        ),
+    ],
+)
+def test_a_mixed_batch_gives_the_oracles_tokens_in_a_pool_too_small_for_it(name, tp):
+    # Ranks 1, 3, 4, 8, 16 and 33, and all seven modules.
+    case = Case(FIXTURES / name)
+    mesh = {"mesh": {"tp": tp}}
+    pages = {name: info.num_pages for name, info in case.engine(**mesh).adapters().items()}
+    needed = [-(-(len(r["prompt"]) + _LENGTH) // 16) + pages.get(r["adapter"], 0) for r in case.requests]
+    engine = case.engine(pages=1 + max(needed), **mesh)
+    generations = [engine.submit(greedy(r["prompt"], r["adapter"], _LENGTH)) for r in case.requests]
+    for request, result in zip(case.requests, run(engine, *generations), strict=True):
+        assert list(result.completions[0].token_ids) == request["tokens"][:_LENGTH], (request["id"], request["adapter"])
+    stats = engine.stats()
+    assert stats["preemptions"] > 0
+    assert stats["evictions"] > 0
+    assert {shard.device.id for shard in engine._pool.array.addressable_shards} == set(range(tp))
+
+
+@pytest.mark.slow
+def test_eight_heads_on_eight_devices_sample_like_one(tmp_path):
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(
+        "{model_type: llama, vocab_size: 97, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+        "num_attention_heads: 8, num_key_value_heads: 8, max_position_embeddings: 256}"
+    )
+    answers = {}
+    for tp in (1, 8):
+        engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3)
+        for rank in (5, 12):
+            packed = synthetic_weights(rank, MODULES, engine.pool_layout, engine.dtype, seed=rank)
+            engine.register_loaded_adapter(f"r{rank}", dict.fromkeys(MODULES, rank), packed, scale=4.0)
+        requests = [
+            greedy(np.arange(1, 40) * (i + 1) % 97, adapter, 24, logprobs=1, **sampling)
+            for i, adapter in enumerate((None, "r5", "r12"))
+            for sampling in ({}, {"temperature": 0.8, "top_k": 20, "seed": 7, "presence_penalty": 0.3})
+        ]
+        answers[tp] = run(engine, *[engine.submit(request) for request in requests])
+    for one, eight in zip(answers[1], answers[8], strict=True):
+        assert one.completions[0].token_ids == eight.completions[0].token_ids
+        pairs = zip(one.completions[0].logprobs, eight.completions[0].logprobs, strict=True)
+        np.testing.assert_allclose(*zip(*((a.logprob, b.logprob) for a, b in pairs), strict=True), atol=1e-4)
