@@ -59,7 +59,7 @@ class HostLoop:
         self._adapters = [_ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]
         pages = PageAllocator(2**17)
         config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6)
-        self._scheduler = Scheduler(config, pages)
+        self._scheduler = Scheduler(config, pages, time.monotonic)
         self._buckets = Buckets.geometric(8192, ratio=2)
         self._table_width = table_width
         self._slices: dict[object, AdapterSlice] = {}
