@@ -6,7 +6,7 @@ belong to the runtime objects and are never written back here.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -15,6 +15,9 @@ from slora_jax.errors import InvalidRequest
 
 PAGE_SIZE = 16
 """Token rows per page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
+
+type Policy = Literal["fcfs", "lcfs", "vtc", "cluster", "abort", "priority"]
+POLICIES: tuple[Policy, ...] = get_args(Policy.__value__)
 
 
 class _Frozen(pydantic.BaseModel):
@@ -61,7 +64,7 @@ class SchedulerConfig(_Frozen):
     max_sequences: int = pydantic.Field(256, ge=1)
     max_waiting: int = pydantic.Field(100_000, ge=1)
     prefix_cache: bool = True
-    policy: Literal["fcfs", "lcfs", "vtc", "cluster", "abort", "priority"] = "fcfs"
+    policy: Policy = "fcfs"
     max_wait_s: float = pydantic.Field(60.0, gt=0)
     fair_weights: dict[str, Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]] = {}
     input_price: float = pydantic.Field(1.0, ge=0, allow_inf_nan=False)
