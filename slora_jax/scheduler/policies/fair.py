@@ -60,7 +60,7 @@ class VirtualTokenCounter(Ordered):
         if tenant is None:
             return None
         entry = tenant.waiting.take()
-        tenant.planned += self._price(entry.sequence, 0)
+        tenant.planned += self._price(entry.sequence, tenant, 0)
         self._taken_from.append(tenant)
         return entry
 
@@ -77,8 +77,8 @@ class VirtualTokenCounter(Ordered):
     def started(self, sequence: Sequence) -> None:
         tenant = self._tenant(sequence)
         tenant.num_running += 1
-        tenant.planned = max(0.0, tenant.planned - self._price(sequence, 0))
-        tenant.counter += self._price(sequence, sequence.cached_tokens)
+        tenant.planned = max(0.0, tenant.planned - self._price(sequence, tenant, 0))
+        tenant.counter += self._price(sequence, tenant, sequence.cached_tokens)
         self._last_started = tenant
 
     def stopped(self, sequence: Sequence) -> None:
@@ -90,11 +90,11 @@ class VirtualTokenCounter(Ordered):
                 tenant = self._tenant(entry.sequence)
                 tenant.counter += self._output_price / tenant.weight
 
-    def _price(self, sequence: Sequence, cached_tokens: int) -> float:
+    def _price(self, sequence: Sequence, tenant: _Tenant, cached_tokens: int) -> float:
         """Of starting it."""
         if sequence.epoch:
             return 0.0
-        return self._input_price * (sequence.num_prompt - cached_tokens) / self._tenant(sequence).weight
+        return self._input_price * (sequence.num_prompt - cached_tokens) / tenant.weight
 
     def _tenant(self, sequence: Sequence) -> _Tenant:
         tenant = self._tenants.get(sequence.tenant)
