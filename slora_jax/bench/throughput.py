@@ -18,6 +18,7 @@ import psutil
 
 from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.bench.service import Times
 from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import build_config
@@ -57,15 +58,6 @@ class Recorder:
     parts: Counter[str] = dataclasses.field(default_factory=Counter)
     sequences: list[int] = dataclasses.field(default_factory=list)
     peak_pages: int = 0
-
-
-@dataclass
-class Times:
-    """Of one request, in seconds since the start of the run: arrival, first and last token."""
-
-    arrival: float
-    first: float | None = None
-    last: float | None = None
 
 
 def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None = None):
@@ -108,6 +100,8 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
         seconds = time.perf_counter() - start
     for item, generation in zip(workload, generations, strict=True):
         (completion,) = generation.result(timeout=1).completions
+        if completion.finish_reason == "late":
+            continue
         if completion.finish_reason != "length" or len(completion.token_ids) != item.num_output:
             raise AssertionError(
                 f"a request got {len(completion.token_ids)} of {item.num_output} tokens: "
@@ -119,7 +113,7 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
 def _submit(engine: Engine, case: Case, item: WorkItem) -> Generation:
     sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
     adapter = None if item.adapter is None else case.adapter_name(item.adapter)
-    return engine.submit(Request(item.prompt, adapter, sampling))
+    return engine.submit(Request(item.prompt, adapter, sampling, priority=item.priority, slo_ms=item.slo_ms))
 
 
 def _watch(generation: Generation, times: Times, start: float) -> None:
@@ -127,7 +121,9 @@ def _watch(generation: Generation, times: Times, start: float) -> None:
     put = generation.put
 
     def timed_put(delta):
-        if times.first is None:
+        if delta.finish_reason == "late":
+            times.gave_up = True
+        elif times.first is None:
             times.first = time.perf_counter() - start
         if delta.finish_reason is not None:
             times.last = time.perf_counter() - start
