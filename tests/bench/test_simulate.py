@@ -64,7 +64,8 @@ def test_early_abort_keeps_at_least_as_many_as_last_come(overloaded, cv):
     assert overloaded["early abort", cv] >= overloaded["last come", cv]
 
 
-def test_a_light_tenant_is_fair_served_beside_a_flood_by_vtc_only():
+@pytest.mark.slow
+def test_a_light_tenant_is_served_fairly_beside_a_flood_by_vtc_only():
     """In batches of 16: with larger ones the flood's share of each step alone costs the light one more than 1.5."""
     server = SimulatedServer(LLAMA_7B)
     scale = Scale(seconds=30, max_sequences=16, max_batch_tokens=64, saturated_requests=100, adapters=20)
