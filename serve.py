@@ -31,6 +31,19 @@ def _adapter(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return adapters
 
 
+def _weight(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    weights = {}
+    for value in values:
+        name, equals, weight = value.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            raise click.BadParameter(f"{value!r} is not NAME=WEIGHT, for example pirate=2")
+    return weights
+
+
 def _flag(name: str, help: str, *, field: str | None = None, default: str | None = None, **kwargs) -> click.Option:
     """A flag for one config field; the parameter's name is the field's path with ``__`` between its parts.
 
@@ -189,6 +202,63 @@ FLAGS = {
             type=int,
             metavar="COUNT",
         ),
+        _flag(
+            "--policy",
+            "Who goes next: fcfs (first come), lcfs (last come), vtc (fair shares for adapters), cluster (adapters "
+            "of the batch first), abort (give up early what would miss its first-token objective), priority.",
+            field="scheduler.policy",
+            default="fcfs",
+            type=click.Choice(["fcfs", "lcfs", "vtc", "cluster", "abort", "priority"]),
+            metavar="POLICY",
+        ),
+        _flag(
+            "--max-wait-s",
+            "Whoever waited for longer gets one start in eight, under every policy.",
+            field="scheduler.max_wait_s",
+            default="60.0",
+            type=float,
+            metavar="SECONDS",
+        ),
+        _flag(
+            "--fair-weight",
+            "vtc: an adapter's (or the base model's) share relative to others', which is 1; may be repeated.",
+            field="scheduler.fair_weights",
+            metavar="NAME=WEIGHT",
+            multiple=True,
+            callback=_weight,
+        ),
+        _flag(
+            "--input-price",
+            "vtc: what a token of a prompt counts.",
+            field="scheduler.input_price",
+            default="1.0",
+            type=float,
+            metavar="PRICE",
+        ),
+        _flag(
+            "--output-price",
+            "vtc: what a token of an output counts.",
+            field="scheduler.output_price",
+            default="2.0",
+            type=float,
+            metavar="PRICE",
+        ),
+        _flag(
+            "--batch-adapters",
+            "cluster: adapters in the batch from which on their requests go first.",
+            field="scheduler.batch_adapters",
+            default="32",
+            type=int,
+            metavar="COUNT",
+        ),
+        _flag(
+            "--slo-ms",
+            "abort: within how many milliseconds a first token is due, unless the request says so itself (slo_ms).",
+            field="scheduler.slo_ms",
+            default="6000.0",
+            type=float,
+            metavar="MS",
+        ),
     ],
     "Server": [
         _flag(
@@ -304,6 +374,8 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
             fields["adapters"] |= value
         elif name == "adapter_dirs":
             fields["adapter_dirs"] = [*fields["adapter_dirs"], *value]
+        elif name == "scheduler__fair_weights":
+            fields["scheduler"]["fair_weights"] = (fields["scheduler"].get("fair_weights") or {}) | value
         elif name.startswith("no_"):
             fields[name.removeprefix("no_")] = None
         else:

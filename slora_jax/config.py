@@ -6,7 +6,7 @@ belong to the runtime objects and are never written back here.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -15,6 +15,9 @@ from slora_jax.errors import InvalidRequest
 
 PAGE_SIZE = 16
 """Token rows per page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
+
+type Policy = Literal["fcfs", "lcfs", "vtc", "cluster", "abort", "priority"]
+POLICIES: tuple[Policy, ...] = get_args(Policy.__value__)
 
 
 class _Frozen(pydantic.BaseModel):
@@ -45,12 +48,29 @@ class SchedulerConfig(_Frozen):
       max_sequences: most sequences of one step.
       max_waiting: most requests waiting; one more is refused (HTTP 429).
       prefix_cache: keep finished prompts' pages, to be found by (adapter content hash, tokens).
+      policy: which waiting request goes next: first come (``fcfs``), last come (``lcfs``), fair shares for tenants by
+        a virtual token counter (``vtc``), requests of the adapters in the batch (``cluster``), early abort by a
+        first-token objective (``abort``), or by ``Request.priority``. See ``slora_jax.scheduler.policies``.
+      max_wait_s: a request that waits for longer is overdue; one in eight starts is an overdue request's, whatever
+        the policy. Seconds.
+      fair_weights: for ``vtc``: a tenant's share relative to others', by adapter name (or the base model's); 1 for
+        those not named.
+      input_price, output_price: for ``vtc``: what a token of a prompt and of an output count.
+      batch_adapters: for ``cluster``: adapters in the batch from which on their requests are preferred.
+      slo_ms: for ``abort``: milliseconds within which a request's first token is due, where it names none itself.
     """
 
     max_batch_tokens: int = pydantic.Field(512, ge=16)
     max_sequences: int = pydantic.Field(256, ge=1)
     max_waiting: int = pydantic.Field(100_000, ge=1)
     prefix_cache: bool = True
+    policy: Policy = "fcfs"
+    max_wait_s: float = pydantic.Field(60.0, gt=0)
+    fair_weights: dict[str, Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]] = {}
+    input_price: float = pydantic.Field(1.0, ge=0, allow_inf_nan=False)
+    output_price: float = pydantic.Field(2.0, ge=0, allow_inf_nan=False)
+    batch_adapters: int = pydantic.Field(32, ge=1)
+    slo_ms: float = pydantic.Field(6000.0, gt=0, allow_inf_nan=False)
 
     @pydantic.model_validator(mode="after")
     def _budget_covers_sequences(self):

@@ -33,6 +33,10 @@ class Overloaded(SLoRAError):
     """The waiting queue is full; the request was not taken. Try again later."""
 
 
+class ObjectiveMissed(Overloaded):
+    """The request was given up before its first token, which could not have come within its objective."""
+
+
 class EngineStopped(SLoRAError, RuntimeError):
     """The engine was closed, or its loop failed; no request can be answered any more."""
 

@@ -17,7 +17,12 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 """Most completions one request may ask for."""
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "late"]
+
+MAX_PRIORITY = 1_000_000
+
+MAX_SLO_MS = 86_400_000.0
+"""A day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +123,21 @@ class Request:
       adapter: a registered adapter's name, or None for the base model.
       sampling: how to sample.
       request_id: the caller's own name for it; shown in logs and outputs.
+      priority: under the policy ``priority``, higher goes first; within ±``MAX_PRIORITY``.
+      slo_ms: under the policy ``abort``, milliseconds within which the first token is due; None for the server's.
     """
 
     prompt: tuple[int, ...]
     adapter: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = ""
+    priority: int = 0
+    slo_ms: float | None = None
+
+    def __post_init__(self):
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.slo_ms is not None:
+            _check_float("slo_ms", self.slo_ms, 0.0, MAX_SLO_MS, open_low=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +154,8 @@ class Delta(NamedTuple):
 
     ``text`` may be empty while a multi-byte character or a possible stop string is incomplete, and may cover
     tokens of earlier deltas. ``token_ids`` are exact. ``finish_reason`` is set on the last delta only;
-    ``error`` says why when it is "error" or "abort".
+    ``error`` says why when it is "error", "abort" or "late" (given up before the first token, which could not have
+    come within its objective).
     """
 
     index: int

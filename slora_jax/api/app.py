@@ -1,6 +1,7 @@
 """The HTTP routes. This package alone knows status codes: ``_ERRORS`` gives each exception its own."""
 
 import contextlib
+import itertools
 import json
 import logging
 import threading
@@ -29,7 +30,8 @@ from slora_jax.api.openai import (
     parse_chat,
     parse_completion,
 )
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, Overloaded, UnknownAdapter
+from slora_jax.request import Delta
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine, Generation
@@ -89,6 +91,7 @@ _ERRORS = (
     _Rule(BadAdapter, 400, "invalid_request_error", "bad_adapter"),
     _Rule(_Forbidden, 403, "permission_error", "adapter_loading_not_allowed"),
     _Rule(UnknownAdapter, 404, "invalid_request_error", "model_not_found"),
+    _Rule(ObjectiveMissed, 429, "rate_limit_error", "objective_missed"),
     _Rule(Overloaded, 429, "rate_limit_error", "engine_overloaded"),
     _Rule(EngineStopped, 503, "service_unavailable_error", "engine_stopped"),
     _Rule(GenerationFailed, 500, "server_error", "generation_failed"),
@@ -213,7 +216,14 @@ def _generate(
                 return _json(reply.whole(wait_all(generations, gone, slots.pause)))
             except ClientGone:
                 return flask.Response(status=499)  # nobody reads it
-        response = flask.Response(_events(call, reply, generations, gone, slots), mimetype="text/event-stream")
+        pieces = watch(generations, gone)
+        if engine.gives_up_late:
+            # Once a stream has begun its status is 200: wait for what comes first.
+            try:
+                pieces = _begun(pieces)
+            except ClientGone:
+                return flask.Response(status=499)
+        response = flask.Response(_events(call, reply, generations, pieces, slots), mimetype="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         # Runs when the stream has ended, failed, or was dropped before its first event.
@@ -221,15 +231,33 @@ def _generate(
         return response
 
 
+def _begun(pieces: Iterator[tuple[int, list[Delta]]]) -> Iterator[tuple[int, list[Delta]]]:
+    """The same, once the first piece is there.
+
+    Raises:
+      ObjectiveMissed: it says that the request was given up.
+    """
+    for first in pieces:
+        for delta in first[1]:
+            if delta.finish_reason == "late":
+                raise_failure(delta)
+        return itertools.chain([first], pieces)
+    return pieces
+
+
 def _events(
-    call: Call, reply: Reply, generations: Sequence["Generation"], gone: Callable[[], bool], slots: "_Slots"
+    call: Call,
+    reply: Reply,
+    generations: Sequence["Generation"],
+    pieces: Iterator[tuple[int, list[Delta]]],
+    slots: "_Slots",
 ) -> Iterator[bytes]:
     """The server-sent events of one stream. Errors cannot change the status any more, so they are events."""
     completion_tokens = 0
     try:
         for chunk in reply.opening():
             yield _event(chunk)
-        for index, deltas in watch(generations, gone):
+        for index, deltas in pieces:
             completion_tokens += sum(len(delta.token_ids) for delta in deltas)
             chunks = [chunk for delta in deltas if (chunk := reply.chunk(index, without_failure(delta))) is not None]
             if chunks:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from slora_jax.errors import EngineStopped, SLoRAError
+from slora_jax.errors import EngineStopped, ObjectiveMissed, SLoRAError
 from slora_jax.request import Completion, Delta, Request, RequestOutput
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def wait_all(
 
     Raises:
       ClientGone: ``gone()`` turned true.
-      GenerationFailed, EngineStopped: a sequence ended with an error.
+      GenerationFailed, EngineStopped, ObjectiveMissed: a sequence ended with an error.
     """
     outputs = []
     for generation in generations:
@@ -93,13 +93,15 @@ def raise_failure(ended: Delta | Completion) -> None:
     """Raises if this sequence ended otherwise than by its own sampling parameters."""
     if ended.finish_reason == "error":
         raise GenerationFailed(ended.error or "generation failed")
+    if ended.finish_reason == "late":
+        raise ObjectiveMissed(ended.error or "the request could not meet its objective")
     if ended.finish_reason == "abort":
         raise EngineStopped(ended.error or "the request was aborted")
 
 
 def without_failure(delta: Delta) -> Delta:
     """What the delta brought, less the news that its sequence failed; see ``raise_failure``."""
-    failed = delta.finish_reason in ("error", "abort")
+    failed = delta.finish_reason in ("error", "abort", "late")
     return delta._replace(finish_reason=None) if failed else delta
 
 

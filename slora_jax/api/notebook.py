@@ -35,7 +35,7 @@ class GenerationResult:
     """The answer to one prompt.
 
     ``text``, ``token_ids``, ``finish_reason``, ``logprobs`` and ``error`` are those of the first completion;
-    with ``n > 1`` all are in ``completions``. ``error`` says why when ``finish_reason`` is "error".
+    with ``n > 1`` all are in ``completions``. ``error`` says why when ``finish_reason`` is "error" or "late".
     """
 
     prompt: Prompt
@@ -115,6 +115,8 @@ def generate(
     *,
     model: "str | Path | Engine | None" = None,
     sampling: SamplingChoice | Sequence[SamplingChoice] = None,
+    priority: int = 0,
+    slo_ms: float | None = None,
     chat: bool = False,
     stream: bool = False,
     progress: bool | None = None,
@@ -130,6 +132,9 @@ def generate(
       model: a folder, a Hugging Face id, a running ``Engine``, or None for the embedded demo model with its
         demo adapters.
       sampling: ``SamplingParams`` or a mapping of its fields; or a list.
+      priority: of all these prompts; higher goes first, with ``scheduler={"policy": "priority"}``.
+      slo_ms: milliseconds within which each first token is due, with ``scheduler={"policy": "abort"}``. A prompt that
+        cannot meet it has ``finish_reason`` "late" and no text; a stream raises ``ObjectiveMissed``.
       chat: put each text into the model's chat template, as what the user says.
       stream: return a ``TextStream`` at once.
       progress: show a progress bar; None shows one for several prompts that are not streamed.
@@ -154,6 +159,8 @@ def generate(
             adapter=_adapter_name(adapter, engine),
             sampling=sampling,
             request_id=f"generate-{i}",
+            priority=priority,
+            slo_ms=slo_ms,
         )
         for i, (prompt, adapter, sampling) in enumerate(zip(work.prompts, work.adapters, work.sampling, strict=True))
     ]

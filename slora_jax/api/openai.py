@@ -2,7 +2,7 @@
 
 A field that would change the answer and is not computed here is refused by name; so is a field nobody knows.
 Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``,
-``ignore_eos`` and ``return_token_ids``.
+``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective).
 """
 
 import json
@@ -110,6 +110,11 @@ class _Generate(_Body):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     return_token_ids: bool = False
+    priority: int = 0
+    slo_ms: float | None = None
+
+    def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
+        return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         return SamplingParams(
@@ -164,7 +169,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     for prompt in prompts:
         room = _room(prompt, engine, "prompt")
         max_tokens = min(16, room) if fields.max_tokens is None else fields.max_tokens
-        requests.append(Request(prompt, adapter, fields.sampling(max_tokens, fields.logprobs)))
+        requests.append(fields.request(prompt, adapter, fields.sampling(max_tokens, fields.logprobs)))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
     return _call(fields, tuple(requests), echo)
 
@@ -184,7 +189,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     room = _room(prompt, engine, "messages")
     limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    return _call(fields, (Request(prompt, adapter, fields.sampling(room if limit is None else limit, logprobs)),))
+    sampling = fields.sampling(room if limit is None else limit, logprobs)
+    return _call(fields, (fields.request(prompt, adapter, sampling),))
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:

@@ -91,7 +91,8 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
 
     A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
     """
-    from slora_jax.bench.throughput import Case, OpenTrace, profile_of, run_throughput
+    from slora_jax.bench.throughput import profile_of, run_throughput
+    from slora_jax.bench.workload import Case, OpenTrace
 
     try:
         parsed = [Case.parse(case) for case in cases or ("base",)]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from slora_jax.adapters.synthetic import loaded_adapter
-from slora_jax.config import SchedulerConfig
+from slora_jax.config import POLICIES, SchedulerConfig
 from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
 from slora_jax.engine.sampling import build_sampler_inputs
 from slora_jax.memory.layout import PoolLayout
@@ -48,7 +48,8 @@ class HostLoop:
       milliseconds: by part of the loop, its time in each step of ``run``.
     """
 
-    def __init__(self, num_waiting: int, num_adapters: int, table_width: int, max_tokens: int, random: bool = False):
+    def __init__(self, num_waiting: int, num_adapters: int, table_width: int, max_tokens: int, random: bool = False,
+                 policy: str = "fcfs"):  # fmt: skip
         layout = PoolLayout.for_model(_LLAMA_7B)
         ranks = dict.fromkeys("qkvo", _RANK)
         shape = layout.adapter(ranks)
@@ -58,8 +59,8 @@ class HostLoop:
         self._layout = shape
         self._adapters = [_ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]
         pages = PageAllocator(2**17)
-        config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6)
-        self._scheduler = Scheduler(config, pages)
+        config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6, policy=policy)
+        self._scheduler = Scheduler(config, pages, time.monotonic)
         self._buckets = Buckets.geometric(8192, _NUM_SEQUENCES, ratio=2)
         self._table_width = table_width
         self._slices: dict[object, AdapterSlice] = {}
@@ -67,10 +68,13 @@ class HostLoop:
         self._previous = SimpleNamespace(entries=())
         self.milliseconds: dict[str, list[float]] = {}
         sampling = SamplingParams(max_tokens=max_tokens, temperature=float(random), ignore_eos=True)
+        now = time.monotonic()
         for i in range(num_waiting):
             adapter = self._adapters[i % num_adapters]
             # Prompts of their own: nothing of them is in the prefix cache.
-            self._scheduler.add(Sequence(i, [i % 30000] * 64, 64, max_tokens, sampling, seed=i, adapter=adapter))
+            sequence = Sequence(i, [i % 30000] * 64, 64, max_tokens, sampling, seed=i, adapter=adapter, arrival=now)
+            sequence.tenant = adapter.content_hash
+            self._scheduler.add(sequence)
 
     @property
     def num_running(self) -> int:
@@ -133,9 +137,10 @@ def run_host(num_steps: int) -> dict:
         assert loop.num_running == _NUM_SEQUENCES
         loop.run(num_steps)
         result[name] = _summary(loop)
-    loop = HostLoop(100_000, 10_000, 256, max_tokens=100)
-    loop.run(2 * num_steps)
-    result["waiting_100000_adapters_10000"] = _summary(loop)
+    for policy in POLICIES:
+        loop = HostLoop(100_000, 10_000, 256, max_tokens=100, policy=policy)
+        loop.run(2 * num_steps)
+        result[f"waiting_100000_adapters_10000_{policy}"] = _summary(loop)
     return result
 
 

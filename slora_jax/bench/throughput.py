@@ -18,101 +18,18 @@ import psutil
 
 from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.bench.service import Times
 from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
+from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import build_config
 from slora_jax.engine import runner
 from slora_jax.engine.generation import Generation
 from slora_jax.engine.runner import StepInFlight
 from slora_jax.scheduler.scheduler import Scheduler
 
-SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16)}
-"""Ranks of the adapters of each setting, in turn; q, k, v and o."""
-
 _MODULES = ("q", "k", "v", "o")
-_SHORTEST = 8
-_WARM_UP_REQUESTS = 64
 _PROFILED_STEPS = range(100, 110)
 _IDLE_WAIT_SECONDS = 0.01
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """One request: its tokens, how many to generate, its adapter (None: the base), and when it comes, in seconds."""
-
-    prompt: tuple[int, ...]
-    num_output: int
-    adapter: int | None
-    arrival: float = 0.0
-
-
-@dataclass(frozen=True)
-class OpenTrace:
-    """Arrivals with Gamma intervals of ``rate`` a second and coefficient of variation ``cv``.
-
-    Adapter i is asked for in proportion to ``(i + 1) ** -alpha``.
-    """
-
-    rate: float
-    cv: float
-    alpha: float
-
-
-def draw_workload(
-    num_requests: int, num_adapters: int, vocab_size: int, seed: int, longest: int = 512, trace: OpenTrace | None = None
-) -> list[WorkItem]:
-    """Prompt and output lengths uniform in [8, longest); the order of the draws is part of the definition."""
-    rng = np.random.default_rng(seed)
-    prompts = rng.integers(_SHORTEST, longest, num_requests)
-    outputs = rng.integers(_SHORTEST, longest, num_requests)
-    if trace is None:
-        adapters = rng.integers(0, max(1, num_adapters), num_requests)
-        arrivals = np.zeros(num_requests)
-    else:
-        weights = np.arange(1.0, max(1, num_adapters) + 1) ** -trace.alpha
-        adapters = rng.choice(len(weights), num_requests, p=weights / weights.sum())
-        intervals = np.random.default_rng(seed + 1).gamma(trace.cv**-2, trace.cv**2 / trace.rate, num_requests)
-        arrivals = np.cumsum(intervals)
-    return [
-        WorkItem(
-            tuple(rng.integers(0, vocab_size, prompt).tolist()),
-            int(output),
-            int(adapter) if num_adapters else None,
-            float(arrival),
-        )
-        for prompt, output, adapter, arrival in zip(prompts, outputs, adapters, arrivals, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A setting of the paper with so many adapters, of the setting's ranks in turn."""
-
-    setting: str
-    num_adapters: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Case":
-        """``base``, or ``SETTING:N`` such as ``S2:100``.
-
-        Raises:
-          ValueError: neither; the message says what is.
-        """
-        setting, _, number = text.partition(":")
-        known = setting in SETTINGS and (number.isdecimal() if SETTINGS[setting] else not number)
-        if not known or (number and int(number) < 1):
-            raise ValueError(f"a case is base, or a setting and how many adapters, such as S2:100; got {text!r}")
-        return cls(setting, int(number or 0))
-
-    def __str__(self):
-        return f"{self.setting}:{self.num_adapters}" if self.num_adapters else self.setting
-
-    @property
-    def num_spare(self) -> int:
-        """Adapters more for the warm-up, so that each of the others is copied to the device in the timed part."""
-        return min(self.num_adapters, _WARM_UP_REQUESTS)
-
-    def adapter_name(self, index: int) -> str:
-        return f"{self.setting}-{self.num_adapters}-{index}"
 
 
 def register_adapters(engine: Engine, cases: Sequence[Case]) -> None:
@@ -141,15 +58,6 @@ class Recorder:
     parts: Counter[str] = dataclasses.field(default_factory=Counter)
     sequences: list[int] = dataclasses.field(default_factory=list)
     peak_pages: int = 0
-
-
-@dataclass
-class Times:
-    """Of one request, in seconds since the start of the run: arrival, first and last token."""
-
-    arrival: float
-    first: float | None = None
-    last: float | None = None
 
 
 def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None = None):
@@ -192,6 +100,8 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
         seconds = time.perf_counter() - start
     for item, generation in zip(workload, generations, strict=True):
         (completion,) = generation.result(timeout=1).completions
+        if completion.finish_reason == "late":
+            continue
         if completion.finish_reason != "length" or len(completion.token_ids) != item.num_output:
             raise AssertionError(
                 f"a request got {len(completion.token_ids)} of {item.num_output} tokens: "
@@ -203,7 +113,7 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
 def _submit(engine: Engine, case: Case, item: WorkItem) -> Generation:
     sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
     adapter = None if item.adapter is None else case.adapter_name(item.adapter)
-    return engine.submit(Request(item.prompt, adapter, sampling))
+    return engine.submit(Request(item.prompt, adapter, sampling, priority=item.priority, slo_ms=item.slo_ms))
 
 
 def _watch(generation: Generation, times: Times, start: float) -> None:
@@ -211,7 +121,9 @@ def _watch(generation: Generation, times: Times, start: float) -> None:
     put = generation.put
 
     def timed_put(delta):
-        if times.first is None:
+        if delta.finish_reason == "late":
+            times.gave_up = True
+        elif times.first is None:
             times.first = time.perf_counter() - start
         if delta.finish_reason is not None:
             times.last = time.perf_counter() - start
@@ -310,7 +222,7 @@ def run_throughput(
         click.echo(f"ready after {start_seconds:.1f} s, {compiling:.1f} of them compiling", err=True)
         for case in cases:
             vocab = engine.model_config.vocab_size
-            warm_up = draw_workload(min(requests, _WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, longest)
+            warm_up = draw_workload(min(requests, WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, longest)
             if case.num_adapters:
                 warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
             run_loop(engine, case, warm_up)

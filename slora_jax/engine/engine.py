@@ -91,7 +91,7 @@ class Engine:
         self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
-        self._scheduler = Scheduler(config.scheduler, self._pages)
+        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic)
         self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len, mesh)
         self._followers = Followers()
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
@@ -107,7 +107,7 @@ class Engine:
         self._counts = dict.fromkeys(
             (
                 "steps", "prefill_tokens", "decode_tokens", "adapter_loads", "adapter_load_bytes", "preemptions",
-                "cached_tokens",
+                "cached_tokens", "late",
             ),
             0,
         )  # fmt: skip
@@ -194,12 +194,14 @@ class Engine:
         """Queues a request and returns at once.
 
         Raises:
-          InvalidRequest: the prompt is empty, has an unknown token, or cannot fit the context or the pool.
+          InvalidRequest: the prompt is empty, has an unknown token, or cannot fit the context or the pool; or a field
+            is for another scheduling policy than this engine's.
           UnknownAdapter: ``request.adapter`` is not registered.
           Overloaded: too many requests are waiting.
           EngineStopped: the engine is closed.
         """
         adapter = self._store.get(request.adapter) if request.adapter is not None else None
+        self._check_policy_fields(request)
         max_tokens = self._check_prompt(request, adapter)
         generation = Generation(request, self._cancel)
         sampling = request.sampling
@@ -215,6 +217,8 @@ class Engine:
             seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
             leader = None
             group = []
+            # Under the lock, so that it increases with the sequences' ids.
+            arrival = time.monotonic()
             for index in range(sampling.n):
                 sequence = Sequence(
                     sequence_id=next(self._sequence_ids),
@@ -225,6 +229,10 @@ class Engine:
                     seed=seed + index,
                     adapter=adapter,
                     leader=leader,
+                    arrival=arrival,
+                    tenant=request.adapter or self.model_name,
+                    priority=request.priority,
+                    slo_s=None if request.slo_ms is None else request.slo_ms / 1000,
                 )
                 leader = leader or sequence
                 eos = self.model_config.eos_token_ids
@@ -235,6 +243,24 @@ class Engine:
             self._num_unadmitted += len(group)
         self._wake()
         return generation
+
+    @property
+    def gives_up_late(self) -> bool:
+        """Whether requests that would miss their first-token objective end with "late" instead."""
+        return self.config.scheduler.policy == "abort"
+
+    def _check_policy_fields(self, request: Request) -> None:
+        policy = self.config.scheduler.policy
+        for field, given, needed in (
+            ("priority", request.priority != 0, "priority"),
+            ("slo_ms", request.slo_ms is not None, "abort"),
+        ):
+            if given and policy != needed:
+                raise InvalidRequest(
+                    f"{field} means something under the policy {needed!r} only, and this engine runs {policy!r}; "
+                    f"leave it out or start with scheduler.policy={needed}",
+                    field,
+                )
 
     def _check_prompt(self, request: Request, adapter) -> int:
         """Returns how many tokens may be generated."""
@@ -281,6 +307,8 @@ class Engine:
         plan = self._scheduler.plan()
         for sequence, reason in plan.failed:
             self._end(sequence, "error", reason)
+        for sequence in plan.late:
+            self._give_up(sequence)
         previous, self._in_flight = self._in_flight, self._launch(plan)
         if previous is not None:
             self._commit(*previous)
@@ -288,7 +316,7 @@ class Engine:
             # Nothing runs until an adapter is there.
             self._copies[0][1].wait()
             return True
-        return previous is not None or self._in_flight is not None or bool(plan.failed)
+        return previous is not None or self._in_flight is not None or bool(plan.failed or plan.late)
 
     def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
         for load in plan.loads:
@@ -362,6 +390,22 @@ class Engine:
         if answer is not None:
             answer.generation.put(answer.output.end(reason, error))
         self._forget(sequence)
+
+    def _give_up(self, leader: Sequence) -> None:
+        """Ends all of a request whose first token could not come in time."""
+        answer = self._answers.get(leader.sequence_id)
+        if answer is None:
+            return
+        self._counts["late"] += 1
+        slo = self.config.scheduler.slo_ms if leader.slo_s is None else leader.slo_s * 1000
+        waited = (time.monotonic() - leader.arrival) * 1000
+        for sequence in answer.generation.sequences:
+            self._end(
+                sequence,
+                "late",
+                f"given up after {waited:.0f} ms of waiting: its first token could not come within its objective of "
+                f"{slo:.0f} ms; try again later, or with a larger slo_ms",
+            )
 
     def _take_submitted(self) -> None:
         while self._submitted:

@@ -1,8 +1,10 @@
 """Continuous batching over the unified pool: the plan of every step, and what its results mean for the pages.
 
 Order of a plan: running sequences decode one token each; unfinished prompts go on in chunks; then waiting sequences
-are admitted, first come first served, while the token budget, the sequence limit and the pages allow. Running
-sequences outrank waiting ones; when pages run out the last arrived one is preempted and later recomputed.
+are admitted, in the order of a policy, while the token budget, the sequence limit and the pages allow. Running
+sequences outrank waiting ones; when pages run out the last arrived one is preempted and later recomputed, under
+priorities one of the lowest. Other policies order the waiting only: an order among running sequences that changes as
+they run would let two of them preempt each other in turn, and preempting the oldest would lose the most work.
 
 Adapters come in two steps, both in the background. From disk to host memory: their sequences are parked, and the
 others pass them. From host memory to the pool: a sequence is admitted with all its pages, so that nobody can take
@@ -11,12 +13,13 @@ them meanwhile, but is not computed until ``adapter_arrived``. Adapters of the s
 
 from bisect import insort
 from collections import deque
-from collections.abc import Hashable
-from operator import attrgetter
+from collections.abc import Callable, Hashable
+from typing import Any
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import WaitingQueue
 from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSequence, Sequence, State, StepPlan
 
@@ -29,8 +32,6 @@ _MAX_MOVES = 256
 _COPY_SHARE = 32
 """Copies under way have room in device memory of their own; all together at most one page in this many of the pool."""
 
-_BY_ARRIVAL = attrgetter("sequence_id")
-
 
 class Scheduler:
     """Plans steps and owns the pages' accounting.
@@ -39,17 +40,22 @@ class Scheduler:
     once a load's copy is ordered before all steps to come. A plan may be made before the previous one is committed,
     but no further ahead.
 
+    Args:
+      clock: seconds; the same that ``Sequence.arrival`` is read from.
+
     Attributes:
       num_prefetch_hits: adapters copied ahead that were there when their first sequence started.
       num_prefetch_late: sequences that had to wait for their adapter's copy.
     """
 
-    def __init__(self, config: SchedulerConfig, pages: PageAllocator):
+    def __init__(self, config: SchedulerConfig, pages: PageAllocator, clock: Callable[[], float]):
         self._config = config
         self._pages = pages
-        # In order of arrival, so that the last one is the one to preempt.
+        self._clock = clock
+        self._policy = create_policy(config)
+        # In order of standing, so that the last one is the one to preempt.
         self._running: list[Sequence] = []
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(self._policy, config.max_wait_s)
         self._parked: dict[AdapterHandle, deque[Sequence]] = {}
         self._num_waiting = 0
         self._arriving: dict[Hashable, AdapterLoad] = {}
@@ -94,8 +100,7 @@ class Scheduler:
         if sequence.state is State.FINISHED:
             return
         if sequence.state is State.RUNNING:
-            self._running.remove(sequence)
-            self._give_back(sequence)
+            self._stop(sequence)
         else:
             # Queued entries are dropped when they surface: see WaitingQueue and _unpark.
             self._num_waiting -= 1
@@ -105,6 +110,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Decides the next step. Empty when nothing can run now."""
         builder = _PlanBuilder(self._config.max_batch_tokens)
+        builder.late.extend(self._waiting.begin(self._clock()))
         self._unpark(builder)
         self._continue_running(builder)
         self._admit(builder)
@@ -121,6 +127,7 @@ class Scheduler:
     def commit(self, plan: StepPlan) -> None:
         """Notes that a plan's step has run: full pages become prefix-cache blocks, prompts done free followers."""
         prefix_cache = self._config.prefix_cache
+        self._policy.computed(plan.entries, self._clock())
         for sequence, start, count, _, epoch in plan.entries:
             if sequence.state is not State.RUNNING or epoch != sequence.epoch:
                 continue
@@ -166,7 +173,7 @@ class Scheduler:
         return sequence.adapter_key in self._arriving
 
     def _schedule(self, sequence: Sequence, count: int, builder: "_PlanBuilder") -> None:
-        """Adds ``count`` tokens of a running sequence, preempting later arrivals (or itself) if pages run out."""
+        """Adds ``count`` tokens of a running sequence, preempting those after it (or itself) if pages run out."""
         needed = PoolLayout.token_pages(sequence.num_scheduled + count) - len(sequence.pages)
         while needed > 0:
             pages = self._pages.allocate(needed)
@@ -183,13 +190,20 @@ class Scheduler:
         builder.add(sequence, count)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._give_back(sequence)
+        self._stop(sequence)
         sequence.num_scheduled = sequence.num_done = 0
         sequence.epoch += 1
         sequence.state = State.WAITING
         self._num_waiting += 1
         self._waiting.push(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._policy.stopped(sequence)
+        self._give_back(sequence)
+
+    def _standing(self, sequence: Sequence) -> Any:
+        return not sequence.is_overdue, self._policy.standing(sequence), sequence.sequence_id
 
     def _give_back(self, sequence: Sequence) -> None:
         # Last page first: the start of a prefix is worth more, so it becomes the warmest.
@@ -260,7 +274,8 @@ class Scheduler:
                 # Nobody overtakes the head for want of pages, or a large request would wait for ever.
                 return
             else:
-                self._waiting.pop(place)
+                self._waiting.start(place)
+                insort(self._running, sequence, key=self._standing)
                 self._num_waiting -= 1
                 if self._is_arriving(sequence):
                     self.num_prefetch_late += 1
@@ -300,7 +315,6 @@ class Scheduler:
         if not sequence.was_admitted:
             sequence.was_admitted = True
             sequence.cached_tokens = sequence.num_done
-        insort(self._running, sequence, key=_BY_ARRIVAL)
         return True
 
     # Adapters on their way to the pool
@@ -387,6 +401,7 @@ class _PlanBuilder:
         self.budget = budget
         self.loads: list[AdapterLoad] = []
         self.failed: list[tuple[Sequence, str]] = []
+        self.late: list[Sequence] = []
         self.num_preempted = 0
         self._entries: list[ScheduledSequence] = []
 
@@ -406,4 +421,10 @@ class _PlanBuilder:
         for entry in self._entries:
             if entry.samples:
                 entry.sequence.num_pending += 1
-        return StepPlan(tuple(self._entries), tuple(self.loads), tuple(self.failed), self.num_preempted)
+        return StepPlan(
+            entries=tuple(self._entries),
+            loads=tuple(self.loads),
+            failed=tuple(self.failed),
+            num_preempted=self.num_preempted,
+            late=tuple(self.late),
+        )

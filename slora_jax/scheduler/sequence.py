@@ -61,6 +61,11 @@ class Sequence:
       pages: the pool pages of its KV, in order, as C ints that batches copy as they lie; ``page_keys[i]`` is the block
         key page i is owned through, or None where it is owned privately.
       epoch: counts preemptions; results of steps planned in an earlier epoch no longer describe ``pages``.
+      arrival: when it came, in seconds by the scheduler's clock; increasing with ``sequence_id``.
+      tenant: whom a fair policy counts it for: the adapter's or the base model's name, never what a client claims.
+      priority: higher goes first, under a policy that looks at it.
+      slo_s: seconds from arrival within which its first token is wanted; None for the policy's own.
+      is_overdue: it was started because it had waited for too long, and is preempted last.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
     """
@@ -73,6 +78,11 @@ class Sequence:
     seed: int
     adapter: AdapterHandle | None = None
     leader: "Sequence | None" = None
+    arrival: float = 0.0
+    tenant: str = ""
+    priority: int = 0
+    slo_s: float | None = None
+    is_overdue: bool = False
     state: State = State.WAITING
     num_scheduled: int = 0
     num_done: int = 0
@@ -85,6 +95,10 @@ class Sequence:
     was_admitted: bool = False
     followers: list["Sequence"] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state is State.WAITING
 
     @property
     def num_tokens(self) -> int:
@@ -142,12 +156,17 @@ class AdapterLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step does. ``failed`` lists sequences that can never run, with the reason."""
+    """What one step does.
+
+    ``failed`` lists sequences that can never run, with the reason; ``late`` those that the policy gives up because
+    they could not meet their first-token objective.
+    """
 
     entries: tuple[ScheduledSequence, ...] = ()
     loads: tuple[AdapterLoad, ...] = ()
     failed: tuple[tuple[Sequence, str], ...] = ()
     num_preempted: int = 0
+    late: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,9 @@ WAITS = "W"
 FAILS = "F"
 """A prompt that begins with this fails after two tokens."""
 
+LATE = "L"
+"""A prompt that begins with this is given up before its first token."""
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -107,6 +110,7 @@ class FakeGeneration:
 class FakeEngine:
     model_name = "base"
     max_model_len = 300
+    gives_up_late = False
 
     def __init__(self, folder: Path, *, max_running: int = 100_000, with_tokenizer: bool = True, step_seconds=0.0005):
         self._backend = Tokenizer.from_folder(byte_level_folder(folder))
@@ -206,6 +210,8 @@ class FakeEngine:
                 generation.put(Delta(i, "", finish_reason="abort", error="cancelled"))
             elif generation.prompt_text.startswith(FAILS) and sequence.done == 2:
                 generation.put(Delta(i, "", finish_reason="error", error="the logits are not finite"))
+            elif generation.prompt_text.startswith(LATE):
+                generation.put(Delta(i, "", finish_reason="late", error="its objective of 5 ms"))
             else:
                 generation.put(self._next(i, sequence, generation.request))
 

@@ -2,7 +2,7 @@ import json
 import time
 
 import pytest
-from fake_engine import FAILS, WAITS, FakeEngine
+from fake_engine import FAILS, LATE, WAITS, FakeEngine
 from werkzeug.test import EnvironBuilder
 
 from slora_jax.api.app import create_app
@@ -461,6 +461,39 @@ def test_a_failed_generation(client):
     assert not done
     assert "not finite" in chunks[-1]["error"]["message"]
     assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == "ba"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_cannot_meet_its_objective(client, engine, stream):
+    engine.gives_up_late = True
+    response = complete(client, prompt=LATE, stream=stream)
+    assert "objective of 5 ms" in error(response, 429, "objective_missed")
+    assert int(response.headers["Retry-After"]) >= 1
+    chunks, done = events(complete(client, prompt="x", stream=True))
+    assert done and chunks[-1]["choices"][0]["finish_reason"] == "length", "others stream as ever"
+
+
+def test_a_late_one_of_several_prompts_ends_the_stream(client):
+    chunks, done = events(complete(client, prompt=["x", LATE], stream=True))
+    assert not done and chunks[-1]["error"]["code"] == "objective_missed"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"priority": "high"}, {"priority": 2**40}, {"priority": 1.5}, {"slo_ms": 0}, {"slo_ms": -5}, {"slo_ms": "soon"}],
+)
+def test_scheduling_fields_are_checked(client, fields):
+    (field,) = fields
+    assert field in error(complete(client, **fields), 400, None, field)
+
+
+def test_scheduling_fields_reach_the_engine_and_the_user_field_does_not(client, engine):
+    assert complete(client, priority=-3, slo_ms=250, user="somebody else").status_code == 200
+    messages = [{"role": "user", "content": "hello"}]
+    chat(client, messages=messages, priority=7)
+    first, second = (g.request for g in engine.generations)
+    assert (first.priority, first.slo_ms, first.adapter) == (-3, 250, None)
+    assert (second.priority, second.slo_ms) == (7, None)
 
 
 def test_a_stream_hears_that_the_engine_closes(client, engine):

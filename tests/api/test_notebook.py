@@ -3,12 +3,12 @@ import threading
 
 import numpy as np
 import pytest
-from fake_engine import FAILS, WAITS, FakeEngine
+from fake_engine import FAILS, LATE, WAITS, FakeEngine
 
 import slora_jax
 from slora_jax.api import notebook
 from slora_jax.api.notebook import generate
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, UnknownAdapter
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, UnknownAdapter
 from slora_jax.request import SamplingParams
 
 SHORT = {"max_tokens": 24}
@@ -84,6 +84,14 @@ def test_an_error_is_in_the_result(ask):
     result = ask(FAILS)
     assert (result.finish_reason, result.error) == ("error", "the logits are not finite")
     assert "not finite" in repr(result)
+
+
+def test_a_prompt_that_cannot_meet_its_objective(ask, engine):
+    result = ask(LATE, slo_ms=5, priority=2)
+    assert (result.finish_reason, result.text) == ("late", "") and "objective of 5 ms" in result.error
+    assert (engine.generations[0].request.slo_ms, engine.generations[0].request.priority) == (5, 2)
+    with pytest.raises(ObjectiveMissed):
+        list(ask(LATE, stream=True))
 
 
 def test_folder_adapters(ask, engine, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from slora_jax.bench.__main__ import main
-from slora_jax.bench.throughput import Case, OpenTrace, draw_workload, kernel_group, profile_table, run_throughput
+from slora_jax.bench.throughput import kernel_group, profile_table, run_throughput
 from slora_jax.bench.timing import KernelEvent
+from slora_jax.bench.workload import Case, OpenTrace, draw_workload
 
 SHAPE = """
 model_type: llama

@@ -1,5 +1,6 @@
 """What the engine promises its callers, on a small real model."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -222,6 +223,33 @@ def test_a_full_queue_refuses_and_then_recovers(tiny_case):
         engine.submit(greedy(PROMPT))
     run(engine, *held)
     run(engine, engine.submit(greedy(PROMPT, max_tokens=2)))
+
+
+# Policies
+
+
+def test_a_request_that_cannot_meet_its_objective_ends_with_a_reason_and_leaves_others_alone(tiny_case):
+    engine = tiny_case.engine(scheduler={"policy": "abort"})
+    hopeless = engine.submit(dataclasses.replace(greedy(PROMPT, max_tokens=2, n=2), slo_ms=0.001))
+    patient = engine.submit(greedy(PROMPT, max_tokens=2))
+    late, answered = run(engine, hopeless, patient)
+    assert [c.finish_reason for c in late.completions] == ["late", "late"]
+    assert "objective of 0 ms" in late.completions[0].error
+    assert answered.completions[0].finish_reason == "length"
+    assert engine.stats()["late"] == 1 and engine.stats()["waiting"] == 0
+
+
+def test_fields_for_another_policy_are_refused(tiny_case, engine):
+    for changes, says in (({"priority": 1}, "policy=priority"), ({"slo_ms": 5}, "policy=abort")):
+        with pytest.raises(InvalidRequest, match=says):
+            engine.submit(dataclasses.replace(greedy(PROMPT), **changes))
+
+
+def test_tenants_are_adapters_and_the_base_model(tiny_case):
+    engine = tiny_case.engine(scheduler={"policy": "vtc", "max_sequences": 1})
+    generations = [engine.submit(greedy(PROMPT, name, max_tokens=2)) for name in (None, "qv-r8")]
+    assert [g.sequences[0].tenant for g in generations] == [engine.model_name, "qv-r8"]
+    run(engine, *generations)
 
 
 # Adapters

@@ -11,6 +11,7 @@ import pytest
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.request import SamplingParams
+from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import Sequence, State
@@ -127,7 +128,7 @@ def next_token(tokens):
 def make_loop(num_pages=100, **config):
     defaults = {"max_batch_tokens": 32, "max_sequences": 8}
     pages = PageAllocator(num_pages)
-    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages), pages)
+    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages, lambda: 0.0), pages)
 
 
 def make_sequence(i, prompt, max_tokens=4, adapter=None, leader=None):
@@ -426,9 +427,10 @@ class CountingAdapter(StubAdapter):
 
 def test_the_queue_keeps_the_order_of_arrival_whatever_comes_back():
     rng = random.Random(0)
-    queue = WaitingQueue()
+    queue = WaitingQueue(create_policy(SchedulerConfig()), max_wait_s=60)
     inside, out, fresh = [], [], 0
     for _ in range(5000):
+        queue.begin(0.0)
         action = rng.random()
         if action < 0.45:
             queue.push(make_sequence(fresh, [1]))
@@ -451,7 +453,7 @@ def test_the_queue_keeps_the_order_of_arrival_whatever_comes_back():
 def test_a_plan_costs_the_same_however_many_wait(status):
     pages = PageAllocator(20_000)
     config = SchedulerConfig(max_batch_tokens=2048, max_sequences=512)
-    loop = Loop(Scheduler(config, pages), pages)
+    loop = Loop(Scheduler(config, pages, lambda: 0.0), pages)
     adapters = [CountingAdapter(str(i), 2, status=status) for i in range(10_000 if status == "ready" else 20)]
     for i in range(100_000):
         loop.scheduler.add(make_sequence(i, [i] * 20, max_tokens=100, adapter=adapters[i % len(adapters)]))

@@ -1,0 +1,132 @@
+"""The paper's workloads: settings, arrivals, lengths and who asks. Drawn from seeds; needs no JAX."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16)}
+"""Ranks of the adapters of each setting, in turn; q, k, v and o. S4 is the paper's for the 13B model."""
+
+WARM_UP_REQUESTS = 64
+_SHORTEST = 8
+
+CHAT_ADAPTERS = 26
+_CHAT_LONGEST = 1024
+_CHAT_SIGMA = 1.0
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One request: its tokens, how many to generate, its adapter (None: the base), and when it comes, in seconds.
+
+    ``priority`` and ``slo_ms`` are the request's own.
+    """
+
+    prompt: tuple[int, ...]
+    num_output: int
+    adapter: int | None
+    arrival: float = 0.0
+    priority: int = 0
+    slo_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class OpenTrace:
+    """Arrivals with Gamma intervals of ``rate`` a second and coefficient of variation ``cv``.
+
+    Adapter i is asked for in proportion to ``(i + 1) ** -alpha``: 0 is uniform.
+    """
+
+    rate: float
+    cv: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting of the paper with so many adapters, of the setting's ranks in turn."""
+
+    setting: str
+    num_adapters: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """``base``, or ``SETTING:N`` such as ``S2:100``.
+
+        Raises:
+          ValueError: neither; the message says what is.
+        """
+        setting, _, number = text.partition(":")
+        known = setting in SETTINGS and (number.isdecimal() if SETTINGS[setting] else not number)
+        if not known or (number and int(number) < 1):
+            raise ValueError(f"a case is base, or a setting and how many adapters, such as S2:100; got {text!r}")
+        return cls(setting, int(number or 0))
+
+    def __str__(self):
+        return f"{self.setting}:{self.num_adapters}" if self.num_adapters else self.setting
+
+    @property
+    def num_spare(self) -> int:
+        """Adapters more for the warm-up, so that each of the others is copied to the device in the timed part."""
+        return min(self.num_adapters, WARM_UP_REQUESTS)
+
+    def adapter_name(self, index: int) -> str:
+        return f"{self.setting}-{self.num_adapters}-{index}"
+
+    def rank(self, index: int) -> int:
+        """Of an adapter."""
+        ranks = SETTINGS[self.setting]
+        return ranks[index % len(ranks)]
+
+
+def draw_workload(
+    num_requests: int, num_adapters: int, vocab_size: int, seed: int, longest: int = 512, trace: OpenTrace | None = None
+) -> list[WorkItem]:
+    """Prompt and output lengths uniform in [8, longest); the order of the draws is part of the definition."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(_SHORTEST, longest, num_requests)
+    outputs = rng.integers(_SHORTEST, longest, num_requests)
+    if trace is None:
+        adapters = rng.integers(0, max(1, num_adapters), num_requests)
+        arrivals = np.zeros(num_requests)
+    else:
+        adapters = _popular_first(rng, num_requests, num_adapters, trace.alpha)
+        arrivals = gamma_arrivals(num_requests, trace.rate, trace.cv, seed + 1)
+    return _items(rng, prompts, outputs, adapters if num_adapters else None, arrivals, vocab_size)
+
+
+def draw_chat_workload(num_requests: int, vocab_size: int, seed: int, rate: float, cv: float = 1.0) -> list[WorkItem]:
+    """Like a chat service, as the paper describes its real trace: 26 adapters, some much more popular than others, and
+    long-tailed lengths with means of 85 (prompt) and 165 (output) tokens, here log-normal and at most 1,024.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = _log_normal(rng, 85, num_requests)
+    outputs = _log_normal(rng, 165, num_requests)
+    adapters = _popular_first(rng, num_requests, CHAT_ADAPTERS, alpha=1.0)
+    arrivals = gamma_arrivals(num_requests, rate, cv, seed + 1)
+    return _items(rng, prompts, outputs, adapters, arrivals, vocab_size)
+
+
+def gamma_arrivals(num_requests: int, rate: float, cv: float, seed: int) -> np.ndarray:
+    """``[num_requests]`` seconds, increasing."""
+    return np.cumsum(np.random.default_rng(seed).gamma(cv**-2, cv**2 / rate, num_requests))
+
+
+def _popular_first(rng: np.random.Generator, num_requests: int, num_adapters: int, alpha: float) -> np.ndarray:
+    weights = np.arange(1.0, max(1, num_adapters) + 1) ** -alpha
+    return rng.choice(len(weights), num_requests, p=weights / weights.sum())
+
+
+def _log_normal(rng: np.random.Generator, mean: float, count: int) -> np.ndarray:
+    lengths = rng.lognormal(math.log(mean) - _CHAT_SIGMA**2 / 2, _CHAT_SIGMA, count)
+    return np.clip(np.rint(lengths), 1, _CHAT_LONGEST).astype(int)
+
+
+def _items(rng, prompts, outputs, adapters, arrivals, vocab_size: int) -> list[WorkItem]:
+    whose: Sequence[int | None] = [None] * len(prompts) if adapters is None else adapters.tolist()
+    return [
+        WorkItem(tuple(rng.integers(0, vocab_size, prompt).tolist()), int(output), adapter, float(arrival))
+        for prompt, output, adapter, arrival in zip(prompts, outputs, whose, arrivals, strict=True)
+    ]
