@@ -4,12 +4,12 @@ import itertools
 import platform
 import statistics
 import time
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
 from slora_jax.adapters.synthetic import loaded_adapter
+from slora_jax.bench.simulate import ReadyAdapter
 from slora_jax.config import POLICIES, SchedulerConfig
 from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
 from slora_jax.engine.sampling import build_sampler_inputs
@@ -28,19 +28,6 @@ _LLAMA_7B = ModelConfig(
 )  # fmt: skip
 
 
-@dataclass(eq=False)
-class _ReadyAdapter:
-    """An adapter in host memory, as far as the scheduler can see."""
-
-    content_hash: str
-    num_pages: int
-    status: str = "ready"
-    failure: str = ""
-
-    def prefetch(self) -> None:
-        pass
-
-
 class HostLoop:
     """The engine's loop over a stub of the device: every token sampled is 7, every copy arrives at once.
 
@@ -57,7 +44,7 @@ class HostLoop:
         weights = np.broadcast_to(np.float16(0), shape.packed_shape)
         self._scales = loaded_adapter("stub", ranks, weights, layout).header.scales
         self._layout = shape
-        self._adapters = [_ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]
+        self._adapters = [ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]
         pages = PageAllocator(2**17)
         config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6, policy=policy)
         self._scheduler = Scheduler(config, pages, time.monotonic)

@@ -89,8 +89,8 @@ class StepTime:
 
 
 @dataclass(eq=False)
-class _Adapter:
-    """An adapter in host memory."""
+class ReadyAdapter:
+    """An adapter in host memory, as far as the scheduler can see."""
 
     content_hash: str
     num_pages: int
@@ -145,7 +145,7 @@ def simulate(case: Case, workload: Many[WorkItem], config: SchedulerConfig, num_
       num_pages: of the pool, the trash page included.
     """
     layout = PoolLayout.for_model(step_time.model)
-    adapters = [_Adapter(str(i), layout.adapter(dict.fromkeys("qkvo", case.rank(i))).num_pages)
+    adapters = [ReadyAdapter(str(i), layout.adapter(dict.fromkeys("qkvo", case.rank(i))).num_pages)
                 for i in range(case.num_adapters)]  # fmt: skip
     now = 0.0
     pages = PageAllocator(num_pages)
@@ -184,7 +184,7 @@ def simulate(case: Case, workload: Many[WorkItem], config: SchedulerConfig, num_
     return run
 
 
-def _sequence(sequence_id: int, item: WorkItem, adapters: list[_Adapter], case: Case) -> Sequence:
+def _sequence(sequence_id: int, item: WorkItem, adapters: list[ReadyAdapter], case: Case) -> Sequence:
     sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
     adapter = None if item.adapter is None else adapters[item.adapter]
     return Sequence(

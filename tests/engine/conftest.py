@@ -1,16 +1,12 @@
 """The oracle's cases as fixtures; steps compiled fast rather than to fast code."""
 
 import pytest
-from engine_cases import CASES, FAST_TO_COMPILE, FIXTURES, Case
-
-from slora_jax.engine import runner
+from engine_cases import CASES, FIXTURES, Case, compiled_fast
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast_to_compile():
-    options = runner.compiler_options
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "compiler_options", lambda num_rows: options(num_rows) | FAST_TO_COMPILE)
+    with compiled_fast():
         yield
 
 

@@ -1,5 +1,6 @@
 """Engines over the oracle's small models, and a way to run requests through them step by step."""
 
+import contextlib
 import json
 from array import array
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 
 from slora_jax import Engine, Request, SamplingParams
 from slora_jax.config import build_config
+from slora_jax.engine import runner
 from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
 from slora_jax.memory.layout import MODULES
 from slora_jax.model.llama import Llama
@@ -18,6 +20,14 @@ from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
 FIXTURES = Path(__file__).parent.parent / "oracle" / "fixtures"
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@contextlib.contextmanager
+def compiled_fast():
+    """Inside, runners compile their steps fast rather than to fast code."""
+    options = runner.compiler_options
+    with mock.patch.object(runner, "compiler_options", lambda num_rows: options(num_rows) | FAST_TO_COMPILE):
+        yield
 
 
 def make_engine(

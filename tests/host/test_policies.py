@@ -181,6 +181,19 @@ def test_one_start_in_eight_is_for_the_overdue_within_a_plan_too():
     assert [s for s in order if s in new] == new[::-1][:28]
 
 
+def run_step(scheduler):
+    """One step, with each sampled token read before the next; sequences end at 76 tokens."""
+    plan = scheduler.plan()
+    for entry in plan.entries:
+        if entry.samples:
+            entry.sequence.num_pending -= 1
+            entry.sequence.tokens.append(1)
+    scheduler.commit(plan)
+    for entry in plan.entries:
+        if len(entry.sequence.tokens) == 76:
+            scheduler.finish(entry.sequence)
+
+
 def test_what_started_overdue_is_preempted_last():
     now = 0.0
     pages = PageAllocator(8)
@@ -193,15 +206,7 @@ def test_what_started_overdue_is_preempted_last():
         now = 6.0
     victim = sequences[0]
     for _ in range(600):
-        plan = scheduler.plan()
-        for entry in plan.entries:
-            if entry.samples:
-                entry.sequence.num_pending -= 1
-                entry.sequence.tokens.append(1)
-        scheduler.commit(plan)
-        for entry in plan.entries:
-            if len(entry.sequence.tokens) == 76:
-                scheduler.finish(entry.sequence)
+        run_step(scheduler)
         if victim.state is State.FINISHED:
             break
     assert victim.is_overdue and victim.epoch == 0
@@ -216,15 +221,7 @@ def test_the_lowest_priority_is_preempted_first():
     for sequence in sequences:
         scheduler.add(sequence)
     while not scheduler.is_idle:
-        plan = scheduler.plan()
-        for entry in plan.entries:
-            if entry.samples:
-                entry.sequence.num_pending -= 1
-                entry.sequence.tokens.append(1)
-        scheduler.commit(plan)
-        for entry in plan.entries:
-            if len(entry.sequence.tokens) == 76:
-                scheduler.finish(entry.sequence)
+        run_step(scheduler)
     assert sequences[0].epoch > 0 and sequences[1].epoch == 0
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import oracles
 import pytest
 from test_attention_mosaic import in_tiles
-from test_attention_triton_gpu import MIXTURE, poison
+from test_attention_triton_gpu import MIXTURE, moved_far, poison
 from test_references import BFLOAT16, Attention, assert_close
 
 from pallas_kernels.paged_attention import mosaic, triton
 from pallas_kernels.paged_attention.mosaic import Sizes
-from pallas_kernels.pool import PAGE_SIZE
 
 pytestmark = pytest.mark.gpu
 
@@ -99,13 +98,6 @@ def test_sizes(name):
 
 
 def test_a_pool_of_more_than_2_to_31_elements():
-    shift = 70_000  # pages; in layer 1 the case then lies beyond element 2**31
     case = Attention(((1, 700), (150, 400), (2, 30)), 8, 8, 128, BFLOAT16)
 
-    def far(pool, table):
-        empty = jnp.full((2, 2, shift * PAGE_SIZE, pool.shape[3]), jnp.nan, pool.dtype)
-        large = jnp.concatenate([empty, jnp.asarray(pool[:2])], axis=2)
-        assert large.size > 2**31 and large[0].size > 2**31
-        return large, table + shift
-
-    check(case, 0, pool_of=far)
+    check(case, 0, pool_of=partial(moved_far, 70_000))

@@ -47,6 +47,14 @@ def poison():
         jnp.full(1 << 22, jnp.nan).block_until_ready()
 
 
+def moved_far(num_pages, pool, table):
+    """The first two layers of a case so many pages further on, so that in layer 1 it lies beyond element 2**31."""
+    empty = jnp.full((2, 2, num_pages * PAGE_SIZE, pool.shape[3]), jnp.nan, pool.dtype)
+    large = jnp.concatenate([empty, jnp.asarray(pool[:2])], axis=2)
+    assert large.size > 2**31 and large[0].size > 2**31
+    return large, table + num_pages
+
+
 def check(case, seed, scale=0.2, pool_of=lambda pool, table: (pool, table)):
     q, pool, *ragged = case.build(seed)
     expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=scale)
@@ -79,16 +87,9 @@ def test_a_context_of_131072():
 
 
 def test_a_pool_of_more_than_2_to_31_elements():
-    shift = 140_000  # pages; in layer 1 the case then lies beyond element 2**31
     case = Attention(((1, 700), (150, 400), (1, 30)), 8, 8, 64, BFLOAT16)
 
-    def far(pool, table):
-        empty = jnp.full((2, 2, shift * PAGE_SIZE, pool.shape[3]), jnp.nan, pool.dtype)
-        large = jnp.concatenate([empty, jnp.asarray(pool[:2])], axis=2)
-        assert large.size > 2**31 and large[0].size > 2**31
-        return large, table + shift
-
-    check(case, 0, pool_of=far)
+    check(case, 0, pool_of=partial(moved_far, 140_000))
 
 
 def test_a_page_table_in_the_middle_of_a_buffer():
