@@ -100,16 +100,17 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """One segment of ``tokens_each`` tokens for each of ``ranks``; every module of an adapter has its rank.
+    """A segment for each of ``ranks``; every module of an adapter has its rank.
 
     Attributes:
+      tokens: of each segment.
       widths: ``(d_in, d_out)`` of the modules, which read one input.
       row_width: W of the pool.
       slots: segments with those that are empty, as many as sequences in service.
     """
 
     ranks: tuple[int, ...]
-    tokens_each: int
+    tokens: tuple[int, ...]
     slots: int
     widths: tuple[tuple[int, int], ...] = ((4096, 4096),) * 3
     row_width: int = 4096
@@ -118,7 +119,7 @@ class LoraSpec:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.ranks) * self.tokens_each
+        return sum(self.tokens)
 
     @property
     def bytes(self) -> int:
@@ -129,10 +130,11 @@ class LoraSpec:
 
     def scaled(self, divisor: int) -> "LoraSpec":
         """The same in small: adapters, tokens, widths and layers divided; ranks are kept."""
+        segments = _divided(len(self.ranks), divisor)
         return dataclasses.replace(
             self,
-            ranks=self.ranks[: _divided(len(self.ranks), divisor)],
-            tokens_each=_divided(self.tokens_each, divisor),
+            ranks=self.ranks[:segments],
+            tokens=tuple(_divided(tokens, divisor) for tokens in self.tokens[:segments]),
             slots=_divided(self.slots, divisor),
             widths=tuple((_divided(d_in, divisor), _divided(d_out, divisor)) for d_in, d_out in self.widths),
             row_width=_divided(self.row_width, divisor),
@@ -152,7 +154,7 @@ class LoraSpec:
         pages_each = -(-entries.sum(axis=(1, 2)) // (2 * PAGE_SIZE))
         num_pages = 1 + int(pages_each.sum())
         token_start = np.full(self.slots + 1, self.num_tokens)
-        token_start[: len(self.ranks) + 1] = np.arange(len(self.ranks) + 1) * self.tokens_each
+        token_start[: len(self.ranks) + 1] = np.cumsum([0, *self.tokens])
         int32 = partial(jnp.asarray, dtype=jnp.int32)
         segments = LoraSegments(
             token_start=int32(token_start),
@@ -197,13 +199,17 @@ ATTENTION = {
     "attention-prefill-mha-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=32),
 }
 
+_TOKENS_IN_SERVICE = (3, 1, 4, 2, 2, 6, 3, 1, 2, 3, 5, 2, 4, 1) * 7
+
 # q, k and v of Llama-2-7B. With less to read there are more layers, so that all of them never fit a cache.
 LORA = {
-    "lora-decode-r64": LoraSpec((64,) * 128, 1, 128),
-    "lora-decode-mixed": LoraSpec((64, 32, 16, 8) * 32, 1, 128, layers=16),
-    "lora-decode-r16": LoraSpec((16,) * 128, 1, 128, layers=32),
-    "lora-decode-r8": LoraSpec((8,) * 128, 1, 128, layers=32),
-    "lora-decode-r64-one": LoraSpec((64,), 128, 128, layers=32),
-    "lora-prefill-r64": LoraSpec((64,) * 16, 512, 16),
-    "lora-prefill-r16": LoraSpec((16,) * 16, 512, 16),
+    "lora-decode-r64": LoraSpec((64,) * 128, (1,) * 128, 128),
+    "lora-decode-mixed": LoraSpec((64, 32, 16, 8) * 32, (1,) * 128, 128, layers=16),
+    "lora-decode-r16": LoraSpec((16,) * 128, (1,) * 128, 128, layers=32),
+    "lora-decode-r8": LoraSpec((8,) * 128, (1,) * 128, 128, layers=32),
+    "lora-decode-r64-one": LoraSpec((64,), (128,), 128, layers=32),
+    "lora-prefill-r64": LoraSpec((64,) * 16, (512,) * 16, 16),
+    "lora-prefill-r16": LoraSpec((16,) * 16, (512,) * 16, 16),
+    # A step in service: 270 sequences that share 100 adapters, and two prompts.
+    "lora-served-mixed": LoraSpec((64, 32, 16, 8) * 25, (141, 143, *_TOKENS_IN_SERVICE), 512, layers=16),
 }

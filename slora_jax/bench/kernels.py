@@ -473,6 +473,7 @@ CASES: dict[str, Callable[[KernelBench], Result]] = {
             "lora-decode-mixed": ">= 0.70",
             "lora-decode-r16": ">= 0.60",
             "lora-decode-r8": None,
+            "lora-served-mixed": None,
         }.items()
     },
     "lora-decode-r64-one": _one_adapter,

@@ -15,7 +15,7 @@ def test_bytes_and_operations():
     spec = AttentionSpec(3, 2, 5, heads=4, kv_heads=2, head_dim=8)
     assert spec.bytes == 2 * (2 * 3 * 5 * 2 * 8 + 2 * 3 * 2 * 4 * 8)
     assert spec.flops == 3 * (4 + 5) * 4 * (2 * 8 + 2 * 8)
-    lora = LoraSpec((4, 2), 3, 4, widths=((16, 32), (16, 8)), row_width=16)
+    lora = LoraSpec((4, 2), (1, 5), 4, widths=((16, 32), (16, 8)), row_width=16)
     assert lora.bytes == 2 * ((4 + 2) * (16 + 32 + 16 + 8) + 6 * (16 + 32 + 8))
 
 
