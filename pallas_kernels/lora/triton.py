@@ -8,7 +8,7 @@ Semantics, for token t of segment g, ``m = modules[j]`` and ``r = rank[g, m]``::
 Shapes: ``x [T, d_in]``, partial sums ``[splits, T, M, max_rank]`` float32, ``delta [T, sum of d_out]``, pool
 ``[layers, 2, rows, W]``.
 
-The unit of work is a *tile*: at most ``token_tile`` consecutive tokens of one segment. A tile of few tokens, the rule
+The unit of work is a *tile*: at most ``token_tile`` consecutive tokens of one segment. A tile of one token, the rule
 when every sequence decodes with an adapter of its own, multiplies and adds in float32 as the rows arrive; a tile of
 more reads A and B once and multiplies with the matrix unit. To shrink, the modules' rank rows are *stacked*, one after
 the other, so that small ranks share a block of rows and one pass over x. What a program takes on next is an *item*: a
@@ -127,7 +127,7 @@ def lora_delta(x, pool, layer, plan: TritonLoraPlan, modules):
 def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
     """Partial sums ``[max_splits, T, M, max_rank]`` and the number of splits ``[1]`` int32 that were made.
 
-    There are as many splits as it takes to give every program an item. A tile of few tokens writes the first split
+    There are as many splits as it takes to give every program an item. A tile of one token writes the first split
     only, the others all that were made. Nothing is written past a tile's rank: there ``out`` shows through, or whatever
     memory held.
     """
@@ -142,12 +142,12 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 32)
     rank = jnp.sum(plan.records[:, jnp.array(modules), 2], axis=1)
     tokens = plan.records[:, 0, 1]
-    of_few = tokens <= block["few"]
-    blocks = jnp.where(tokens > 0, jnp.where(of_few, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
+    of_one = tokens == 1
+    blocks = jnp.where(tokens > 0, jnp.where(of_one, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
     splits = jnp.clip(block["programs"] // jnp.maximum(jnp.sum(blocks), 1), 1, max_splits).astype(jnp.int32)
-    # Of an item of a tile of many tokens, in items of a tile of few: about as the bytes of A that they read.
+    # Of an item of a tile of more tokens, in items of a tile of one: about as the bytes of A that they read.
     tile_cost = jnp.maximum(tile_ranks // (ranks * splits), 1)
-    ends = jnp.cumulative_sum(blocks * jnp.where(of_few, 1, splits * tile_cost)).astype(jnp.int32)
+    ends = jnp.cumulative_sum(blocks * jnp.where(of_one, 1, splits * tile_cost)).astype(jnp.int32)
     splits, tile_cost = splits.reshape(1), tile_cost.reshape(1)
     ref = None if out is None else jax.new_ref(out)
     out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
@@ -181,7 +181,6 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
         D_IN=d_in,
         W=width,
         MAX_RANK=plan.max_rank,
-        FEW=block["few"],
         TOKENS=plan.token_tile,
         RANKS=ranks,
         COLUMNS=columns,
@@ -235,7 +234,6 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         FIRST_COLUMN=tuple(first_column),
         W=width,
         MAX_RANK=plan.max_rank,
-        FEW=block["few"],
         TOKENS=plan.token_tile,
         RANKS=min(block["ranks"], bound),
         COLUMNS=columns,
@@ -335,7 +333,6 @@ def _shrink_kernel(
     D_IN: tl.constexpr,
     W: tl.constexpr,
     MAX_RANK: tl.constexpr,
-    FEW: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -363,16 +360,15 @@ def _shrink_kernel(
         first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
         x_at = x + first * D_IN
         out_at = out + first * M * MAX_RANK
-        if tokens <= FEW:
+        if tokens == 1:
             for block in range(tl.maximum(share_begin - begin, 0), tl.minimum(share_end, end) - begin):
-                few_rows = _stacked_rows(
+                its_rows = _stacked_rows(
                     records, tile, block * RANKS + tl.arange(0, RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
                 )
-                for t in range(tokens):
-                    _shrink_token(
-                        x_at + t * D_IN, pool, pages + page_start, plane, num_rows, out_at + t * M * MAX_RANK,
-                        few_rows, plane_rows, PAGE, D_IN, W, RANKS, COLUMNS,
-                    )  # fmt: skip
+                _shrink_token(
+                    x_at, pool, pages + page_start, plane, num_rows, out_at, its_rows, plane_rows,
+                    PAGE, D_IN, W, RANKS, COLUMNS,
+                )  # fmt: skip
         else:
             # An item belongs to the share in which it begins.
             first_item = tl.cdiv(tl.maximum(share_begin - begin, 0), tile_cost)
@@ -515,7 +511,6 @@ def _expand_kernel(
     FIRST_COLUMN: tl.constexpr,
     W: tl.constexpr,
     MAX_RANK: tl.constexpr,
-    FEW: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -554,12 +549,11 @@ def _expand_kernel(
         delta += first * FIRST_COLUMN[M] + first_column + chunk * W
         partial_sums += (first * M + j) * MAX_RANK
         pages += page_start
-        if (tokens <= FEW) & (rank > 0):
-            for t in range(tokens):
-                _expand_token(
-                    partial_sums + t * M * MAX_RANK, delta + t * FIRST_COLUMN[M], pool, pages, plane, num_rows,
-                    begin, left, rank, start, plane_rows, PAGE, W, RANKS, COLUMNS, STAGES, MASKED,
-                )  # fmt: skip
+        if (tokens == 1) & (rank > 0):
+            _expand_token(
+                partial_sums, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
+                PAGE, W, RANKS, COLUMNS, STAGES, MASKED,
+            )  # fmt: skip
         elif rank <= SMALL_RANK:
             _expand_tile(
                 partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
