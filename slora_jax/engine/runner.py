@@ -1,20 +1,20 @@
 """Runs plans on the device: the one place that knows which functions are compiled and what stays on the device."""
 
-import logging
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+import pallas_kernels
 from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
+from slora_jax.engine.programs import Programs
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
@@ -24,9 +24,8 @@ from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
-logger = logging.getLogger(__name__)
-
-_MAX_ROWS_OF_TRITON_PRODUCTS = 16
+_CODE = (Path(pallas_kernels.__file__).parent, Path(__file__).parents[1])
+_FEW_ROWS = 16
 
 
 def _num_rows(shape: BatchShape | SamplerShape) -> int:
@@ -35,13 +34,17 @@ def _num_rows(shape: BatchShape | SamplerShape) -> int:
 
 def compiler_options(num_rows: int) -> dict[str, str | bool]:
     """What XLA is told for a program whose products have this many rows."""
+    few = num_rows <= _FEW_ROWS
     return {
         # XLA allows a program 80 % of the GPU less its inputs and outputs: nothing, beside a pool that fills the GPU.
         # So it would compute what all layers share (tiles, chunks, places) anew in every layer, to save kilobytes.
         "xla_disable_hlo_passes": "rematerialization",
         # Up to so many rows XLA's own kernels beat cuBLAS by 7 %, on an H200; beyond, the search for the best of them
         # costs most of the compile time and at 64 and 128 rows ends with slower ones.
-        "xla_gpu_enable_triton_gemm": num_rows <= _MAX_ROWS_OF_TRITON_PRODUCTS,
+        "xla_gpu_enable_triton_gemm": few,
+        # Kernels that do not need each other run side by side: LoRA's shrink beside the base product, which for one
+        # sequence takes half of an adapter's cost away. Larger products leave no room beside them.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT" if few else "LHS",
     }
 
 
@@ -91,6 +94,7 @@ class Runner:
         buckets: Buckets,
         max_len: int,
         mesh: ModelMesh | None = None,
+        program_folder: Path | None = None,
     ):
         """
         Args:
@@ -100,6 +104,7 @@ class Runner:
           buckets: shapes that batches are padded to.
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
+          program_folder: see ``Programs``.
         """
         dtype = pool.array.dtype
         backend = choose_backend(jax.devices()[0], config.head_dim, dtype)
@@ -119,7 +124,14 @@ class Runner:
         self._active: tuple[int, ...] = ()
         # One device has no reason to count: its kernels work on real ranks.
         self._max_rank = padded_rank(1) if mesh else MAX_RANK
-        self._executables: dict[BatchShape | SamplerShape, jax.stages.Compiled] = {}
+        self._programs = Programs(
+            self._lower,
+            lambda shape: compiler_options(_num_rows(shape)),
+            program_folder,
+            (self.model, pool.array.aval, self._tokens.aval),
+            _CODE,
+            list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
+        )
 
     def all_shapes(self, active: Collection[int], max_rank: int = 1) -> list[BatchShape]:
         """Every shape that a step can have, but for steps with unusually large adapters.
@@ -142,14 +154,7 @@ class Runner:
             for shape in shapes
             for random in (False, True)
         }
-        # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
-        with ThreadPoolExecutor(os.cpu_count()) as workers:
-            compiling = {}
-            for shape in (*samplers, *shapes):
-                if shape not in self._executables:
-                    compiling[shape] = workers.submit(self._lower(shape).compile, compiler_options(_num_rows(shape)))
-            for shape, future in compiling.items():
-                self._executables[shape] = future.result()
+        self._programs.prepare((*samplers, *shapes))
 
     def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
         if isinstance(shape, BatchShape):
@@ -158,24 +163,20 @@ class Runner:
                 self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape, mesh=self._mesh
             )
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
-        # The inputs' shapes depend on nothing else when there is no history.
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-        return self._lower_sampler(shape, hidden, inputs)
-
-    def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
-
-    def _lower_sampler(self, shape: SamplerShape, hidden, inputs: SamplerInputs) -> jax.stages.Lowered:
         return _sample.lower(
             self._head,
             hidden,
-            inputs,
+            inputs.replace(history=self._struct((shape.sequences, shape.history), jnp.int32)),
             self._tokens,
             model=self.model,
             shape=shape,
             num_tokens_out=self._buckets.max_sequences,
             mesh=self._mesh,
         )
+
+    def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
     def run(
         self,
@@ -205,18 +206,10 @@ class Runner:
 
     def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        forward = self._executable(shape, lambda: self._lower(shape))
-        hidden, self._pool.array = forward(self.params, packed, self._tokens, self._pool.array)
-        sampling = self._executable(sampler, lambda: self._lower_sampler(sampler, hidden, inputs))
-        sampled = sampling(self._head, hidden, inputs, self._tokens)
+        hidden, self._pool.array = self._programs.get(shape)(self.params, packed, self._tokens, self._pool.array)
+        sampled = self._programs.get(sampler)(self._head, hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
-
-    def _executable(self, shape, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        if shape not in self._executables:
-            logger.debug("first step of shape %s: compiling or reading the compilation cache", shape)
-            self._executables[shape] = lower().compile(compiler_options(_num_rows(shape)))
-        return self._executables[shape]
 
 
 def _on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):

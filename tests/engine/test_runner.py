@@ -50,20 +50,36 @@ def test_a_warm_engine_compiles_no_more():
     limits = {"max_batch_tokens": 16, "max_sequences": 4}
     engine = make_engine(case / "model", warm_up=True, scheduler=limits, max_model_len=64, few_shapes=False)
     engine.warm_up()
-    compiled = dict(engine._runner._executables)
+    compiled = set(engine._runner._programs)
     assert len(compiled) == 5  # (4, 4), (4, 4) decoding and (16, 4); two samplers
     random = {"temperature": 1.0, "seed": 3}
     for changes in ({}, random):
         run(engine, *(engine.submit(greedy((1, 2, 3), None, 4, **changes)) for _ in range(3)))
-    assert engine._runner._executables == compiled
+    assert set(engine._runner._programs) == compiled
     run(engine, engine.submit(greedy((1, 2, 3), None, 4, temperature=1.0, seed=3, top_k=2)))
-    assert len(engine._runner._executables) == 6, "what was not foreseen is compiled when needed"
+    assert len(engine._runner._programs) == 6, "what was not foreseen is compiled when needed"
+
+
+def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
+    case = FIXTURES / "llama3_gqa"
+    monkeypatch.setattr("slora_jax.engine.engine._program_folder", lambda config: tmp_path)
+
+    def tokens():
+        engine = make_engine(case / "model", case / "adapters", warm_up=True)
+        engine.warm_up()
+        adapters = [None, *engine.adapters()]
+        results = run(engine, *(engine.submit(greedy((1, 2, 3), adapter, 6)) for adapter in adapters))
+        return [result.completions[0].token_ids for result in results]
+
+    first = tokens()
+    monkeypatch.setattr("slora_jax.engine.runner.Runner._lower", lambda self, shape: pytest.fail(f"lowered {shape}"))
+    assert tokens() == first
 
 
 def test_warming_up_is_off_on_a_cpu_unless_asked_for():
     engine = make_engine(FIXTURES / "llama3_gqa" / "model")
     engine.warm_up()
-    assert not engine._runner._executables
+    assert not len(engine._runner._programs)
 
 
 @pytest.mark.parametrize("total_rank", [0, 64])

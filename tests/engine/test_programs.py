@@ -1,0 +1,87 @@
+"""Compiled programs found again on disk, and made anew when they cannot be."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from engine_cases import FAST_TO_COMPILE
+
+from slora_jax.engine.programs import Programs
+
+
+class Counting:
+    """Programs that add their shape to a vector they are given for good; counts how many were lowered."""
+
+    def __init__(self, folder, made_of="a model", code=Path(__file__).parent):
+        self.lowered = []
+        self.programs = Programs(self.lower, lambda shape: FAST_TO_COMPILE, folder, made_of, [code], jax.devices()[:1])
+
+    def lower(self, shape):
+        self.lowered.append(shape)
+        vector = jax.ShapeDtypeStruct((3,), jnp.float32)
+        return jax.jit(lambda x: {"sum": x["x"] + shape}, donate_argnums=0).lower({"x": vector})
+
+    def results(self, *shapes):
+        return [self.programs.get(shape)({"x": jnp.zeros(3)})["sum"].tolist() for shape in shapes]
+
+
+def test_programs_are_found_on_disk(tmp_path):
+    first = Counting(tmp_path)
+    first.programs.prepare([1, 2, 2])
+    assert first.results(1, 2, 1) == [[1.0] * 3, [2.0] * 3, [1.0] * 3]
+    assert sorted(first.lowered) == [1, 2] and set(first.programs) == {1, 2}
+    second = Counting(tmp_path)
+    second.programs.prepare([1])
+    assert second.results(1, 2, 3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+    assert second.lowered == [3]
+
+
+def test_programs_of_something_else_are_not_found(tmp_path, monkeypatch):
+    Counting(tmp_path).programs.prepare([1])
+    other = Counting(tmp_path, made_of="another model")
+    assert other.results(1) == [[1.0] * 3] and other.lowered == [1]
+    code = Counting(tmp_path, code=Path(__file__).parents[1] / "host")
+    assert code.results(1) == [[1.0] * 3] and code.lowered == [1]
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} ")
+    flags = Counting(tmp_path)
+    assert flags.results(1) == [[1.0] * 3] and flags.lowered == [1]
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        programs = Counting(None)
+        assert programs.results(1) == [[1.0] * 3] and programs.lowered == [1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"no pickle"])
+def test_a_damaged_file_costs_a_compilation(tmp_path, damage, caplog):
+    Counting(tmp_path).programs.prepare([1])
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    file.write_bytes(damage)
+    again = Counting(tmp_path)
+    assert again.results(1) == [[1.0] * 3] and again.lowered == [1]
+    assert str(file) in caplog.text
+    assert file.stat().st_size > 1000, "mended"
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    programs = Counting(tmp_path / "file")
+    assert programs.results(1) == [[1.0] * 3]
+    assert "not kept" in caplog.text
+
+
+def test_makes_unused_for_longest_are_removed(tmp_path):
+    for i in range(6):
+        Counting(tmp_path, made_of=i).programs.prepare([1])
+        for age, make in enumerate(sorted(tmp_path.iterdir(), key=lambda path: -path.stat().st_mtime)):
+            os.utime(make, (1000 - age, 1000 - age))
+        if i == 3:
+            assert Counting(tmp_path, made_of=0).results(1) and len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+    kept = Counting(tmp_path, made_of=0)
+    assert kept.results(1) == [[1.0] * 3] and not kept.lowered, "used again later than 1 and 2"
