@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -453,6 +453,10 @@ class Engine:
             raise EngineStopped("the engine was already started")
         self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
         self._thread.start()
+
+    def watch_hosts(self, on_stop: Callable[[], None]) -> None:
+        """Calls ``on_stop`` once, in a thread of its own, if another host's process is asked to stop."""
+        self._followers.watch(on_stop)
 
     def close(self) -> None:
         """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent."""
