@@ -462,6 +462,7 @@ class Engine:
         """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent."""
         with self._lock:
             self._closed = self._closed or "the engine was closed"
+        self._followers.unwatch()
         self._wake()
         # Two threads may close: whoever returns may end the process, under which the other must not be inside of JAX.
         with self._closing:

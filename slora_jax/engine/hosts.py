@@ -77,23 +77,28 @@ class Followers:
         self._hosts = range(1, jax.process_count())
         self._numbers = itertools.count()
         self._watch: threading.Thread | None = None
-        self._stopped = threading.Event()
+        self._unwatched = threading.Event()
 
     def watch(self, on_stop: Callable[[], None]) -> None:
-        """Calls ``on_stop`` once, in a thread of its own, if another host is asked to stop: they go on until ``stop``.
+        """Calls ``on_stop`` once, in a thread of its own, if another host is asked to stop, until ``unwatch``.
 
-        The thread ends with ``stop``: at the end of a process no thread may be inside of JAX.
+        They go on until ``stop``, which waits for the thread: none may be inside of JAX at the end of a process.
         """
 
         def wait():
-            while not self._stopped.is_set():
+            while not self._unwatched.is_set():
                 if _value(_STOP) is not None:
-                    on_stop()
+                    if not self._unwatched.is_set():
+                        on_stop()
                     return
 
         if self._hosts and self._watch is None:
             self._watch = threading.Thread(target=wait, name="slora-hosts")
             self._watch.start()
+
+    def unwatch(self) -> None:
+        """What others are asked no longer matters: this host is stopping. Returns at once."""
+        self._unwatched.set()
 
     def run(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> None:
         """They start a step, with the arguments of ``Runner.launch``."""
@@ -125,7 +130,7 @@ class Followers:
         """They end. Nothing can be told afterwards."""
         self._tell("stop")
         self._hosts = ()
-        self._stopped.set()
+        self.unwatch()
         if self._watch is not None:
             self._watch.join()
 
