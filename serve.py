@@ -1,5 +1,6 @@
 """Starts the server: reads flags and a config file, takes the port, loads the engine, serves until told to stop."""
 
+import _thread
 import contextlib
 import json
 import logging
@@ -410,6 +411,8 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
         try:
             engine.warm_up()
             engine.start()
+            # As if Ctrl-C were for this process.
+            engine.watch_hosts(_thread.interrupt_main)
             app = create_app(
                 engine,
                 allow_adapter_loading=server_config.allow_adapter_loading,
@@ -429,7 +432,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
 
 
 def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
-    """Lends this host's devices to the first host's server, until that stops."""
+    """Lends this host's devices to the first host's server until that stops, which Ctrl-C or SIGTERM asks it to do."""
     logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from slora_jax.engine.engine import follow
 

@@ -156,13 +156,53 @@ def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fra
     names = modules.split(",")
     if unknown := [name for name in names if name not in MODULES]:
         raise click.UsageError(f"no such module: {unknown[0]}; known are {', '.join(MODULES)}")
-    file = Path(model) if model.endswith((".yaml", ".yml")) else Path("configs/shapes") / f"{model}.yaml"
     load = Load(sequences, context, adapters, dict.fromkeys(names, rank))
     try:
-        result = plan(ModelConfig.from_hf(read_yaml(file)), tp, GPUS[gpu], load, memory_fraction)
+        result = plan(ModelConfig.from_hf(read_yaml(_shape_file(model))), tp, GPUS[gpu], load, memory_fraction)
     except SLoRAError as e:
         raise click.ClickException(str(e)) from None
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
+
+
+@main.command()
+@click.option("--tp", default=2, show_default=True, help="Devices to use, at least 2.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("llama-7b", "llama-70b"),
+    show_default=True,
+    help="A shape of configs/shapes, or a YAML file; may be repeated.",
+)
+@click.option("--layers", default=8, show_default=True, help="Layers of each program that is timed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None):
+    """The projections o and q, k, v on several devices: two ways to share adapters out, and what each sends."""
+    from slora_jax.bench.collectives import TABLE_HEAD, measure, table_row
+    from slora_jax.config import read_yaml
+    from slora_jax.errors import SLoRAError
+    from slora_jax.model.config import ModelConfig
+
+    if tp < 2:
+        raise click.UsageError("one device sends nothing; give --tp 2 or more")
+    results = []
+    try:
+        shapes = {name: ModelConfig.from_hf(read_yaml(_shape_file(name))) for name in models}
+        click.echo(TABLE_HEAD)
+        for result in measure(shapes, tp, layers, command_line()):
+            click.echo(table_row(result))
+            results.append(result)
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
+    text = json.dumps(results, indent=2)
+    if out:
+        out.write_text(text + "\n")
+    else:
+        click.echo(text)
+
+
+def _shape_file(model: str) -> Path:
+    return Path(model) if model.endswith((".yaml", ".yml")) else Path("configs/shapes") / f"{model}.yaml"
 
 
 @main.command()

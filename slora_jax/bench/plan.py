@@ -87,6 +87,8 @@ def plan(
 ) -> dict[str, float | dict]:
     """Memory, what fits, and the least time of a step.
 
+    ``kv_share`` is what one device holds of a token's K and V: 1 / N, or more where KV heads are not a multiple of N.
+
     ``floor_seconds`` is the slower of bytes and operations at the GPU's full speed, and the messages after them. What
     it costs to start a message, however short, is not in it.
 
@@ -127,6 +129,7 @@ def plan(
     return {
         "tp": tp,
         "devices_without_heads": layout.shards.num_idle,
+        "kv_share": layout.row_width / model.kv_size,
         "memory": {"usable": usable, "weights": weights, "pool": pages * page},
         "pages": {"total": pages - 1, "bytes": page, "adapter": adapter_pages, "step": needed},
         "fits": {
@@ -148,8 +151,14 @@ def table(result: dict) -> str:
     def parts(of: dict[str, float]) -> str:
         return ", ".join(f"{name} {value / 1e9:.3f}" for name, value in of.items())
 
+    tp, idle = result["tp"], result["devices_without_heads"]
+    devices = f"each of {tp} devices" if tp > 1 else "one device"
+    if result["kv_share"] * tp > 1:  # heads that are kept twice, or places that stay empty
+        devices += f", with {result['kv_share']:.3f} of the KV cache"
+    if idle:
+        devices += f"; {idle} of them hold no attention head"
     lines: Iterable[str] = [
-        f"each of {result['tp']} devices" if result["tp"] > 1 else "one device",
+        devices,
         f"  memory      {parts(memory)} GB",
         f"  pages       {pages['total']:,} of {pages['bytes'] / 1e6:.2f} MB; an adapter takes {pages['adapter']}",
         f"  fits        {fits['tokens']:,} tokens, or {fits['adapters']:,} adapters, or "

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,7 @@ class Engine:
         self._sequence_ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         self._submitted: deque[list[tuple[Sequence, _Answer]]] = deque()
         self._cancelled: deque[Generation] = deque()
         self._num_unadmitted = 0
@@ -455,16 +456,23 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
         self._thread.start()
 
+    def watch_hosts(self, on_stop: Callable[[], None]) -> None:
+        """Calls ``on_stop`` once, in a thread of its own, if another host's process is asked to stop."""
+        self._followers.watch(on_stop)
+
     def close(self) -> None:
-        """Stops the loop and ends all requests with "abort". Idempotent."""
+        """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent."""
         with self._lock:
             self._closed = self._closed or "the engine was closed"
+        self._followers.unwatch()
         self._wake()
-        if self._thread is not None:
-            self._thread.join()
-        self._end_all("abort", self._closed)
-        self._followers.stop()
-        self._store.close()
+        # Two threads may close: whoever returns may end the process, under which the other must not be inside of JAX.
+        with self._closing:
+            if self._thread is not None:
+                self._thread.join()
+            self._end_all("abort", self._closed)
+            self._followers.stop()
+            self._store.close()
 
     def _loop(self) -> None:
         try:

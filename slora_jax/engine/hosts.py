@@ -8,8 +8,10 @@ message does not wait for the step that the devices are working on.
 import dataclasses
 import itertools
 import logging
+import signal
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import serialization
-from jax._src import distributed  # the key-value store has no public name yet
 from jax.experimental import multihost_utils
 
 from slora_jax.adapters.peft import load_adapter, read_header
@@ -32,14 +33,30 @@ from slora_jax.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-_POLL_MILLISECONDS = 60_000
+_POLL_MILLISECONDS = 1_000
+"""Python hears signals only between polls."""
+
+_LOST_SECONDS = 30
+"""A process that gave no sign for so long is lost: JAX then ends the others."""
+
+_STOP = "slora_jax/stop"
+"""Set by a host that is asked to stop."""
+
 _KEPT_ADAPTER_BYTES = 8 * 2**30
 
 
 def join_hosts(config: MeshConfig) -> None:
     """Meets the other hosts' processes, and returns when all are there. Before anything else that JAX does."""
     if config.num_hosts > 1 and not jax.distributed.is_initialized():
-        jax.distributed.initialize(config.coordinator, config.num_hosts, config.host_id)
+        # It would keep SIGTERM from ending the process, in wait for a training loop that saves its state.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_hosts,
+            config.host_id,
+            heartbeat_timeout_seconds=_LOST_SECONDS,
+            shutdown_timeout_seconds=_LOST_SECONDS,
+        )
 
 
 def agreed_minimum(value: int) -> int:
@@ -59,6 +76,29 @@ class Followers:
     def __init__(self):
         self._hosts = range(1, jax.process_count())
         self._numbers = itertools.count()
+        self._watch: threading.Thread | None = None
+        self._unwatched = threading.Event()
+
+    def watch(self, on_stop: Callable[[], None]) -> None:
+        """Calls ``on_stop`` once, in a thread of its own, if another host is asked to stop, until ``unwatch``.
+
+        They go on until ``stop``, which waits for the thread: none may be inside of JAX at the end of a process.
+        """
+
+        def wait():
+            while not self._unwatched.is_set():
+                if _value(_STOP) is not None:
+                    if not self._unwatched.is_set():
+                        on_stop()
+                    return
+
+        if self._hosts and self._watch is None:
+            self._watch = threading.Thread(target=wait, name="slora-hosts")
+            self._watch.start()
+
+    def unwatch(self) -> None:
+        """What others are asked no longer matters: this host is stopping. Returns at once."""
+        self._unwatched.set()
 
     def run(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> None:
         """They start a step, with the arguments of ``Runner.launch``."""
@@ -90,6 +130,9 @@ class Followers:
         """They end. Nothing can be told afterwards."""
         self._tell("stop")
         self._hosts = ()
+        self.unwatch()
+        if self._watch is not None:
+            self._watch.join()
 
     def _tell(self, what: str, **arguments: Any) -> None:
         if not self._hosts:
@@ -113,11 +156,13 @@ class Follower:
         self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
 
     def follow(self) -> None:
-        """Does as told until told to stop.
+        """Does as told until told to stop. For the main thread: Ctrl-C and SIGTERM ask the first host to stop them all.
 
         Raises:
           BadAdapter: an adapter's folder does not hold here what it holds on the first host.
         """
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, _ask_to_stop) for number in signals]
         try:
             for number in itertools.count():
                 message = _received(_key(jax.process_index(), number))
@@ -127,6 +172,8 @@ class Follower:
                 getattr(self, f"_{what}")(**message)
         finally:
             self._loader.shutdown(cancel_futures=True)
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
 
     def _run(self, shape: dict, places: np.ndarray, values: np.ndarray, sampler: dict, inputs: dict) -> None:
         batch_shape = BatchShape(**shape | {"active": tuple(shape["active"])})
@@ -157,6 +204,11 @@ class Follower:
 
 
 def _store():
+    """JAX's key-value store, which has no public name: ``jax.distributed`` meets and parts, no more, and what
+    ``multihost_utils`` sends goes through the devices. ``test_followers`` holds what is used of it.
+    """
+    from jax._src import distributed
+
     return distributed.global_state.client
 
 
@@ -164,13 +216,22 @@ def _key(host: int, number: int) -> str:
     return f"slora_jax/{host}/{number}"
 
 
+def _ask_to_stop(number: int, frame: object) -> None:
+    _store().key_value_set_bytes(_STOP, b"1", allow_overwrite=True)
+
+
+def _value(key: str) -> bytes | None:
+    """What is or comes under the key, or None after a poll."""
+    try:
+        return _store().blocking_key_value_get_bytes(key, _POLL_MILLISECONDS)
+    except jax.errors.JaxRuntimeError as e:
+        if "DEADLINE_EXCEEDED" not in str(e):
+            raise
+        return None
+
+
 def _received(key: str) -> dict[str, Any]:
-    while True:
-        try:
-            message = _store().blocking_key_value_get_bytes(key, _POLL_MILLISECONDS)
-        except jax.errors.JaxRuntimeError as e:
-            if "DEADLINE_EXCEEDED" not in str(e):
-                raise
-            continue
-        _store().key_value_delete(key)
-        return serialization.msgpack_restore(message)
+    while (message := _value(key)) is None:
+        pass
+    _store().key_value_delete(key)
+    return serialization.msgpack_restore(message)

@@ -217,7 +217,7 @@ class Block(nn.Module):
         def shrink_split(x, modules):
             """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
             changed = [m for m in modules if m in step.lora.active]
-            gathered = _gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed))
+            gathered = gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed))
             if len(changed) == len(modules):
                 return gathered
             places = np.array([modules.index(m) for m in changed])
@@ -240,10 +240,7 @@ class Block(nn.Module):
             if low_rank((module,)):
                 partial_sums = jax.lax.psum(lora_shrink(x, pool, layer, step.lora, (module,)), TP)
                 delta = lora_expand(partial_sums, pool, layer, step.lora, (module,), x.dtype)
-                # Ahead of the base's own collective, which then brings everyone's columns to everyone.
-                first = jax.lax.axis_index(TP) * delta.shape[1]
-                own = jax.lax.dynamic_slice_in_dim(y, first, delta.shape[1], axis=1)
-                y = jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
+                y = add_to_own_columns(y, delta)
             return jax.lax.psum(y, TP)
 
         config = self.local
@@ -296,7 +293,17 @@ def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegmen
     return split, segments.replace(max_rank=num_shards * max_rank)
 
 
-def _gathered_ranks(partial_sums: jax.Array) -> jax.Array:
+def add_to_own_columns(y: jax.Array, delta: jax.Array) -> jax.Array:
+    """Adds one device's columns of a low-rank update ``[T, h / N]`` to its term ``[T, h]`` of the base's all-reduce.
+
+    That collective then brings everyone's columns to everyone: the update needs none of its own.
+    """
+    first = jax.lax.axis_index(TP) * delta.shape[1]
+    own = jax.lax.dynamic_slice_in_dim(y, first, delta.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
+
+
+def gathered_ranks(partial_sums: jax.Array) -> jax.Array:
     """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
     gathered = jax.lax.all_gather(partial_sums, TP, axis=partial_sums.ndim)
     return gathered.reshape(*partial_sums.shape[:2], -1)

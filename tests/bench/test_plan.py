@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from slora_jax.bench.__main__ import main
-from slora_jax.bench.plan import GPUS, Load, message_bytes, plan
+from slora_jax.bench.plan import GPUS, Load, message_bytes, plan, table
 from slora_jax.config import read_yaml
 from slora_jax.errors import InvalidRequest
 from slora_jax.memory.layout import MODULES
@@ -62,6 +62,21 @@ def test_eight_devices_hold_an_eighth():
     assert eight["pages"]["adapter"] == two["pages"]["adapter"], "an eighth of the adapter in rows of an eighth"
     for part in ("kv", "adapters"):
         assert eight["step"]["read"][part] * 4 == two["step"]["read"][part]
+
+
+@pytest.mark.parametrize(
+    ("tp", "share", "idle"), [(1, 1, 0), (2, 2 / 3, 0), (3, 1 / 3, 0), (4, 1 / 3, 1), (8, 1 / 3, 2)]
+)
+def test_three_kv_heads_leave_places_empty(tp, share, idle):
+    model = ModelConfig(49152, 576, 1536, 30, 9, 3, 64)
+    one, several = (plan(model, n, GPUS["h200"], Load(8, 64)) for n in (1, tp))
+    assert several["kv_share"] == pytest.approx(share)
+    assert several["pages"]["bytes"] == pytest.approx(share * one["pages"]["bytes"])
+    assert several["step"]["read"]["kv"] == pytest.approx(share * one["step"]["read"]["kv"])
+    assert several["devices_without_heads"] == idle
+    printed = table(several).splitlines()[0]
+    assert (f"{share:.3f} of the KV cache" in printed) == (tp not in (1, 3))
+    assert (f"{idle} of them hold no attention head" in printed) == bool(idle)
 
 
 def test_weights_that_do_not_fit_are_refused():

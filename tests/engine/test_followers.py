@@ -1,5 +1,9 @@
 """What the first host tells arrives on the others as it was, in order, and is then gone from the store."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +120,32 @@ def test_another_adapter_under_the_same_path_is_refused(store):
     follower, _, _ = make_follower()
     with pytest.raises(BadAdapter, match=r"qv-r8 is another one here than on the first host"):
         follower.follow()
+
+
+def test_jaxs_key_value_store_is_still_what_is_used():
+    # A process of its own: JAX meets other hosts once, and before anything else.
+    program = """
+import sys, threading
+from slora_jax.engine import hosts
+hosts.jax.distributed.initialize(sys.argv[1], 1, 0)
+store = hosts._store()
+hosts._POLL_MILLISECONDS = 50
+assert hosts._value("slora_jax/0/0") is None
+store.key_value_set_bytes("slora_jax/0/0", hosts.serialization.msgpack_serialize({"what": "stop"}))
+assert hosts._received("slora_jax/0/0") == {"what": "stop"}
+assert hosts._value("slora_jax/0/0") is None
+followers, heard = hosts.Followers(), threading.Event()
+followers._hosts = (1,)
+followers.watch(heard.set)
+hosts._ask_to_stop(2, None)
+hosts._ask_to_stop(2, None)
+assert heard.wait(10)
+followers.stop()
+"""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, address], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,7 @@
 """What several devices' programs hold and send, read from the arrays and from the compiled code."""
 
 import contextlib
+import json
 import re
 from functools import partial
 
@@ -8,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from engine_cases import FIXTURES, make_engine
+from jax.sharding import PartitionSpec
 from triton_on_cpu import compiled
 
 from pallas_kernels.lora import triton as lora_kernels
 from pallas_kernels.paged_attention import rotary_triton
 from pallas_kernels.paged_attention import triton as attention
+from slora_jax.bench import collectives as bench
+from slora_jax.bench.__main__ import main
 from slora_jax.bench.plan import message_bytes
 from slora_jax.engine import runner
 from slora_jax.engine.batch import BatchShape, padded_rank
@@ -22,7 +27,7 @@ from slora_jax.errors import InvalidRequest
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama
-from slora_jax.model.mesh import ModelMesh
+from slora_jax.model.mesh import TP, ModelMesh
 from slora_jax.model.weights import sharded_abstract_params
 
 _COLLECTIVE = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(")
@@ -111,6 +116,58 @@ def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
     engine = make_engine(shape_file, dummy=True)
     text = engine._runner._lower(BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
     assert "manual_computation" not in text and "all_reduce" not in text and "all_gather" not in text
+
+
+@pytest.mark.parametrize("scheme", ["o split", "o whole", "qkv split"])
+def test_the_benchmarks_schemes_give_one_devices_numbers_and_send_what_it_says(scheme):
+    model, (tokens, adapters, rank) = ModelConfig(97, 48, 80, 1, 8, 4, 8), (6, 3, 8)
+    mesh = ModelMesh.create(model, 4)
+    (layer,) = bench.layers_drawn(model, mesh, scheme, adapters, rank, 1, jnp.float32)()
+    x = np.random.default_rng(0).normal(size=(tokens, 64 if "o" in scheme else 48)).astype(np.float32)
+    specs = bench.SCHEMES[scheme].specs
+    x_spec, y_spec = (PartitionSpec(None, TP), PartitionSpec()) if "o" in scheme else (PartitionSpec(), specs["kernel"])
+    program = jax.jit(
+        jax.shard_map(
+            lambda x, layer: bench.SCHEMES[scheme].apply(x, layer, adapters),
+            mesh=mesh.mesh,
+            in_specs=(x_spec, specs),
+            out_specs=y_spec,
+            check_vma=False,
+        )
+    )
+    whole = {name: np.asarray(array) for name, array in layer.items()}
+    of_token = np.repeat(np.arange(adapters), tokens // adapters)
+
+    def update(a, b):
+        return np.einsum("ti,tri,tro->to", x, a[of_token], b[of_token])
+
+    if "o" in scheme:
+        expected = x @ whole["kernel"] + update(whole["a"], whole["b"])
+    else:
+        # Device i has the ranks i, i + N, ... of A, and its columns of q, k and v side by side.
+        order = np.arange(rank).reshape(4, -1).T.reshape(-1)
+        parts = [np.split(update(whole[f"a_{m}"][:, order], whole[f"b_{m}"]), 4, axis=1) for m in "qkv"]
+        expected = x @ whole["kernel"] + np.concatenate(
+            [part for parts in zip(*parts, strict=True) for part in parts], axis=1
+        )
+    np.testing.assert_allclose(program(x, layer), expected, rtol=1e-4, atol=1e-4)
+    sent = sum(sent_elements(kind, shape, 4) for kind, _, shape in collectives(program.lower(x, layer).compile()))
+    assert sent * 4 == bench.sent_bytes(scheme, 4, tokens, rank, 48, 4)
+
+
+def test_the_benchmark_of_collectives_runs(shape_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "STEPS", ((4, 2),))
+    monkeypatch.setattr(bench, "RANKS", (8,))
+    out = tmp_path / "out.json"
+    flags = ["--tp", "2", "--model", str(shape_file), "--layers", "2", "--out", str(out)]
+    done = CliRunner().invoke(main, ["collectives", *flags])
+    assert done.exit_code == 0, done.output
+    (result,) = json.loads(out.read_text())
+    assert result["seconds_per_layer"].keys() == bench.SCHEMES.keys() and min(result["seconds_per_layer"].values()) > 0
+    # A and B of two adapters in bfloat16, 48 wide: half of each, or all of B.
+    assert result["adapter_bytes_per_layer"]["o split"] == 2 * 2 * 8 * (48 + 48) // 2
+    assert result["adapter_bytes_per_layer"]["o whole"] == 2 * 2 * 8 * (48 // 2 + 48)
+    assert "give --tp 2 or more" in CliRunner().invoke(main, ["collectives", "--tp", "1"]).output
 
 
 @pytest.mark.parametrize("tp", [2, 4])
