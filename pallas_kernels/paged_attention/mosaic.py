@@ -75,7 +75,8 @@ def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, 
       interpret: parameters of the interpreter; None compiles for a GPU.
 
     Returns:
-      ``[T, H, D]`` of q's dtype.
+      ``[max(T, QUERY_TILE), H, D]`` of q's dtype. Not cut to T here: XLA hands a slice to the next kernel as a view of
+      this buffer, and loses what a kernel writes into it in place.
 
     Raises:
       NotImplementedError: a head size, scale or dtype that only other back ends have.
@@ -105,7 +106,7 @@ def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, 
         "v_consumed": consumed,
         "turn": plgpu.Barrier(num_arrivals=2),
     }
-    out = plgpu.kernel(
+    return plgpu.kernel(
         partial(_kernel, **options, interpret=interpret),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types={"buffers": buffers},
@@ -116,7 +117,6 @@ def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, 
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(q, pool.reshape(-1, pool.shape[3]), page_table, tiles, num_tiles, layer_array(layer))
-    return out[:num_tokens]
 
 
 class _Tile(NamedTuple):

@@ -180,7 +180,7 @@ def paged_attention(q, pool, layer, plan: TritonAttentionPlan, *, num_kv_heads, 
         out = mosaic.attend_tiles(q, pool, *tiles, layer, num_kv_heads=num_kv_heads, scale=scale)
     else:
         out = _attend_tiles(arguments, plan, constants)
-    return _decode(arguments, plan, out, constants)
+    return _decode(arguments, plan, out, constants)[: q.shape[0]]
 
 
 def _check_supported(query_dtype, pool_dtype, head_dim, group, scale):

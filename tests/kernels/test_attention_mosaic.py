@@ -43,6 +43,7 @@ def test_attention_interpreted(seed, name):
     out = mosaic.attend_tiles(*arguments, tiles, num_tiles, case.layer, **options, sizes=sizes, interpret=interpret)
 
     assert out.dtype == q.dtype
+    out = out[: len(q)]
     written = in_tiles(tiles, num_tiles, len(q))
     assert_close(out[written], expected[written])
     assert not np.asarray(out[query_start[-1] :]).any(), "padding tokens give exactly 0"
@@ -80,7 +81,7 @@ def test_attention_lowers(name):
     traced = jax.jit(attend).trace(q, pool, integers(8, 600), integers(80, 4), integers(1), integers())
     lowered = traced.lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
-    assert lowered.out_info.shape == q.shape and lowered.out_info.dtype == dtype
+    assert lowered.out_info.shape == (max(num_tokens, 128), *q.shape[1:]) and lowered.out_info.dtype == dtype
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
