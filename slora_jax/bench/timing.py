@@ -1,5 +1,6 @@
 """How long the device takes: by the host's clock over many queued executions, and by the profiler's kernel records."""
 
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -130,10 +131,11 @@ def command_line() -> str:
         value = context.params[parameter.name]
         if parameter.name == "out" or context.get_parameter_source(parameter.name).name != "COMMANDLINE":
             continue
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif parameter.is_flag:
+        if isinstance(parameter, click.Option) and parameter.is_flag:
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            words += [parameter.opts[0], f"'{value}'" if set(str(value)) & set(' *?"{[') else str(value)]
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(parameter, click.Option):
+                words.append(parameter.opts[0])
+            words.append(shlex.quote(str(one)))
     return " ".join(words)
