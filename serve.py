@@ -139,6 +139,13 @@ FLAGS = {
         ),
         _flag("--pool-pages", "The pool's size in pages of 16 tokens.", field="pool.pages", type=int, metavar="PAGES"),
         _flag(
+            "--host-adapter-memory",
+            "Host memory for adapters that are not in the pool, in GiB; half of what is free if left out.",
+            field="host_adapter_gigabytes",
+            type=float,
+            metavar="GIB",
+        ),
+        _flag(
             "--prefix-cache/--no-prefix-cache",
             "Keep the pages of finished prompts for prompts that begin alike.",
             field="scheduler.prefix_cache",

@@ -88,7 +88,15 @@ class Engine:
             )
         self._pages = PageAllocator(self._pool.num_pages)
         self._wake_event = threading.Event()
-        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
+        self._store = AdapterStore(
+            model_config,
+            layout,
+            dtype,
+            on_change=self._wake,
+            stage=self._pool.stage,
+            capacity=_host_adapter_bytes(config),
+            host_bytes=self._pool.staged_bytes,
+        )
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
         self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic)
@@ -510,6 +518,8 @@ class Engine:
             "pages_cached": self._pages.num_cached,
             "pages_free": self._pages.num_free,
             "evictions": self._pages.num_evictions,
+            "host_adapter_bytes": self._store.host_bytes_used,
+            "host_adapter_loads": self._store.num_loads,
         }
 
     def check_integrity(self) -> None:
@@ -528,7 +538,7 @@ def follow(config: EngineConfig, progress: bool = True) -> None:
     layout = _pool_layout(model, mesh)
     pool, max_len = _make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
     runner = Runner(model, base.params, pool, _buckets(config), max_len, mesh)
-    Follower(model, layout, pool, runner).follow()
+    Follower(model, layout, pool, runner, _host_adapter_bytes(config)).follow()
 
 
 @dataclass(frozen=True)
@@ -615,6 +625,12 @@ def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
             "needed; raise pool.gigabytes"
         )
     return pages
+
+
+def _host_adapter_bytes(config: EngineConfig) -> int:
+    if config.host_adapter_gigabytes is not None:
+        return int(config.host_adapter_gigabytes * 2**30)
+    return psutil.virtual_memory().available // 2
 
 
 def _buckets(config: EngineConfig) -> Buckets:

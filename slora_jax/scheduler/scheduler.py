@@ -9,6 +9,12 @@ they run would let two of them preempt each other in turn, and preempting the ol
 Adapters come in two steps, both in the background. From disk to host memory: their sequences are parked, and the
 others pass them. From host memory to the pool: a sequence is admitted with all its pages, so that nobody can take
 them meanwhile, but is not computed until ``adapter_arrived``. Adapters of the sequences next in line are copied ahead.
+One that is in the pool needs neither.
+
+Host memory is bounded, so an adapter is held there only from the time that a sequence near the front wants it until its
+copy has arrived. What is held can always go on, or is let go: the first of the sequences near the front whose adapter
+is there starts unless pages lack, and pages lack only while others run; and as soon as nothing runs, nothing is held
+but for sequences near the front and parked ones, whose loads thus find room.
 """
 
 from bisect import insort
@@ -20,11 +26,14 @@ from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.scheduler.policies import create_policy
-from slora_jax.scheduler.queue import WaitingQueue
+from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
 from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSequence, Sequence, State, StepPlan
 
-MAX_LOADING_ADAPTERS = 32
-"""Adapters on the way to host memory for parked sequences at once; admission stops beyond."""
+MAX_HELD_ADAPTERS = 2 * LOOK_AHEAD
+"""Adapters held in host memory, or on their way there, for waiting sequences."""
+
+_HOLD_PLANS = 32
+"""Plans for which an adapter stays held though its sequences are not near the front (any more)."""
 
 _MAX_MOVES = 256
 """Most sequences that one plan parks, and most that it queues again: each costs a few microseconds."""
@@ -57,6 +66,9 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting = WaitingQueue(self._policy, config.max_wait_s)
         self._parked: dict[AdapterHandle, deque[Sequence]] = {}
+        # The plan that last wanted each; the longest unwanted one first.
+        self._held: dict[AdapterHandle, int] = {}
+        self._num_plans = 0
         self._num_waiting = 0
         self._arriving: dict[Hashable, AdapterLoad] = {}
         self._arriving_pages = 0
@@ -109,12 +121,14 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Decides the next step. Empty when nothing can run now."""
+        self._num_plans += 1
         builder = _PlanBuilder(self._config.max_batch_tokens)
         builder.late.extend(self._waiting.begin(self._clock()))
         self._unpark(builder)
         self._continue_running(builder)
         self._admit(builder)
         self._prefetch(builder)
+        self._let_unwanted_go(stalled=not (self._running or self._arriving))
         return builder.build()
 
     def adapter_arrived(self, load: AdapterLoad) -> None:
@@ -123,6 +137,7 @@ class Scheduler:
         self._arriving_pages -= len(load.pages)
         # The copy's own ownership; sequences admitted meanwhile have theirs.
         self._pages.release_block(load.key)
+        load.adapter.let_go()
 
     def commit(self, plan: StepPlan) -> None:
         """Notes that a plan's step has run: full pages become prefix-cache blocks, prompts done free followers."""
@@ -237,7 +252,10 @@ class Scheduler:
 
     def _unpark(self, builder: "_PlanBuilder") -> None:
         moves = _MAX_MOVES
-        for adapter in [a for a in self._parked if a.status in ("ready", "failed")]:
+        for adapter in list(self._parked):
+            self._want(adapter)
+            if adapter.status not in ("ready", "failed"):
+                continue
             sequences = self._parked[adapter]
             while sequences and moves:
                 moves -= 1
@@ -254,39 +272,48 @@ class Scheduler:
     def _admit(self, builder: "_PlanBuilder") -> None:
         moves = _MAX_MOVES
         place = 0
+        copy_waits = False
         while (
             builder.budget > 0
             and len(self._running) < self._config.max_sequences
-            and len(self._parked) < MAX_LOADING_ADAPTERS
             and moves > 0
             and (sequence := self._waiting.peek(place)) is not None
         ):
             adapter = sequence.adapter
-            if adapter is not None and adapter.status != "ready":
-                moves -= 1
-                adapter.prefetch()
-                self._parked.setdefault(adapter, deque()).append(self._waiting.pop(place))
-            elif self._needs_copy(adapter) and (place > 0 or not self._can_copy(adapter)):
-                # The copies under way are enough for now. Those that need none pass; no other copy does, or a large
-                # adapter would wait for ever.
-                place += 1
-            elif sequence.num_pending or not self._try_start(sequence, builder):
+            if adapter is not None and not self._is_resident(adapter):
+                if not self._want(adapter):
+                    place += 1
+                    continue
+                if adapter.status == "failed":
+                    moves -= 1
+                    builder.failed.append((self._waiting.pop(place), adapter.failure))
+                    continue
+                if adapter.status != "ready":
+                    moves -= 1
+                    self._parked.setdefault(adapter, deque()).append(self._waiting.pop(place))
+                    continue
+                if copy_waits or not self._can_copy(adapter):
+                    # The copies under way are enough for now. Those that need none pass; no other copy does, or a
+                    # large adapter would wait for ever.
+                    copy_waits = True
+                    place += 1
+                    continue
+            if sequence.num_pending or not self._try_start(sequence, builder):
                 # Nobody overtakes the head for want of pages, or a large request would wait for ever.
                 return
+            self._waiting.start(place)
+            insort(self._running, sequence, key=self._standing)
+            self._num_waiting -= 1
+            if self._is_arriving(sequence):
+                self.num_prefetch_late += 1
             else:
-                self._waiting.start(place)
-                insort(self._running, sequence, key=self._standing)
-                self._num_waiting -= 1
-                if self._is_arriving(sequence):
-                    self.num_prefetch_late += 1
-                else:
-                    builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
+                builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
 
     def _try_start(self, sequence: Sequence, builder: "_PlanBuilder") -> bool:
         """Takes the pages a sequence needs to compute all its known tokens, and its adapter's, or nothing."""
         adapter = sequence.adapter
         adapter_key = _key(adapter) if adapter else None
-        adapter_resident = adapter_key is not None and self._pages.lookup(adapter_key) is not None
+        adapter_resident = adapter is not None and self._is_resident(adapter)
         prefix = self._cached_prefix(sequence)
         kv_pages = PoolLayout.token_pages(sequence.num_tokens) - len(prefix)
         new_pages = kv_pages + (adapter.num_pages if adapter and not adapter_resident else 0)
@@ -319,8 +346,31 @@ class Scheduler:
 
     # Adapters on their way to the pool
 
-    def _needs_copy(self, adapter: AdapterHandle | None) -> bool:
-        return adapter is not None and self._pages.lookup(_key(adapter)) is None
+    def _is_resident(self, adapter: AdapterHandle) -> bool:
+        """Whether its weights are in the pool or on their way there; a copy in host memory is not needed then."""
+        return adapter.content_hash is not None and self._pages.lookup(_key(adapter)) is not None
+
+    def _want(self, adapter: AdapterHandle) -> bool:
+        """Holds an adapter in host memory for this plan and some more; False if that are too many."""
+        if self._held.pop(adapter, None) is None:
+            if len(self._held) >= MAX_HELD_ADAPTERS:
+                longest = next(iter(self._held))
+                if self._held[longest] >= self._num_plans - 1:
+                    return False
+                del self._held[longest]
+                longest.let_go()
+            adapter.hold()
+        self._held[adapter] = self._num_plans
+        return True
+
+    def _let_unwanted_go(self, stalled: bool) -> None:
+        last = self._num_plans - (1 if stalled else _HOLD_PLANS)
+        while self._held:
+            adapter = next(iter(self._held))
+            if self._held[adapter] > last:
+                return
+            del self._held[adapter]
+            adapter.let_go()
 
     def _can_copy(self, adapter: AdapterHandle) -> bool:
         """Whether the copies under way leave room for this one; one may always be."""
@@ -329,6 +379,9 @@ class Scheduler:
     def _start_copy(self, adapter: AdapterHandle, builder: "_PlanBuilder") -> None:
         """Takes an adapter's pages, which must be available; the copy owns them until it has arrived."""
         key = _key(adapter)
+        # Held until the copy has arrived, though the weights are in use no longer than that.
+        if self._held.pop(adapter, None) is None:
+            adapter.hold()
         pages = self._pages.allocate(adapter.num_pages)
         self._pages.publish(key, pages)
         load = AdapterLoad(adapter, tuple(pages), key)
@@ -347,10 +400,10 @@ class Scheduler:
             adapter = sequence.adapter
             if adapter is None:
                 continue
-            if adapter.status == "ready":
+            if self._is_resident(adapter) or (
+                adapter.status != "failed" and self._want(adapter) and adapter.status == "ready"
+            ):
                 wanted.setdefault(_key(adapter), adapter)
-            elif adapter.status == "registered":
-                adapter.prefetch()
         spare = self._pages.num_available - len(self._running)
         missing = []
         for key, adapter in wanted.items():
@@ -390,7 +443,7 @@ class Scheduler:
 
 
 def _key(adapter: AdapterHandle) -> Hashable:
-    """Of a ready adapter's block: equal weights share it."""
+    """Of the block of an adapter whose content is known: equal weights share it."""
     return ("adapter", adapter.content_hash)
 
 

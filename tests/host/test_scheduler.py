@@ -8,29 +8,91 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from slora_jax.adapters.host_cache import HostCache
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
-from slora_jax.scheduler.scheduler import Scheduler
+from slora_jax.scheduler.scheduler import MAX_HELD_ADAPTERS, Scheduler
 from slora_jax.scheduler.sequence import Sequence, State
 
 
 @dataclass(eq=False)
 class StubAdapter:
-    """An adapter that is ready a number of ``prefetch`` calls and plans after it was first asked for."""
+    """An adapter that gets ready when a test says so."""
 
-    content_hash: str
+    content_hash: str | None
     num_pages: int
     status: str = "ready"
     failure: str = ""
-    prefetches: int = 0
+    holds: int = 0
 
-    def prefetch(self):
-        self.prefetches += 1
+    def hold(self):
+        self.holds += 1
         if self.status == "registered":
             self.status = "loading"
+
+    def let_go(self):
+        assert self.holds > 0
+        self.holds -= 1
+
+
+class HostMemory:
+    """A bounded host memory, as the store has it, that loads one adapter a step while it has room."""
+
+    def __init__(self, room: int):
+        self.cache = HostCache(room)
+        self.queue = deque()
+        self.loaded = []
+
+    def step(self):
+        while self.queue:
+            adapter = self.queue[0]
+            if adapter.holds:
+                left = self.cache.add(adapter, adapter.num_pages)
+                if left is None:
+                    return
+                for other in left:
+                    other.status = "registered"
+                adapter.content_hash = adapter.name
+                adapter.status = "failed" if adapter.is_broken else "ready"
+                if adapter.is_broken:
+                    self.cache.remove(adapter)
+                self.loaded.append(adapter)
+            else:
+                adapter.status = "registered"
+            self.queue.popleft()
+            if adapter.status != "registered":
+                return
+
+
+@dataclass(eq=False)
+class CachedAdapter:
+    """An adapter of a ``HostMemory``."""
+
+    memory: HostMemory
+    name: str
+    num_pages: int
+    is_broken: bool = False
+    status: str = "registered"
+    content_hash: str | None = None
+    failure: str = "broken"
+    holds: int = 0
+
+    def hold(self):
+        self.holds += 1
+        if self.status == "ready":
+            self.memory.cache.hold(self)
+        elif self.status == "registered":
+            self.status = "loading"
+            self.memory.queue.append(self)
+
+    def let_go(self):
+        assert self.holds > 0, "let go more often than held"
+        self.holds -= 1
+        if not self.holds and self in self.memory.cache:
+            self.memory.cache.let_go(self)
 
 
 @dataclass
@@ -47,6 +109,7 @@ class Loop:
     weights: dict = field(default_factory=dict)
     copy_steps: int = 1
     copies: deque = field(default_factory=deque)
+    memory: HostMemory | None = None
     num_steps: int = 0
     in_flight: object = None
     computed_tokens: int = 0
@@ -62,6 +125,11 @@ class Loop:
             self.scheduler.adapter_arrived(load)
         plan = self.scheduler.plan()
         self.pages.check_integrity()
+        assert all(load.adapter.status == "ready" and load.adapter.holds for load in plan.loads)
+        for sequence, _ in plan.failed:
+            self.scheduler.finish(sequence)
+        if self.memory:
+            self.memory.step()
         self.copies.extend((self.num_steps + self.copy_steps, load) for load in plan.loads)
         self.num_steps += 1
         seen = set()
@@ -231,7 +299,7 @@ def test_a_loading_adapter_is_passed_by_others_and_then_served():
     loop.scheduler.add(first)
     loop.scheduler.add(second)
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1]
-    assert slow.prefetches == 1
+    assert slow.holds == 1
     slow.status = "ready"
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1], "its weights are on the way to the pool"
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1, 0]
@@ -409,6 +477,83 @@ def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever
         order += [load.adapter for load in loop.step().loads]
         assert sum(len(load.pages) for _, load in loop.copies) in (0, 2, 4, 6, 8, 10, 30)
     assert order[1] is large
+
+
+# A bounded host memory
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lcfs", "cluster", "vtc"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_traffic_in_a_tiny_pool_and_a_tiny_host_memory_ends(policy, seed):
+    rng = random.Random(seed)
+    loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, policy=policy, prefix_cache=seed % 2 == 0)
+    loop.copy_steps = 1 + seed % 3
+    loop.memory = HostMemory(room=6)
+    adapters = [CachedAdapter(loop.memory, f"a{i}", rng.randrange(1, 6), i % 10 == 7) for i in range(150)]
+    everyone, cancelled = [], []
+    for i in range(400):
+        adapter = rng.choice(adapters) if rng.random() < 0.9 else None
+        sequence = make_sequence(i, [rng.randrange(1000)] * rng.randrange(1, 40), rng.randrange(1, 20), adapter)
+        everyone.append(sequence)
+        loop.scheduler.add(sequence)
+        if rng.random() < 0.1:
+            loop.step()
+        if rng.random() < 0.1:
+            victim = rng.choice(everyone)
+            if victim.state is not State.FINISHED:
+                cancelled.append(victim)
+            loop.scheduler.finish(victim)
+    loop.run(limit=20_000)
+    for sequence in everyone:
+        assert sequence.state is State.FINISHED
+        if sequence not in cancelled and not (sequence.adapter and sequence.adapter.is_broken):
+            prompt = sequence.tokens[: sequence.num_prompt]
+            assert sequence.tokens[sequence.num_prompt :] == expected_output(prompt, sequence.max_tokens)
+    assert loop.pages.num_used == 0
+    loop.step()
+    assert not any(adapter.holds for adapter in adapters), "held for nobody"
+    assert loop.memory.cache.used <= loop.memory.cache.capacity
+
+
+def test_with_one_place_in_host_memory_hundreds_of_adapters_take_turns():
+    loop = make_loop(num_pages=24)
+    loop.memory = HostMemory(room=3)
+    adapters = [CachedAdapter(loop.memory, f"a{i}", 3) for i in range(3 * LOOK_AHEAD)]
+    for i, adapter in enumerate(adapters):
+        loop.scheduler.add(make_sequence(i, [i] * 20, adapter=adapter))
+    loop.run(limit=5000)
+    assert loop.memory.loaded == adapters, "each once, in order"
+
+
+def test_an_adapter_in_the_pool_needs_no_host_memory():
+    loop = make_loop()
+    loop.memory = HostMemory(room=3)
+    first, second = (CachedAdapter(loop.memory, name, 3) for name in "ab")
+    for i, adapter in enumerate((first, second, first)):
+        sequence = make_sequence(i, [i] * 20, adapter=adapter)
+        loop.scheduler.add(sequence)
+        if i == 2:
+            assert first.status == "registered"
+            assert [e.sequence for e in loop.step().entries] == [sequence], "at once"
+        loop.run()
+    assert loop.memory.loaded == [first, second]
+
+
+def test_adapters_of_sequences_that_others_overtake_give_host_memory_back():
+    """Ready ones deep in a last-come queue, all of host memory, and newcomers that need it."""
+    loop = make_loop(num_pages=24, policy="lcfs", max_sequences=1, max_batch_tokens=16)
+    loop.memory = HostMemory(room=6)
+    deep = [CachedAdapter(loop.memory, f"deep{i}", 3) for i in range(2)]
+    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=12))
+    for i, adapter in enumerate(deep, start=1):
+        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
+    for _ in range(6):
+        loop.step()
+    new = [CachedAdapter(loop.memory, f"new{i}", 3) for i in range(2 * MAX_HELD_ADAPTERS)]
+    for i, adapter in enumerate(new, start=10):
+        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
+    loop.run(limit=20_000)
+    assert not any(adapter.holds for adapter in (*deep, *new))
 
 
 # A long queue
