@@ -23,6 +23,7 @@ from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
 from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
+from slora_jax.memory.costs import PageCosts
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
@@ -99,7 +100,10 @@ class Engine:
         )
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
-        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic)
+        page_bytes = layout.page_bytes(dtype.itemsize)
+        on_gpu = jax.default_backend() != "cpu"
+        costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
+        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=costs)
         self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len, mesh)
         self._followers = Followers()
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None

@@ -23,6 +23,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.scheduler.policies import create_policy
@@ -51,13 +52,22 @@ class Scheduler:
 
     Args:
       clock: seconds; the same that ``Sequence.arrival`` is read from.
+      costs: which of the pages that nobody uses go first.
 
     Attributes:
       num_prefetch_hits: adapters copied ahead that were there when their first sequence started.
       num_prefetch_late: sequences that had to wait for their adapter's copy.
     """
 
-    def __init__(self, config: SchedulerConfig, pages: PageAllocator, clock: Callable[[], float]):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pages: PageAllocator,
+        clock: Callable[[], float],
+        *,
+        costs: PageCosts = EQUAL_COSTS,
+    ):
+        self._costs = costs
         self._config = config
         self._pages = pages
         self._clock = clock
@@ -136,7 +146,7 @@ class Scheduler:
         del self._arriving[load.key]
         self._arriving_pages -= len(load.pages)
         # The copy's own ownership; sequences admitted meanwhile have theirs.
-        self._pages.release_block(load.key)
+        self._release_adapter(load.key, load.adapter)
         load.adapter.let_go()
 
     def commit(self, plan: StepPlan) -> None:
@@ -221,17 +231,22 @@ class Scheduler:
         return not sequence.is_overdue, self._policy.standing(sequence), sequence.sequence_id
 
     def _give_back(self, sequence: Sequence) -> None:
-        # Last page first: the start of a prefix is worth more, so it becomes the warmest.
+        # Last page first: the start of a prefix is worth more, so it is the last of equals to go.
         for page, key in zip(reversed(sequence.pages), reversed(sequence.page_keys), strict=True):
             if key is None:
                 self._pages.release([page])
             else:
-                self._pages.release_block(key)
+                self._pages.release_block(key, self._costs.prefix)
         del sequence.pages[:]
         sequence.page_keys = []
         if sequence.adapter_key is not None:
-            self._pages.release_block(sequence.adapter_key)
+            self._release_adapter(sequence.adapter_key, sequence.adapter)
             sequence.adapter_key = None
+
+    def _release_adapter(self, key: Hashable, adapter: AdapterHandle) -> None:
+        in_host_memory = adapter.status == "ready"
+        cost = self._costs.adapter if in_host_memory else self._costs.adapter_from_disk
+        self._pages.release_block(key, cost)
 
     def _publish_full_pages(self, sequence: Sequence) -> None:
         full = min(sequence.num_done, len(sequence.tokens)) // PAGE_SIZE
@@ -393,7 +408,7 @@ class Scheduler:
         """Loads and copies adapters of the sequences next in line, while that takes nothing from anybody.
 
         Neither from the running sequences, which keep a page each to grow, nor from adapters in the pool that others
-        next in line want: those are made the warmest instead, the first one's last.
+        next in line want: those count as used now, the first one's last.
         """
         wanted: dict[Hashable, AdapterHandle] = {}
         for sequence in self._waiting.look_ahead():
@@ -404,25 +419,24 @@ class Scheduler:
                 adapter.status != "failed" and self._want(adapter) and adapter.status == "ready"
             ):
                 wanted.setdefault(_key(adapter), adapter)
+        # Owned meanwhile, so that copying one does not evict another; and wanted just now when released.
+        cached = [key for key in wanted if self._pages.is_cached(key)]
+        for key in cached:
+            self._pages.acquire(key)
         spare = self._pages.num_available - len(self._running)
-        missing = []
         for key, adapter in wanted.items():
-            if self._pages.lookup(key) is None:
-                missing.append(key)
-            elif self._pages.is_cached(key):
-                spare -= adapter.num_pages
-        for key in reversed(wanted):
-            self._pages.touch(key)
-        for key in missing:
-            adapter = wanted[key]
+            if self._pages.lookup(key) is not None:
+                continue
             spare -= adapter.num_pages
             if spare < 0 or not self._can_copy(adapter):
-                return
+                break
             self._start_copy(adapter, builder)
             self._prefetched.add(key)
             if len(self._prefetched) > self._pages.total:
                 # There cannot be as many adapters as pages; these were evicted before anybody used them.
                 self._prefetched = {key for key in self._prefetched if self._pages.lookup(key) is not None}
+        for key in reversed(cached):
+            self._release_adapter(key, wanted[key])
 
     def _cached_prefix(self, sequence: Sequence) -> list[Hashable]:
         """Keys of the leading pages found in the prefix cache; the last token is always left to compute."""

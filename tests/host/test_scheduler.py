@@ -10,7 +10,10 @@ import pytest
 
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.model.config import ModelConfig
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
@@ -193,10 +196,10 @@ def next_token(tokens):
     return (tokens[-1] * 7 + len(tokens)) % 1000
 
 
-def make_loop(num_pages=100, **config):
+def make_loop(num_pages=100, costs=EQUAL_COSTS, **config):
     defaults = {"max_batch_tokens": 32, "max_sequences": 8}
     pages = PageAllocator(num_pages)
-    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages, lambda: 0.0), pages)
+    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages, lambda: 0.0, costs=costs), pages)
 
 
 def make_sequence(i, prompt, max_tokens=4, adapter=None, leader=None):
@@ -554,6 +557,37 @@ def test_adapters_of_sequences_that_others_overtake_give_host_memory_back():
         loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
     loop.run(limit=20_000)
     assert not any(adapter.holds for adapter in (*deep, *new))
+
+
+# What goes first
+
+
+@pytest.mark.parametrize("in_host_memory", [True, False])
+def test_an_adapter_goes_before_a_prefix_only_if_it_is_cheaper_to_bring_back(in_host_memory):
+    """Nobody uses either, and the adapter was used last."""
+    loop = make_loop(num_pages=10, costs=PageCosts(prefix=2.0, adapter=1.0, adapter_from_disk=9.0))
+    adapter = StubAdapter("a", 4)
+    for i, who in enumerate((None, adapter)):
+        loop.scheduler.add(make_sequence(i, [i] * 33, max_tokens=1, adapter=who))
+        if i:
+            loop.step()
+            adapter.status = "ready" if in_host_memory else "registered"
+        loop.run()
+    assert loop.pages.num_cached == 8
+    loop.pages.allocate(2)
+    assert (loop.pages.lookup(("adapter", "a")) is None) == in_host_memory
+    base = make_sequence(2, [0] * 33)
+    assert (loop.pages.lookup(base.prefix_key(1)) is None) == (not in_host_memory)
+
+
+def test_estimated_costs_stand_in_the_order_that_was_measured():
+    model = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128)
+    page_bytes = PoolLayout.for_model(model).page_bytes(2)
+    costs = PageCosts.estimate(model, page_bytes, 1, on_gpu=True)
+    assert costs.adapter < costs.prefix < costs.adapter_from_disk
+    shared = PageCosts.estimate(model, page_bytes // 2, 2, on_gpu=True)
+    assert shared.prefix == costs.prefix / 2 and shared.adapter == costs.adapter / 2
+    assert shared.adapter_from_disk - shared.adapter == costs.adapter_from_disk - costs.adapter
 
 
 # A long queue
