@@ -54,6 +54,7 @@ class AdapterInfo:
       num_pages: pool pages that it takes when in use.
       created: when this version was registered, in seconds since 1970.
       content_hash: None until its weights were first loaded.
+      pinned: it is to stay in the pool.
     """
 
     name: str
@@ -63,6 +64,7 @@ class AdapterInfo:
     num_pages: int
     created: int
     content_hash: str | None = None
+    pinned: bool = False
 
 
 class AdapterVersion:
@@ -146,6 +148,7 @@ class AdapterStore:
 
     Attributes:
       num_loads: reads of an adapter's weights from disk.
+      pinned: the versions that are to stay in the pool; another tuple whenever they change.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class AdapterStore:
         stage: Callable[[np.ndarray], Any] | None = None,
         capacity: int | None = None,
         host_bytes: Callable[[int], int] | None = None,
+        max_pinned_pages: int | None = None,
     ):
         """
         Args:
@@ -170,6 +174,7 @@ class AdapterStore:
           on_change: called, by the thread that loaded it, each time an adapter got ready or failed. Should return soon.
           capacity: bytes of host memory for all adapters; None for no bound. Not counted are those registered with
             their weights, which never leave, and what the threads work on.
+          max_pinned_pages: pool pages that pinned adapters may take together; None for no bound.
           host_bytes: bytes that ``stage`` keeps of an adapter of so many pages; by default those of its pages.
         """
         self._model = model
@@ -191,21 +196,25 @@ class AdapterStore:
         self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="slora-adapter")
         self._is_closed = False
         self.num_loads = 0
+        self.pinned: tuple[AdapterVersion, ...] = ()
+        self._max_pinned_pages = sys.maxsize if max_pinned_pages is None else max_pinned_pages
         # Guards all of the above and every version's state.
         self._changed = threading.Condition()
 
-    def register(self, name: str, path: Path | str) -> AdapterInfo:
+    def register(self, name: str, path: Path | str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available, checking all that can be checked without reading its weights.
 
-        If the name already stands for the same files, unchanged and not failed, nothing happens. If it stands for
-        anything else, this adapter takes its place for new requests; see the module's docstring.
+        If the name already stands for the same files, unchanged and not failed, at most its pin changes. If it stands
+        for anything else, this adapter takes its place for new requests; see the module's docstring.
 
         Args:
           name: what requests call it: letters, digits and ``._:@+=-``, in parts separated by ``/``.
           path: its PEFT folder.
+          pinned: it is to stay in the pool.
 
         Raises:
-          BadAdapter: a bad name, or the adapter cannot be served exactly as trained; nothing changes then.
+          BadAdapter: a bad name, the adapter cannot be served exactly as trained, or there is no room for the pin;
+            nothing changes then.
         """
         _check_name(name)
         header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
@@ -214,8 +223,36 @@ class AdapterStore:
                 self._known_shapes.clear()
             version = self._versions.get(name)
             if version is None or version.status == "failed" or not version.header.is_same_files(header):
-                version = self._versions[name] = AdapterVersion(self, name, header)
+                version = AdapterVersion(self, name, header)
+            self._set_current(name, version, pinned)
             return version.info
+
+    def pin(self, name: str) -> None:
+        """Makes an adapter stay in the pool.
+
+        Raises:
+          UnknownAdapter: the name is not registered.
+          BadAdapter: there is no room for the pin.
+        """
+        version = self.get(name)
+        with self._changed:
+            self._set_current(name, version, pinned=True)
+
+    def _set_current(self, name: str, version: AdapterVersion, pinned: bool) -> None:
+        """Needs the lock. Raises BadAdapter, changing nothing, if there is no room for the pin."""
+        others = tuple(other for other in self.pinned if other.info.name != name)
+        used = sum(other.num_pages for other in others)
+        if pinned and used + version.num_pages > self._max_pinned_pages:
+            raise BadAdapter(
+                f"adapter {name} cannot be pinned: it takes {version.num_pages} pages, pinned ones may take "
+                f"{self._max_pinned_pages} together and {used} are taken; pin fewer, or start with a larger pool"
+            )
+        self._versions[name] = version
+        if version.info.pinned != pinned:
+            version.info = replace(version.info, pinned=pinned)
+        after = (*others, version) if pinned else others
+        if after != self.pinned:
+            self.pinned = after
 
     def register_loaded(self, name: str, host: HostAdapter) -> AdapterInfo:
         """Makes an adapter available whose weights are in memory already: a benchmark's, a test's, a notebook's own.
@@ -233,8 +270,9 @@ class AdapterStore:
         _check_name(name)
         host = self._staged(host)
         with self._changed:
-            version = self._versions[name] = AdapterVersion(self, name, host.header)
+            version = AdapterVersion(self, name, host.header)
             self._finish(version, host, "")
+            self._set_current(name, version, pinned=False)
             return version.info
 
     def register_dir(self, folder: Path | str) -> tuple[dict[str, AdapterInfo], dict[str, str]]:
@@ -265,8 +303,10 @@ class AdapterStore:
           UnknownAdapter: the name is not registered.
         """
         with self._changed:
-            if name in self._versions:
-                del self._versions[name]
+            version = self._versions.pop(name, None)
+            if version is not None:
+                if version.info.pinned:
+                    self.pinned = tuple(other for other in self.pinned if other is not version)
                 return
         raise self._unknown(name)
 

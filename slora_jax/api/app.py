@@ -149,27 +149,30 @@ def create_app(
 
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter():
-        name, path = _adapter_fields("lora_name", "lora_path")
-        return _json(_adapter_card(engine, engine.register_adapter(name, path)))
+        body = _adapter_fields(("lora_name", "lora_path"), optional=("pinned",))
+        pinned = body.get("pinned", False)
+        if not isinstance(pinned, bool):
+            raise InvalidRequest("pinned must be true or false", "pinned")
+        return _json(_adapter_card(engine, engine.register_adapter(body["lora_name"], body["lora_path"], pinned)))
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
-        (name,) = _adapter_fields("lora_name")
+        name = _adapter_fields(("lora_name",))["lora_name"]
         engine.unregister_adapter(name)
         return _json({"id": name, "object": "model", "deleted": True})
 
-    def _adapter_fields(*names: str) -> list[str]:
+    def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
         if not allow_adapter_loading:
             raise _Forbidden("this server does not load adapters on request; start it with --allow-adapter-loading")
         body = _json_body()
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
-        if unknown := [name for name in body if name not in names]:
+        if unknown := [name for name in body if name not in (*names, *optional)]:
             raise InvalidRequest(f"unknown field: {unknown[0]}", unknown[0])
         for name in names:
             if not isinstance(body.get(name), str) or not body[name]:
                 raise InvalidRequest(f"{name} must be a non-empty string", name)
-        return [body[name] for name in names]
+        return body
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException):
@@ -306,7 +309,11 @@ def _base_card(engine: "Engine", created: int) -> dict[str, Any]:
 
 
 def _adapter_card(engine: "Engine", adapter) -> dict[str, Any]:
-    return _card(engine, adapter.name, int(adapter.created)) | {"parent": engine.model_name, "rank": adapter.rank}
+    return _card(engine, adapter.name, int(adapter.created)) | {
+        "parent": engine.model_name,
+        "rank": adapter.rank,
+        "pinned": adapter.pinned,
+    }
 
 
 def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:

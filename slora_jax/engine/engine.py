@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from slora_jax.adapters.peft import resolve_adapter_path
-from slora_jax.adapters.store import AdapterInfo, AdapterStore
+from slora_jax.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
@@ -97,7 +97,9 @@ class Engine:
             stage=self._pool.stage,
             capacity=_host_adapter_bytes(config),
             host_bytes=self._pool.staged_bytes,
+            max_pinned_pages=self._pages.total // 2,
         )
+        self._pinned: tuple[AdapterVersion, ...] = ()
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
         page_bytes = layout.page_bytes(dtype.itemsize)
@@ -129,7 +131,7 @@ class Engine:
         """Loads the base model and registers the configured adapters.
 
         Raises:
-          UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
+          UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
         base = _load_base(config, progress)
         engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh)
@@ -138,6 +140,8 @@ class Engine:
                 engine.register_adapter(adapter, path)
             for directory in config.adapter_dirs:
                 engine.register_adapter_dir(directory)
+            for name in config.pinned:
+                engine._store.pin(name)
         except BaseException:
             engine.close()
             raise
@@ -149,17 +153,21 @@ class Engine:
         """A snapshot of the registered adapters by name."""
         return self._store.infos()
 
-    def register_adapter(self, name: str, path: str) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available under a name; its weights are loaded when first asked for.
 
         Args:
           path: a PEFT folder or a Hugging Face id.
+          pinned: bring it to the pool now, and keep it there. An adapter that is registered again without is unpinned.
 
         Raises:
-          BadAdapter: it cannot be served exactly as trained, or the name is the base model's; nothing changes.
+          BadAdapter: it cannot be served exactly as trained, the name is the base model's, or pinned adapters would
+            take more than half of the pool; nothing changes.
         """
         self._check_adapter_name(name)
-        return self._store.register(name, resolve_adapter_path(path))
+        info = self._store.register(name, resolve_adapter_path(path), pinned)
+        self._wake()
+        return info
 
     def register_loaded_adapter(
         self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0
@@ -199,6 +207,7 @@ class Engine:
           UnknownAdapter: no adapter of that name.
         """
         self._store.unregister(name)
+        self._wake()
 
     # Requests
 
@@ -290,13 +299,9 @@ class Engine:
         if request.sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids", "stop")
         max_tokens = min(request.sampling.max_tokens, self.max_model_len - length)
-        pages = self._scheduler.pages_needed(length + max_tokens, adapter)
-        if pages > self._pages.total:
-            raise InvalidRequest(
-                f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}; "
-                "lower max_tokens or start the server with a larger pool",
-                "max_tokens",
-            )
+        refusal = self._scheduler.refusal(length + max_tokens, adapter)
+        if refusal is not None:
+            raise InvalidRequest(refusal, "max_tokens")
         return max_tokens
 
     def _cancel(self, generation: Generation) -> None:
@@ -316,6 +321,9 @@ class Engine:
         self._take_submitted()
         self._take_cancelled()
         self._take_arrived()
+        if self._store.pinned is not self._pinned:
+            self._pinned = self._store.pinned
+            self._scheduler.pin(self._pinned)
         plan = self._scheduler.plan()
         for sequence, reason in plan.failed:
             self._end(sequence, "error", reason)

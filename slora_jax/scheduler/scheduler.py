@@ -79,6 +79,10 @@ class Scheduler:
         # The plan that last wanted each; the longest unwanted one first.
         self._held: dict[AdapterHandle, int] = {}
         self._num_plans = 0
+        self._pinned: tuple[AdapterHandle, ...] = ()
+        self._num_pinned_pages = 0
+        # Blocks owned for pins, by adapter.
+        self._pin_keys: dict[AdapterHandle, Hashable] = {}
         self._num_waiting = 0
         self._arriving: dict[Hashable, AdapterLoad] = {}
         self._arriving_pages = 0
@@ -100,9 +104,29 @@ class Scheduler:
         """No sequence at all, parked ones included."""
         return not self._running and self._num_waiting == 0
 
-    def pages_needed(self, num_tokens: int, adapter: AdapterHandle | None) -> int:
-        """Pages that a sequence of this length takes when it runs alone. Pure."""
-        return PoolLayout.token_pages(num_tokens) + (adapter.num_pages if adapter else 0)
+    def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
+        """Why a sequence of this length can never run, however little else does; None if it can."""
+        pages = PoolLayout.token_pages(num_tokens)
+        if adapter is not None and adapter not in self._pinned:
+            pages += adapter.num_pages
+        if pages <= self._pages.total - self._num_pinned_pages:
+            return None
+        pinned = f", {self._num_pinned_pages} of them for pinned adapters" if self._num_pinned_pages else ""
+        return (
+            f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}"
+            f"{pinned}; lower max_tokens or start the server with a larger pool"
+        )
+
+    def pin(self, adapters: tuple[AdapterHandle, ...]) -> None:
+        """Says which adapters are to be brought to the pool and to stay there, at most half of it; all others are not.
+
+        They come with the next plans.
+        """
+        self._pinned = adapters
+        self._num_pinned_pages = sum(adapter.num_pages for adapter in adapters)
+        assert self._num_pinned_pages <= self._pages.total // 2, "pins of more than half of the pool"
+        for adapter in [a for a in self._pin_keys if a not in adapters]:
+            self._release_adapter(self._pin_keys.pop(adapter), adapter)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. One with a leader is held until the leader's prompt is in the prefix cache."""
@@ -135,9 +159,11 @@ class Scheduler:
         builder = _PlanBuilder(self._config.max_batch_tokens)
         builder.late.extend(self._waiting.begin(self._clock()))
         self._unpark(builder)
+        pins_have_pages = self._bring_pinned(builder)
         self._continue_running(builder)
-        self._admit(builder)
-        self._prefetch(builder)
+        if pins_have_pages:
+            self._admit(builder)
+            self._prefetch(builder)
         self._let_unwanted_go(stalled=not (self._running or self._arriving))
         return builder.build()
 
@@ -284,6 +310,22 @@ class Scheduler:
             if not sequences:
                 del self._parked[adapter]
 
+    def _bring_pinned(self, builder: "_PlanBuilder") -> bool:
+        """Copies pinned adapters; False if one lacks pages, which then nobody else may take who is not running."""
+        for adapter in self._pinned:
+            if adapter in self._pin_keys or adapter.status == "failed":
+                continue
+            if not self._is_resident(adapter):
+                if not self._want(adapter) or adapter.status != "ready" or not self._can_copy(adapter):
+                    continue
+                if adapter.num_pages > self._pages.num_available:
+                    return False
+                self._start_copy(adapter, builder)
+            key = self._pin_keys[adapter] = _key(adapter)
+            self._pages.acquire(key)
+            self._prefetched.discard(key)
+        return True
+
     def _admit(self, builder: "_PlanBuilder") -> None:
         moves = _MAX_MOVES
         place = 0
@@ -295,6 +337,11 @@ class Scheduler:
             and (sequence := self._waiting.peek(place)) is not None
         ):
             adapter = sequence.adapter
+            # Adapters may have been pinned since it came.
+            if self._pinned and (reason := self.refusal(sequence.num_prompt + sequence.max_tokens, adapter)):
+                moves -= 1
+                builder.failed.append((self._waiting.pop(place), reason))
+                continue
             if adapter is not None and not self._is_resident(adapter):
                 if not self._want(adapter):
                     place += 1

@@ -389,6 +389,44 @@ def test_threads_share_a_small_host_memory(four):
             result.result(WAIT)
 
 
+# Pins
+
+
+def test_pins_are_bounded_and_a_refused_one_leaves_nothing_registered(tmp_path):
+    folders = [write_adapter(tmp_path / name, make_tensors(seed=i)) for i, name in enumerate("abc")]
+    pages = read_header(folders[0], MODEL, POOL).num_pages
+    store = AdapterStore(MODEL, POOL, np.float32, max_pinned_pages=2 * pages)
+    assert store.pinned == ()
+    assert store.register("a", folders[0], pinned=True).pinned
+    store.register("b", folders[1])
+    store.pin("b")
+    assert store.pinned == (store.get("a"), store.get("b")) and store.infos()["b"].pinned
+    before = store.pinned
+    with pytest.raises(BadAdapter, match=f"takes {pages} pages, .* may take {2 * pages} together and {2 * pages} are"):
+        store.register("c", folders[2], pinned=True)
+    assert "c" not in store and store.pinned is before
+    assert store.register("c", folders[2]).pinned is False
+    with pytest.raises(BadAdapter, match="cannot be pinned"):
+        store.pin("c")
+    assert not store.infos()["c"].pinned
+    with pytest.raises(UnknownAdapter):
+        store.pin("d")
+
+
+def test_a_pin_is_what_the_last_registration_says(tmp_path):
+    folders = [write_adapter(tmp_path / name, make_tensors(seed=i)) for i, name in enumerate("ab")]
+    store = AdapterStore(MODEL, POOL, np.float32)
+    store.register("a", folders[0], pinned=True)
+    first = store.get("a")
+    store.register("a", folders[0])
+    assert store.pinned == () and store.get("a") is first and not first.info.pinned
+    store.pin("a")
+    store.register("a", folders[1], pinned=True)
+    assert store.pinned == (store.get("a"),) != (first,)
+    store.unregister("a")
+    assert store.pinned == ()
+
+
 # Names
 
 

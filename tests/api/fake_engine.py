@@ -36,6 +36,7 @@ class AdapterInfo:
     rank: int = 8
     content_hash: str = "0"
     created: float = 1_700_000_000.0
+    pinned: bool = False
 
 
 @dataclass
@@ -129,10 +130,12 @@ class FakeEngine:
     def adapters(self):
         return dict(self._adapters)
 
-    def register_adapter(self, name: str, path: str) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         if not Path(path, "adapter_config.json").is_file():
             raise BadAdapter(f"{path} holds no adapter_config.json")
-        self._adapters[name] = AdapterInfo(name, path)
+        if name == "too-large" and pinned:
+            raise BadAdapter("it cannot be pinned")
+        self._adapters[name] = AdapterInfo(name, path, pinned=pinned)
         return self._adapters[name]
 
     def unregister_adapter(self, name: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from engine_cases import greedy, run
 
 from slora_jax.adapters.peft import load_adapter
+from slora_jax.errors import BadAdapter
 from slora_jax.scheduler import scheduler
 
 NUM_TOKENS = 12
@@ -188,6 +189,29 @@ def test_six_adapters_in_use_and_host_memory_for_two(tiny_case, tmp_path):
         (completion,) = result.completions
         assert (completion.finish_reason == "error") == (name == lost)
         assert name != lost or "no such folder" in completion.error
+
+
+def test_a_pinned_adapter_is_there_before_its_first_request(tiny_case):
+    engine = slow_engine(tiny_case, 1, pinned=["qv-r8"])
+    run(engine)
+    for _ in range(20):
+        engine.wait_for_work(0.1)
+        run(engine)
+        if engine.stats()["adapter_loads"]:
+            break
+    assert engine.stats()["pages_used"] == engine.adapters()["qv-r8"].num_pages
+    half = engine.stats()["pages_total"] // 2
+    for i in range(half):
+        pinned = sum(info.num_pages for info in engine.adapters().values() if info.pinned)
+        if pinned + engine.adapters()["mlp-r3"].num_pages > half:
+            with pytest.raises(BadAdapter, match="cannot be pinned"):
+                engine.register_adapter(f"more-{i}", str(tiny_case.adapters / "mlp-r3"), pinned=True)
+            break
+        engine.register_adapter(f"more-{i}", str(tiny_case.adapters / "mlp-r3"), pinned=True)
+    assert i > 0 and f"more-{i}" not in engine.adapters()
+    asked = next(r for r in tiny_case.requests if r["adapter"] == "qv-r8")
+    (result,) = run(engine, engine.submit(greedy(asked["prompt"], "qv-r8", NUM_TOKENS)))
+    assert list(result.completions[0].token_ids) == asked["tokens"][:NUM_TOKENS]
 
 
 def _two_adapters(case) -> int:

@@ -559,6 +559,87 @@ def test_adapters_of_sequences_that_others_overtake_give_host_memory_back():
     assert not any(adapter.holds for adapter in (*deep, *new))
 
 
+# Pins
+
+
+def resident(loop, *adapters):
+    return [loop.pages.lookup(("adapter", adapter.content_hash)) is not None for adapter in adapters]
+
+
+def test_pinned_adapters_come_without_a_request_and_stay_until_unpinned():
+    loop = make_loop(num_pages=24)
+    loop.memory = HostMemory(room=4)
+    pinned = [CachedAdapter(loop.memory, f"pinned{i}", 4) for i in range(2)]
+    others = [CachedAdapter(loop.memory, f"a{i}", 4) for i in range(12)]
+    loop.scheduler.pin(tuple(pinned))
+    for _ in range(8):
+        loop.step()
+    assert resident(loop, *pinned) == [True, True] and loop.pages.num_used == 8
+    assert not any(adapter.holds for adapter in pinned), "no copy in host memory is needed"
+    for i, adapter in enumerate(others):
+        loop.scheduler.add(make_sequence(i, [i] * 40, adapter=adapter))
+    loop.run()
+    assert resident(loop, *pinned) == [True, True] and loop.pages.num_evictions > 0
+    loop.scheduler.pin((pinned[0],))
+    assert loop.pages.num_used == 4
+    for i, adapter in enumerate(others, start=100):
+        loop.scheduler.add(make_sequence(i, [i] * 40, adapter=adapter))
+    loop.run()
+    assert resident(loop, *pinned) == [True, False]
+
+
+def test_a_pin_gets_the_pages_that_running_sequences_give_back():
+    loop = make_loop(num_pages=20, max_sequences=8)
+    for i in range(40):
+        loop.scheduler.add(make_sequence(i, [i] * 30, max_tokens=20))
+    for _ in range(10):
+        loop.step()
+    pinned = StubAdapter("pinned", 9)
+    loop.scheduler.pin((pinned,))
+    for _ in range(60):
+        loop.step()
+    assert resident(loop, pinned) == [True] and loop.scheduler.num_waiting > 0, "ahead of those who wait"
+    loop.run()
+    assert loop.pages.num_used == 9
+
+
+def test_a_request_that_no_longer_fits_beside_the_pins_fails_with_the_reason():
+    loop = make_loop(num_pages=20, max_sequences=2)
+    large, running, small = make_sequence(0, [1] * 200), make_sequence(1, [2] * 60, 150), make_sequence(2, [3] * 20)
+    assert loop.scheduler.refusal(204, None) is None
+    loop.scheduler.add(running)
+    loop.step()
+    loop.scheduler.pin((StubAdapter("pinned", 9),))
+    assert "13 pages (prompt, output and adapter), but the pool has 19, 9 of them for pinned" in loop.scheduler.refusal(
+        204, None
+    )
+    loop.scheduler.add(large)
+    loop.scheduler.add(small)
+    failed = {}
+    for _ in range(400):
+        failed |= dict(loop.step().failed)
+    assert set(failed) == {large, running}, "the running one once it cannot grow"
+    assert small.tokens[20:] == expected_output([3] * 20, 4)
+
+
+def test_a_pinned_adapter_counts_once():
+    loop = make_loop(num_pages=20)
+    pinned = StubAdapter("pinned", 9)
+    loop.scheduler.pin((pinned,))
+    assert loop.scheduler.refusal(160, pinned) is None
+    assert loop.scheduler.refusal(161, pinned) is not None
+
+
+def test_a_pin_that_cannot_be_loaded_stops_nobody():
+    loop = make_loop(num_pages=20)
+    loop.memory = HostMemory(room=9)
+    loop.scheduler.pin((CachedAdapter(loop.memory, "broken", 9, is_broken=True),))
+    sequence = make_sequence(0, range(20))
+    loop.scheduler.add(sequence)
+    loop.run()
+    assert sequence.tokens[20:] == expected_output(range(20), 4)
+
+
 # What goes first
 
 
