@@ -523,6 +523,7 @@ class Engine:
             **self._counts,
             "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
             "adapter_prefetch_late": self._scheduler.num_prefetch_late,
+            "adapter_prefetch_wasted": self._scheduler.num_prefetch_wasted,
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting + self._num_unadmitted,
             "pages_total": self._pages.total,

@@ -57,6 +57,7 @@ class Scheduler:
     Attributes:
       num_prefetch_hits: adapters copied ahead that were there when their first sequence started.
       num_prefetch_late: sequences that had to wait for their adapter's copy.
+      num_prefetch_wasted: adapters copied ahead that were evicted before anybody used them.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Scheduler:
         self._prefetched: set[Hashable] = set()
         self.num_prefetch_hits = 0
         self.num_prefetch_late = 0
+        self.num_prefetch_wasted = 0
+        self._num_evictions_seen = 0
 
     @property
     def num_running(self) -> int:
@@ -165,6 +168,10 @@ class Scheduler:
             self._admit(builder)
             self._prefetch(builder)
         self._let_unwanted_go(stalled=not (self._running or self._arriving))
+        if self._pages.num_evictions != self._num_evictions_seen:
+            self._num_evictions_seen = self._pages.num_evictions
+            for key in [key for key in self._prefetched if self._pages.lookup(key) is None]:
+                self._note_wasted(key)
         return builder.build()
 
     def adapter_arrived(self, load: AdapterLoad) -> None:
@@ -391,7 +398,6 @@ class Scheduler:
         if adapter is not None:
             if not adapter_resident:
                 self._start_copy(adapter, builder)
-                self._prefetched.discard(adapter_key)
             elif adapter_key in self._prefetched:
                 self._prefetched.remove(adapter_key)
                 self.num_prefetch_hits += adapter_key not in self._arriving
@@ -441,6 +447,7 @@ class Scheduler:
     def _start_copy(self, adapter: AdapterHandle, builder: "_PlanBuilder") -> None:
         """Takes an adapter's pages, which must be available; the copy owns them until it has arrived."""
         key = _key(adapter)
+        self._note_wasted(key)
         # Held until the copy has arrived, though the weights are in use no longer than that.
         if self._held.pop(adapter, None) is None:
             adapter.hold()
@@ -450,6 +457,12 @@ class Scheduler:
         self._arriving[key] = load
         self._arriving_pages += len(pages)
         builder.loads.append(load)
+
+    def _note_wasted(self, key: Hashable) -> None:
+        """Of an adapter that is not in the pool."""
+        if key in self._prefetched:
+            self._prefetched.remove(key)
+            self.num_prefetch_wasted += 1
 
     def _prefetch(self, builder: "_PlanBuilder") -> None:
         """Loads and copies adapters of the sequences next in line, while that takes nothing from anybody.
@@ -479,9 +492,6 @@ class Scheduler:
                 break
             self._start_copy(adapter, builder)
             self._prefetched.add(key)
-            if len(self._prefetched) > self._pages.total:
-                # There cannot be as many adapters as pages; these were evicted before anybody used them.
-                self._prefetched = {key for key in self._prefetched if self._pages.lookup(key) is not None}
         for key in reversed(cached):
             self._release_adapter(key, wanted[key])
 

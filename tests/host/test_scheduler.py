@@ -436,6 +436,7 @@ def test_adapters_of_those_next_in_line_are_copied_ahead():
     loop.run()
     assert loop.scheduler.num_prefetch_hits == 4
     assert loop.scheduler.num_prefetch_late == 2
+    assert loop.scheduler.num_prefetch_wasted == 0
 
 
 def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are_wanted_sooner():
@@ -454,17 +455,19 @@ def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are
     assert running.epoch == 0
 
 
-def test_adapters_copied_ahead_for_nobody_are_forgotten():
+def test_adapters_copied_ahead_for_nobody_are_wasted():
     loop = make_loop(max_sequences=1, num_pages=12)
     loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=100))
-    for i in range(1, 60):
+    for i in range(1, 45):
         sequence = make_sequence(i, [i] * 8, adapter=StubAdapter(str(i), 2))
         loop.scheduler.add(sequence)
         loads = [*loop.step().loads, *loop.step().loads]
         assert [load.adapter for load in loads] == [sequence.adapter], "copied ahead"
         loop.scheduler.finish(sequence)
-    assert len(loop.scheduler._prefetched) <= loop.pages.total
     loop.run()
+    still_there = sum(loop.pages.lookup(("adapter", str(i))) is not None for i in range(1, 45))
+    assert loop.scheduler.num_prefetch_wasted == 44 - still_there > 35
+    assert loop.scheduler.num_prefetch_hits == loop.scheduler.num_prefetch_late == 0
 
 
 def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever():
