@@ -1,6 +1,7 @@
 """The HTTP routes. This package alone knows status codes: ``_ERRORS`` gives each exception its own."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -140,6 +141,16 @@ def create_app(
         if adapter is None:
             raise UnknownAdapter(f"the model {name!r} does not exist")
         return _json(_adapter_card(engine, adapter))
+
+    @app.get("/v1/capacity")
+    def capacity():
+        arguments = flask.request.args
+        if unknown := [name for name in arguments if name not in ("adapter", "prompt_tokens", "max_tokens")]:
+            raise InvalidRequest(f"unknown parameter: {unknown[0]}", unknown[0])
+        lengths = [_count(arguments.get(name, ""), name) for name in ("prompt_tokens", "max_tokens")]
+        adapter = arguments.get("adapter")
+        result = engine.capacity(None if adapter == engine.model_name else adapter, sum(lengths))
+        return _json(dataclasses.asdict(result))
 
     @app.get("/health")
     def health():
@@ -295,6 +306,12 @@ def _error_of(error: Exception, rule: _Rule) -> dict[str, Any]:
 
 def _error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _count(text: str, name: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+        raise InvalidRequest(f"{name} must be a whole number above 0, got {text[:20]!r}", name)
+    return int(text)
 
 
 def _json_body() -> Any:

@@ -32,6 +32,7 @@ from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
+from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import AdapterLoad, Sequence, StepPlan
 from slora_jax.text.tokenizer import Tokenizer
@@ -534,6 +535,24 @@ class Engine:
             "host_adapter_bytes": self._store.host_bytes_used,
             "host_adapter_loads": self._store.num_loads,
         }
+
+    def capacity(self, adapter: str | None, num_tokens: int) -> Capacity:
+        """How many more requests of this length on this adapter could start now, beside those that run.
+
+        Args:
+          adapter: its name; None for the base model.
+          num_tokens: of a request's prompt and output together.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+          InvalidRequest: no request may be that long, or ``num_tokens`` is below 2.
+        """
+        version = self._store.get(adapter) if adapter is not None else None
+        if not 2 <= num_tokens <= self.max_model_len:
+            raise InvalidRequest(
+                f"prompt and output together must have 2 to {self.max_model_len} tokens, got {num_tokens}"
+            )
+        return self._scheduler.capacity(num_tokens, version)
 
     def check_integrity(self) -> None:
         """Asserts that every page of the pool is owned exactly once."""

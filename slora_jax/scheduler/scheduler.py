@@ -26,6 +26,7 @@ from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
 from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSequence, Sequence, State, StepPlan
@@ -119,6 +120,15 @@ class Scheduler:
             f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}"
             f"{pinned}; lower max_tokens or start the server with a larger pool"
         )
+
+    def capacity(self, num_tokens: int, adapter: AdapterHandle | None) -> Capacity:
+        """How many more sequences of ``num_tokens`` each, prompt and output, could start now."""
+        adapter_pages = 0
+        if adapter is not None and not (self._is_resident(adapter) and not self._pages.is_cached(_key(adapter))):
+            # Without an owner its pages are among those available.
+            adapter_pages = adapter.num_pages
+        sequences = max(self._config.max_sequences - len(self._running), 0)
+        return capacity(num_tokens, adapter_pages, self._pages.num_available, sequences)
 
     def pin(self, adapters: tuple[AdapterHandle, ...]) -> None:
         """Says which adapters are to be brought to the pool and to stay there, at most half of it; all others are not.

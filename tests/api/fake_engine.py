@@ -13,6 +13,7 @@ from pathlib import Path
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import Completion, Delta, Request, RequestOutput, TokenLogprob
+from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -141,6 +142,11 @@ class FakeEngine:
     def unregister_adapter(self, name: str) -> None:
         if self._adapters.pop(name, None) is None:
             raise UnknownAdapter(f"no adapter is named {name!r}")
+
+    def capacity(self, adapter: str | None, num_tokens: int) -> Capacity:
+        if adapter is not None and adapter not in self._adapters:
+            raise UnknownAdapter(f"no adapter is named {adapter!r}")
+        return capacity(num_tokens, 0 if adapter is None else 3, pages_available=42, sequences_available=100)
 
     def answer(self, request: Request) -> list[int]:
         text = f"{request.adapter or self.model_name} says {self._backend.decode(request.prompt)}. "

@@ -251,6 +251,34 @@ def test_models(client):
     error(client.get("/v1/models/nobody"), 404, "model_not_found", "model")
 
 
+@pytest.mark.parametrize(("name", "requests"), [("adapter=base&", 10), ("", 10), ("adapter=org/haiku&", 9)])
+def test_capacity(client, name, requests):
+    answer = client.get(f"/v1/capacity?{name}prompt_tokens=50&max_tokens=14").get_json()
+    haiku = 3 * ("haiku" in name)
+    assert answer == {
+        "requests": requests,
+        "pages_each": 4,
+        "adapter_pages": haiku,
+        "pages_available": 42,
+        "sequences_available": 100,
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code", "param"),
+    [
+        ("prompt_tokens=5", 400, None, "max_tokens"),
+        ("prompt_tokens=0&max_tokens=5", 400, None, "prompt_tokens"),
+        ("prompt_tokens=%C2%B2&max_tokens=5", 400, None, "prompt_tokens"),
+        ("prompt_tokens=5&max_tokens=-1", 400, None, "max_tokens"),
+        ("prompt_tokens=5&max_tokens=5&more=1", 400, None, "more"),
+        ("prompt_tokens=5&max_tokens=5&adapter=nobody", 404, "model_not_found", "model"),
+    ],
+)
+def test_capacity_of_nothing(client, query, status, code, param):
+    error(client.get(f"/v1/capacity?{query}"), status, code, param)
+
+
 def test_health(client, engine):
     assert client.get("/health").get_json() == {"status": "ok", "running": 0}
     engine.close()

@@ -7,8 +7,9 @@ import pytest
 from engine_cases import greedy, run
 
 from slora_jax.adapters.peft import load_adapter
-from slora_jax.errors import BadAdapter
+from slora_jax.errors import BadAdapter, InvalidRequest
 from slora_jax.scheduler import scheduler
+from slora_jax.scheduler.capacity import Capacity
 
 NUM_TOKENS = 12
 PAGES = 19
@@ -200,6 +201,12 @@ def test_a_pinned_adapter_is_there_before_its_first_request(tiny_case):
         if engine.stats()["adapter_loads"]:
             break
     assert engine.stats()["pages_used"] == engine.adapters()["qv-r8"].num_pages
+    total, pages = engine.stats()["pages_total"], engine.adapters()["mlp-r3"].num_pages
+    left = total - engine.adapters()["qv-r8"].num_pages
+    assert engine.capacity("qv-r8", 32) == Capacity(min(left // 2, 16), 2, 0, left, 16)
+    assert engine.capacity("mlp-r3", 32) == Capacity(min((left - pages) // 2, 16), 2, pages, left, 16)
+    with pytest.raises(InvalidRequest, match="must have 2 to"):
+        engine.capacity(None, 10**6)
     half = engine.stats()["pages_total"] // 2
     for i in range(half):
         pinned = sum(info.num_pages for info in engine.adapters().values() if info.pinned)

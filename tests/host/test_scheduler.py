@@ -15,6 +15,7 @@ from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import SamplingParams
+from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
 from slora_jax.scheduler.scheduler import MAX_HELD_ADAPTERS, Scheduler
@@ -641,6 +642,40 @@ def test_a_pin_that_cannot_be_loaded_stops_nobody():
     loop.scheduler.add(sequence)
     loop.run()
     assert sequence.tokens[20:] == expected_output(range(20), 4)
+
+
+# How many more fit
+
+
+@pytest.mark.parametrize("max_sequences", [4, 64])
+@pytest.mark.parametrize("running", [0, 1])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_capacity_is_what_then_really_starts(max_sequences, running, pinned):
+    loop = make_loop(num_pages=60, max_sequences=max_sequences, max_batch_tokens=2048, prefix_cache=False)
+    adapter, other = StubAdapter("a", 7), StubAdapter("b", 5)
+    # Both are in the pool, cold.
+    for i, who in enumerate((adapter, other)):
+        loop.scheduler.add(make_sequence(i, [i] * 8, max_tokens=1, adapter=who))
+        loop.run()
+    if pinned:
+        loop.scheduler.pin((adapter,))
+        loop.step()
+    for i in range(running):
+        loop.scheduler.add(make_sequence(10 + i, [i] * 20, max_tokens=28, adapter=adapter))
+        loop.step()
+    answer = loop.scheduler.capacity(40, adapter)
+    assert answer.adapter_pages == (0 if running or pinned else 7)
+    for i in range(100):
+        loop.scheduler.add(make_sequence(100 + i, [i] * 40, max_tokens=1, adapter=adapter))
+    before = loop.scheduler.num_running
+    loop.step()
+    assert loop.scheduler.num_running - before == answer.requests > 2
+
+
+def test_no_capacity():
+    assert capacity(17, 30, 30, 5) == Capacity(0, 2, 30, 30, 5)
+    assert capacity(17, 40, 30, 5).requests == 0
+    assert capacity(16, 0, 30, 0).requests == 0
 
 
 # What goes first
