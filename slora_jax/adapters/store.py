@@ -234,9 +234,8 @@ class AdapterStore:
           UnknownAdapter: the name is not registered.
           BadAdapter: there is no room for the pin.
         """
-        version = self.get(name)
         with self._changed:
-            self._set_current(name, version, pinned=True)
+            self._set_current(name, self.get(name), pinned=True)
 
     def _set_current(self, name: str, version: AdapterVersion, pinned: bool) -> None:
         """Needs the lock. Raises BadAdapter, changing nothing, if there is no room for the pin."""
