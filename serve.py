@@ -116,6 +116,13 @@ FLAGS = {
             multiple=True,
         ),
         _flag(
+            "--pin",
+            "An adapter that is brought to the pool at the start and stays there; may be repeated.",
+            field="pinned",
+            metavar="NAME",
+            multiple=True,
+        ),
+        _flag(
             "--allow-adapter-loading/--no-allow-adapter-loading",
             "Let clients register adapters from this machine's folders (/v1/load_lora_adapter).",
             field="server.allow_adapter_loading",
@@ -139,6 +146,13 @@ FLAGS = {
             metavar="GIB",
         ),
         _flag("--pool-pages", "The pool's size in pages of 16 tokens.", field="pool.pages", type=int, metavar="PAGES"),
+        _flag(
+            "--host-adapter-memory",
+            "Host memory for adapters that are not in the pool, in GiB; half of what is free if left out.",
+            field="host_adapter_gigabytes",
+            type=float,
+            metavar="GIB",
+        ),
         _flag(
             "--prefix-cache/--no-prefix-cache",
             "Keep the pages of finished prompts for prompts that begin alike.",
@@ -352,7 +366,7 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
 def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConfig, ServerConfig]":
     """Lays the flags that were given over the config file.
 
-    Adapters are added to the file's; every other flag replaces the file's value.
+    Adapters and pins are added to the file's; every other flag replaces the file's value.
 
     Raises:
       InvalidRequest: an unknown key or a bad value.
@@ -368,13 +382,14 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
         fields[section] = fields.get(section) or {}
         if not isinstance(fields[section], dict):
             raise InvalidRequest(f"invalid configuration: {section} must be a mapping, got {fields[section]!r}")
-    fields["adapter_dirs"] = fields.get("adapter_dirs") or []
+    for several in ("adapter_dirs", "pinned"):
+        fields[several] = fields.get(several) or []
     for name, value in flags.items():
         *section, key = name.split("__")
         if name == "adapters":
             fields["adapters"] |= value
-        elif name == "adapter_dirs":
-            fields["adapter_dirs"] = [*fields["adapter_dirs"], *value]
+        elif name in ("adapter_dirs", "pinned"):
+            fields[name] = [*fields[name], *value]
         elif name == "scheduler__fair_weights":
             fields["scheduler"]["fair_weights"] = (fields["scheduler"].get("fair_weights") or {}) | value
         elif name.startswith("no_"):

@@ -116,6 +116,9 @@ class EngineConfig(_Frozen):
       dummy: draw random weights of the shape on the device instead of loading any.
       adapters: adapter name to PEFT folder or Hugging Face id.
       adapter_dirs: folders each of whose subfolders is a PEFT adapter, registered under the subfolder's name.
+      pinned: names of adapters that are brought to the pool at the start and stay there; in all at most half of it.
+      host_adapter_gigabytes: host memory, page-locked on a GPU, in which adapters wait between disk and pool, in GiB;
+        None takes half of what is free after the pool was made. On several hosts, of each.
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
@@ -131,6 +134,8 @@ class EngineConfig(_Frozen):
     dummy: bool = False
     adapters: dict[str, str] = {}
     adapter_dirs: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+    host_adapter_gigabytes: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = pydantic.Field(None, ge=1)
     checkpoint_cache: str | None = "~/.cache/slora-jax/checkpoints"

@@ -4,6 +4,7 @@ Every field that PEFT writes is either used, known not to change what the adapte
 reason. A field not known here is refused when it is set: a newer PEFT may have given it a meaning.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -97,6 +98,19 @@ class LoraConfig:
     targets: tuple[str, ...] | None
     excluded: tuple[str, ...]
     layers: frozenset[int] | None
+
+    def digest(self) -> bytes:
+        """The same for configs that ask for the same, whatever else their files say."""
+        rank_patterns, alpha_patterns = (
+            [(pattern.pattern, value) for pattern, value in patterns]
+            for patterns in (self.rank_patterns, self.alpha_patterns)
+        )
+        layers = None if self.layers is None else sorted(self.layers)
+        everything = (
+            self.rank, self.alpha, rank_patterns, alpha_patterns, self.is_rank_stabilized, self.targets, self.excluded,
+            layers,
+        )  # fmt: skip
+        return hashlib.sha256(repr(everything).encode("utf-8", "backslashreplace")).digest()
 
     def rank_of(self, name: str) -> int:
         return _first_match(self.rank_patterns, name, self.rank)
@@ -212,7 +226,8 @@ def _names(config: dict[str, Any], field: str) -> tuple[str, ...] | None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _refusal(field, names, "expected a list of module names")
-    return tuple(names)
+    # PEFT writes a set, in any order.
+    return tuple(sorted(names))
 
 
 def _layers(config: dict[str, Any]) -> frozenset[int] | None:

@@ -136,8 +136,8 @@ def read_header(
       folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
       model: the base model.
       pool: its pool's layout.
-      known: shapes of adapters checked before for the same pool, by fingerprint, to which this one's is added.
-        Adapters trained alike need then not be checked one by one.
+      known: shapes of adapters checked before for the same pool, by what their config asks for and their table of
+        tensors, to which this one's is added. Adapters trained alike need then not be checked one by one.
 
     Raises:
       BadAdapter: it cannot be served exactly as trained; the message says why.
@@ -145,11 +145,13 @@ def read_header(
     assert pool.num_layers == model.num_layers, "the pool's layout must be the model's"
     folder = Path(folder)
     with _naming(folder), _opened(folder) as source:
-        shape = known.get(source.fingerprint) if known is not None else None
+        config = parse_lora_config(source.config)
+        key = config.digest() + source.table_digest
+        shape = known.get(key) if known is not None else None
         if shape is None:
-            shape, _ = _check(source, pool)
+            shape, _ = _check(source, config, pool)
             if known is not None:
-                known[source.fingerprint] = shape
+                known[key] = shape
         return AdapterHeader(folder.resolve(), shape, source.file_bytes, source.fingerprint, source.modified_ns)
 
 
@@ -167,7 +169,7 @@ def load_adapter(header: AdapterHeader, dtype: np.dtype) -> HostAdapter:
     with _naming(header.path), _opened(header.path) as source:
         if source.fingerprint != header.fingerprint:
             raise BadAdapter("its config or its tensors' shapes changed since it was registered; register it again")
-        _, projections = _check(source, header.layout.pool)
+        _, projections = _check(source, parse_lora_config(source.config), header.layout.pool)
         weights = _WeightReader(source.file, projections, dtype)
         packed = header.layout.pack(weights, dtype)
         status = os.fstat(source.file.fileno())
@@ -231,6 +233,7 @@ class _Source:
     table: bytes
     file: BinaryIO
     file_bytes: int
+    table_digest: bytes
     fingerprint: bytes
     modified_ns: tuple[int, int]
 
@@ -247,9 +250,10 @@ def _opened(folder: Path) -> Iterator[_Source]:
     with _open(folder, WEIGHTS_FILE, "save it with PEFT's save_pretrained") as file:
         with _in_weights_file():
             table, file_bytes = read_table(file)
-        digest = hashlib.sha256(f"{len(config)} {len(table)} {file_bytes}\n".encode() + config + table).digest()
+        table_digest = hashlib.sha256(f"{file_bytes}\n".encode() + table).digest()
+        fingerprint = hashlib.sha256(table_digest + config).digest()
         modified_ns = (config_modified_ns, os.fstat(file.fileno()).st_mtime_ns)
-        yield _Source(config, table, file, file_bytes, digest, modified_ns)
+        yield _Source(config, table, file, file_bytes, table_digest, fingerprint, modified_ns)
 
 
 @contextmanager
@@ -277,9 +281,8 @@ def _open(folder: Path, name: str, remedy: str) -> BinaryIO:
     raise BadAdapter(f"{name} not found; {remedy}")
 
 
-def _check(source: _Source, pool: PoolLayout) -> tuple[AdapterShape, _Projections]:
+def _check(source: _Source, config: LoraConfig, pool: PoolLayout) -> tuple[AdapterShape, _Projections]:
     """Everything that the config and the table of tensors say, or a refusal; projections are sorted."""
-    config = parse_lora_config(source.config)
     with _in_weights_file():
         entries = parse_table(source.table, source.file_bytes)
     pairs = _pair_tensors(entries, config, pool)

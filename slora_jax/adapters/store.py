@@ -6,15 +6,19 @@ that asked for the name before keep the old version, its weights and its pool pa
 The store refers only to current versions, so an old or unregistered one is freed, host memory and all, as soon as the
 last request that holds it lets go.
 
-Registering reads no weights. Weights are loaded on the first ``prefetch``, by a few threads that all adapters share.
+Registering reads no weights. Weights come to host memory when somebody holds the version, brought by a few threads
+that all adapters share. They stay while somebody holds it, and after that until others need the room: host memory is
+bounded. A load without room waits, first come, first served, until enough is let go.
 """
 
 import difflib
 import logging
 import re
+import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.peft import CONFIG_FILE, AdapterHeader, AdapterShape, HostAdapter, load_adapter, read_header
 from slora_jax.errors import BadAdapter, UnknownAdapter
 from slora_jax.memory.layout import PoolLayout
@@ -48,7 +53,8 @@ class AdapterInfo:
       ranks: largest rank over the layers, by module.
       num_pages: pool pages that it takes when in use.
       created: when this version was registered, in seconds since 1970.
-      content_hash: None until its weights were loaded.
+      content_hash: None until its weights were first loaded.
+      pinned: it is to stay in the pool.
     """
 
     name: str
@@ -58,6 +64,7 @@ class AdapterInfo:
     num_pages: int
     created: int
     content_hash: str | None = None
+    pinned: bool = False
 
 
 class AdapterVersion:
@@ -66,15 +73,17 @@ class AdapterVersion:
     Attributes:
       header: what is known without its weights.
       info: the same, as it may be shown.
-      status: "registered", then "loading" after ``prefetch``, then for ever "ready" or "failed".
+      status: "registered" (not in host memory), "loading" from the first ``hold`` on, "ready", and "registered" again
+        when it had to leave host memory; or for ever "failed".
       failure: why it failed, else "".
     """
 
-    __slots__ = ("__weakref__", "_host", "_store", "failure", "header", "info", "status")
+    __slots__ = ("__weakref__", "_holds", "_host", "_store", "failure", "header", "info", "status")
 
     def __init__(self, store: "AdapterStore", name: str, header: AdapterHeader):
         self._store = store
         self._host: HostAdapter | None = None
+        self._holds = 0
         self.header = header
         self.info = AdapterInfo(
             name=name,
@@ -93,13 +102,23 @@ class AdapterVersion:
 
     @property
     def content_hash(self) -> str | None:
-        """Known once ready; see ``HostAdapter``."""
+        """Known once it was ready; see ``HostAdapter``."""
         return self.info.content_hash
 
-    def prefetch(self) -> None:
-        """Starts loading the weights in the background, unless that was done before. Does not wait."""
-        if self.status == "registered":
-            self._store._start_loading(self)
+    def hold(self) -> None:
+        """Wants the weights in host memory until ``let_go``, one of which must follow each ``hold``. Does not wait.
+
+        Starts loading them in the background if they are not there.
+        """
+        self._store._hold(self)
+
+    def let_go(self) -> None:
+        """Ends a ``hold``. Without any, the weights may leave host memory.
+
+        Raises:
+          RuntimeError: nobody holds it.
+        """
+        self._store._let_go(self)
 
     def host(self) -> HostAdapter | None:
         """The weights, as staged by the store's ``stage``; None while they are not there.
@@ -113,16 +132,24 @@ class AdapterVersion:
 
     def wait(self, timeout: float | None = None) -> HostAdapter | None:
         """Loads the weights and waits for them, at most ``timeout`` seconds; else like ``host``."""
-        self.prefetch()
-        self._store._wait_until_loaded(self, timeout)
-        return self.host()
+        self.hold()
+        try:
+            self._store._wait_until_loaded(self, timeout)
+            return self.host()
+        finally:
+            self.let_go()
 
     def __repr__(self) -> str:
         return f"<AdapterVersion {self.info.name!r} {self.status} of {self.info.path}>"
 
 
 class AdapterStore:
-    """Adapters by name, and their weights in host memory. Thread-safe."""
+    """Adapters by name, and their weights in host memory. Thread-safe.
+
+    Attributes:
+      num_loads: reads of an adapter's weights from disk.
+      pinned: the versions that are to stay in the pool; another tuple whenever they change.
+    """
 
     def __init__(
         self,
@@ -132,6 +159,9 @@ class AdapterStore:
         loader_threads: int = 2,
         on_change: Callable[[], None] | None = None,
         stage: Callable[[np.ndarray], Any] | None = None,
+        capacity: int | None = None,
+        host_bytes: Callable[[int], int] | None = None,
+        max_pinned_pages: int | None = None,
     ):
         """
         Args:
@@ -142,6 +172,10 @@ class AdapterStore:
           stage: makes of packed weights what is kept instead, as ``HostAdapter.packed``; called by the thread that
             loaded them, and thread-safe.
           on_change: called, by the thread that loaded it, each time an adapter got ready or failed. Should return soon.
+          capacity: bytes of host memory for all adapters; None for no bound. Not counted are those registered with
+            their weights, which never leave, and what the threads work on.
+          max_pinned_pages: pool pages that pinned adapters may take together; None for no bound.
+          host_bytes: bytes that ``stage`` keeps of an adapter of so many pages; by default those of its pages.
         """
         self._model = model
         self._pool_layout = pool_layout
@@ -152,23 +186,35 @@ class AdapterStore:
         # Checks done before: adapters trained alike share theirs.
         self._known_shapes: dict[bytes, AdapterShape] = {}
         self._loading: weakref.WeakSet[AdapterVersion] = weakref.WeakSet()
+        # Loads that wait for room. Weakly, so that a version that nobody wants any more is not loaded.
+        self._without_room: deque[weakref.ref[AdapterVersion]] = deque()
+        self._cache = HostCache(sys.maxsize if capacity is None else capacity)
+        page_bytes = pool_layout.shards.count * pool_layout.page_bytes(self._dtype.itemsize)
+        self._host_bytes = host_bytes or (lambda num_pages: num_pages * page_bytes)
+        # Keys in the cache of versions that were freed since. A version may die anywhere, so only noted then.
+        self._dead: deque[weakref.ref[AdapterVersion]] = deque()
         self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="slora-adapter")
         self._is_closed = False
+        self.num_loads = 0
+        self.pinned: tuple[AdapterVersion, ...] = ()
+        self._max_pinned_pages = sys.maxsize if max_pinned_pages is None else max_pinned_pages
         # Guards all of the above and every version's state.
         self._changed = threading.Condition()
 
-    def register(self, name: str, path: Path | str) -> AdapterInfo:
+    def register(self, name: str, path: Path | str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available, checking all that can be checked without reading its weights.
 
-        If the name already stands for the same files, unchanged and not failed, nothing happens. If it stands for
-        anything else, this adapter takes its place for new requests; see the module's docstring.
+        If the name already stands for the same files, unchanged and not failed, at most its pin changes. If it stands
+        for anything else, this adapter takes its place for new requests; see the module's docstring.
 
         Args:
           name: what requests call it: letters, digits and ``._:@+=-``, in parts separated by ``/``.
           path: its PEFT folder.
+          pinned: it is to stay in the pool.
 
         Raises:
-          BadAdapter: a bad name, or the adapter cannot be served exactly as trained; nothing changes then.
+          BadAdapter: a bad name, the adapter cannot be served exactly as trained, or there is no room for the pin;
+            nothing changes then.
         """
         _check_name(name)
         header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
@@ -177,8 +223,35 @@ class AdapterStore:
                 self._known_shapes.clear()
             version = self._versions.get(name)
             if version is None or version.status == "failed" or not version.header.is_same_files(header):
-                version = self._versions[name] = AdapterVersion(self, name, header)
+                version = AdapterVersion(self, name, header)
+            self._set_current(name, version, pinned)
             return version.info
+
+    def pin(self, name: str) -> None:
+        """Makes an adapter stay in the pool.
+
+        Raises:
+          UnknownAdapter: the name is not registered.
+          BadAdapter: there is no room for the pin.
+        """
+        with self._changed:
+            self._set_current(name, self.get(name), pinned=True)
+
+    def _set_current(self, name: str, version: AdapterVersion, pinned: bool) -> None:
+        """Needs the lock. Raises BadAdapter, changing nothing, if there is no room for the pin."""
+        others = tuple(other for other in self.pinned if other.info.name != name)
+        used = sum(other.num_pages for other in others)
+        if pinned and used + version.num_pages > self._max_pinned_pages:
+            raise BadAdapter(
+                f"adapter {name} cannot be pinned: it takes {version.num_pages} pages, pinned ones may take "
+                f"{self._max_pinned_pages} together and {used} are taken; pin fewer, or start with a larger pool"
+            )
+        self._versions[name] = version
+        if version.info.pinned != pinned:
+            version.info = replace(version.info, pinned=pinned)
+        after = (*others, version) if pinned else others
+        if after != self.pinned:
+            self.pinned = after
 
     def register_loaded(self, name: str, host: HostAdapter) -> AdapterInfo:
         """Makes an adapter available whose weights are in memory already: a benchmark's, a test's, a notebook's own.
@@ -196,8 +269,9 @@ class AdapterStore:
         _check_name(name)
         host = self._staged(host)
         with self._changed:
-            version = self._versions[name] = AdapterVersion(self, name, host.header)
+            version = AdapterVersion(self, name, host.header)
             self._finish(version, host, "")
+            self._set_current(name, version, pinned=False)
             return version.info
 
     def register_dir(self, folder: Path | str) -> tuple[dict[str, AdapterInfo], dict[str, str]]:
@@ -228,8 +302,10 @@ class AdapterStore:
           UnknownAdapter: the name is not registered.
         """
         with self._changed:
-            if name in self._versions:
-                del self._versions[name]
+            version = self._versions.pop(name, None)
+            if version is not None:
+                if version.info.pinned:
+                    self.pinned = tuple(other for other in self.pinned if other is not version)
                 return
         raise self._unknown(name)
 
@@ -254,6 +330,11 @@ class AdapterStore:
         with self._changed:
             return {name: version.info for name, version in self._versions.items()}
 
+    @property
+    def host_bytes_used(self) -> int:
+        """Of the bounded host memory, loads under way included."""
+        return self._cache.used
+
     def close(self) -> None:
         """Waits for loads under way, and fails those not begun. Idempotent."""
         with self._changed:
@@ -263,25 +344,85 @@ class AdapterStore:
             for version in list(self._loading):
                 self._finish(version, None, "the adapter store was closed")
 
-    def _start_loading(self, version: AdapterVersion) -> None:
+    def _hold(self, version: AdapterVersion) -> None:
         with self._changed:
-            if version.status != "registered":
-                return
-            if self._is_closed:
-                self._finish(version, None, "the adapter store was closed")
-                return
+            version._holds += 1
+            if version.status == "ready":
+                self._cache.hold(weakref.ref(version))
+            elif version.status == "registered":
+                self._start_loading(version)
+
+    def _let_go(self, version: AdapterVersion) -> None:
+        with self._changed:
+            if version._holds == 0:
+                raise RuntimeError(f"adapter {version.info.name} was let go more often than held")
+            version._holds -= 1
+            if version._holds == 0:
+                key = weakref.ref(version)
+                if version.status == "ready" and key in self._cache:
+                    self._cache.let_go(key)
+                self._use_room()
+
+    def _start_loading(self, version: AdapterVersion) -> None:
+        """Needs the lock."""
+        size = self._host_bytes(version.num_pages)
+        if self._is_closed:
+            self._finish(version, None, "the adapter store was closed")
+        elif size > self._cache.capacity:
+            failure = (
+                f"adapter {version.info.path}: it takes {size / 2**30:.3g} GiB of host memory, but all adapters may "
+                f"take {self._cache.capacity / 2**30:.3g}; raise host_adapter_gigabytes"
+            )
+            self._finish(version, None, failure)
+        else:
             version.status = "loading"
             self._loading.add(version)
-            # Weakly, so that a version that nobody wants any more is not loaded.
-            self._loaders.submit(self._load, weakref.ref(version))
+            self._without_room.append(weakref.ref(version))
+            self._use_room()
+
+    def _use_room(self) -> None:
+        """Starts the loads that wait, in their order, as far as there is room. Needs the lock."""
+        while self._dead:
+            self._cache.remove(self._dead.popleft())
+        while self._without_room and not self._is_closed:
+            version = self._without_room[0]()
+            if version is not None and version._holds:
+                key = weakref.ref(version, self._dead.append)
+                left = self._cache.add(key, self._host_bytes(version.num_pages))
+                if left is None:
+                    return
+                for other in left:
+                    self._drop(other())
+                self._loaders.submit(self._load, key)
+            elif version is not None:
+                self._loading.discard(version)
+                version.status = "registered"
+            self._without_room.popleft()
+
+    def _drop(self, version: AdapterVersion | None) -> None:
+        """Of what left the cache. Needs the lock."""
+        if version is not None:
+            self._loading.discard(version)
+            version.status = "registered"
+            version._host = None
 
     def _load(self, reference: "weakref.ref[AdapterVersion]") -> None:
         version = reference()
-        if version is None:
-            return
+        with self._changed:
+            if version is None or not version._holds:
+                self._cache.remove(reference)
+                self._drop(version)
+                self._use_room()
+                return
+            self.num_loads += 1
         host, failure = None, ""
         try:
             host = self._staged(load_adapter(version.header, self._dtype))
+            if version.content_hash not in (None, host.content_hash):
+                host = None
+                failure = (
+                    f"adapter {version.info.path}: its weights changed since they were first loaded; register it again"
+                )
         except BadAdapter as e:
             failure = str(e)
         except Exception as e:
@@ -302,13 +443,19 @@ class AdapterStore:
     def _finish(self, version: AdapterVersion, host: HostAdapter | None, failure: str) -> None:
         """Needs the lock. The status goes last: it is read without the lock."""
         self._loading.discard(version)
+        key = weakref.ref(version)
         if host is not None:
             version._host = host
-            version.info = replace(version.info, content_hash=host.content_hash)
+            if version.content_hash is None:
+                version.info = replace(version.info, content_hash=host.content_hash)
             version.status = "ready"
+            if not version._holds and key in self._cache:
+                self._cache.let_go(key)
         else:
             version.failure = failure
             version.status = "failed"
+            self._cache.remove(key)
+        self._use_room()
         self._changed.notify_all()
 
     def _wait_until_loaded(self, version: AdapterVersion, timeout: float | None) -> None:

@@ -1,6 +1,7 @@
 """The HTTP routes. This package alone knows status codes: ``_ERRORS`` gives each exception its own."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -141,6 +142,16 @@ def create_app(
             raise UnknownAdapter(f"the model {name!r} does not exist")
         return _json(_adapter_card(engine, adapter))
 
+    @app.get("/v1/capacity")
+    def capacity():
+        arguments = flask.request.args
+        if unknown := [name for name in arguments if name not in ("adapter", "prompt_tokens", "max_tokens")]:
+            raise InvalidRequest(f"unknown parameter: {unknown[0]}", unknown[0])
+        lengths = [_count(arguments.get(name, ""), name) for name in ("prompt_tokens", "max_tokens")]
+        adapter = arguments.get("adapter")
+        result = engine.capacity(None if adapter == engine.model_name else adapter, sum(lengths))
+        return _json(dataclasses.asdict(result))
+
     @app.get("/health")
     def health():
         if not engine.is_running:
@@ -149,27 +160,30 @@ def create_app(
 
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter():
-        name, path = _adapter_fields("lora_name", "lora_path")
-        return _json(_adapter_card(engine, engine.register_adapter(name, path)))
+        body = _adapter_fields(("lora_name", "lora_path"), optional=("pinned",))
+        pinned = body.get("pinned", False)
+        if not isinstance(pinned, bool):
+            raise InvalidRequest("pinned must be true or false", "pinned")
+        return _json(_adapter_card(engine, engine.register_adapter(body["lora_name"], body["lora_path"], pinned)))
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
-        (name,) = _adapter_fields("lora_name")
+        name = _adapter_fields(("lora_name",))["lora_name"]
         engine.unregister_adapter(name)
         return _json({"id": name, "object": "model", "deleted": True})
 
-    def _adapter_fields(*names: str) -> list[str]:
+    def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
         if not allow_adapter_loading:
             raise _Forbidden("this server does not load adapters on request; start it with --allow-adapter-loading")
         body = _json_body()
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
-        if unknown := [name for name in body if name not in names]:
+        if unknown := [name for name in body if name not in (*names, *optional)]:
             raise InvalidRequest(f"unknown field: {unknown[0]}", unknown[0])
         for name in names:
             if not isinstance(body.get(name), str) or not body[name]:
                 raise InvalidRequest(f"{name} must be a non-empty string", name)
-        return [body[name] for name in names]
+        return body
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException):
@@ -294,6 +308,12 @@ def _error_body(message: str, kind: str, param: str | None = None, code: str | N
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _count(text: str, name: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+        raise InvalidRequest(f"{name} must be a whole number above 0, got {text[:20]!r}", name)
+    return int(text)
+
+
 def _json_body() -> Any:
     try:
         return json.loads(flask.request.get_data())
@@ -306,7 +326,11 @@ def _base_card(engine: "Engine", created: int) -> dict[str, Any]:
 
 
 def _adapter_card(engine: "Engine", adapter) -> dict[str, Any]:
-    return _card(engine, adapter.name, int(adapter.created)) | {"parent": engine.model_name, "rank": adapter.rank}
+    return _card(engine, adapter.name, int(adapter.created)) | {
+        "parent": engine.model_name,
+        "rank": adapter.rank,
+        "pinned": adapter.pinned,
+    }
 
 
 def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:

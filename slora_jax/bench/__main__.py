@@ -214,5 +214,32 @@ def host(steps: int):
     click.echo(json.dumps(run_host(steps), indent=2))
 
 
+@main.command()
+@click.option("--count", default=10_000, show_default=True, help="Adapters to register.")
+@click.option("--kinds", default=(1, 100, 1000), show_default=True, multiple=True, help="Different scales among them.")
+@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
+@click.option("--rank", default=8, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def adapters(count: int, kinds: tuple[int, ...], model: str, rank: int, out: Path | None):
+    """Registration: adapters a second, and Python memory of each. Their weights are never read."""
+    from slora_jax.bench.adapters import run_adapters
+    from slora_jax.bench.demo import cpu
+    from slora_jax.config import read_yaml
+    from slora_jax.model.config import ModelConfig
+
+    shape = ModelConfig.from_hf(read_yaml(Path(model)))
+    result = {
+        "command": command_line(),
+        "machine": cpu(),
+        "model": Path(model).stem,
+        "rank": rank,
+        "cases": [run_adapters(count, kind, shape, rank) for kind in kinds],
+    }
+    text = json.dumps(result, indent=2)
+    click.echo(text)
+    if out:
+        out.write_text(text + "\n")
+
+
 if __name__ == "__main__":
     main()

@@ -47,7 +47,7 @@ def run_demo(num_requests: int, num_tokens: int, repeats: int, torch_python: str
     result = {
         "command": f"python -m slora_jax.bench demo --requests {num_requests} --tokens {num_tokens} "
         f"--repeats {repeats}" + (" --torch-python PYTHON" if torch_python else ""),
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()},
+        "machine": cpu(),
         "workload": {"requests": num_requests, "tokens_each": num_tokens, "adapters": names, "dtype": "float32"},
         "slora_jax": _summary(ours, num_requests * num_tokens),
     }
@@ -91,6 +91,11 @@ def _summary(seconds: list[float], tokens: int) -> dict:
         "seconds": [round(s, 3) for s in seconds],
         "tokens_per_second": {"median": statistics.median(rates), "runs": rates},
     }
+
+
+def cpu() -> dict[str, object]:
+    """What a result measured on a CPU must say of where that was."""
+    return {"cpu": _cpu_name(), "cores": os.cpu_count()}
 
 
 def _cpu_name() -> str:

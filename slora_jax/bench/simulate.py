@@ -97,8 +97,11 @@ class ReadyAdapter:
     status: str = "ready"
     failure: str = ""
 
-    def prefetch(self) -> None:
-        raise AssertionError("it is in host memory")
+    def hold(self) -> None:
+        pass
+
+    def let_go(self) -> None:
+        pass
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from slora_jax.adapters.peft import resolve_adapter_path
-from slora_jax.adapters.store import AdapterInfo, AdapterStore
+from slora_jax.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
@@ -23,6 +23,7 @@ from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
 from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
+from slora_jax.memory.costs import PageCosts
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
@@ -31,6 +32,7 @@ from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
+from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import AdapterLoad, Sequence, StepPlan
 from slora_jax.text.tokenizer import Tokenizer
@@ -88,10 +90,23 @@ class Engine:
             )
         self._pages = PageAllocator(self._pool.num_pages)
         self._wake_event = threading.Event()
-        self._store = AdapterStore(model_config, layout, dtype, on_change=self._wake, stage=self._pool.stage)
+        self._store = AdapterStore(
+            model_config,
+            layout,
+            dtype,
+            on_change=self._wake,
+            stage=self._pool.stage,
+            capacity=_host_adapter_bytes(config),
+            host_bytes=self._pool.staged_bytes,
+            max_pinned_pages=self._pages.total // 2,
+        )
+        self._pinned: tuple[AdapterVersion, ...] = ()
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
-        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic)
+        page_bytes = layout.page_bytes(dtype.itemsize)
+        on_gpu = jax.default_backend() != "cpu"
+        costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
+        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=costs)
         self._runner = Runner(
             model_config, params, self._pool, _buckets(config), self.max_model_len, mesh, _program_folder(config)
         )
@@ -120,7 +135,7 @@ class Engine:
         """Loads the base model and registers the configured adapters.
 
         Raises:
-          UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
+          UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
         base = _load_base(config, progress)
         engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh)
@@ -129,6 +144,8 @@ class Engine:
                 engine.register_adapter(adapter, path)
             for directory in config.adapter_dirs:
                 engine.register_adapter_dir(directory)
+            for name in config.pinned:
+                engine._store.pin(name)
         except BaseException:
             engine.close()
             raise
@@ -140,17 +157,21 @@ class Engine:
         """A snapshot of the registered adapters by name."""
         return self._store.infos()
 
-    def register_adapter(self, name: str, path: str) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available under a name; its weights are loaded when first asked for.
 
         Args:
           path: a PEFT folder or a Hugging Face id.
+          pinned: bring it to the pool now, and keep it there. An adapter that is registered again without is unpinned.
 
         Raises:
-          BadAdapter: it cannot be served exactly as trained, or the name is the base model's; nothing changes.
+          BadAdapter: it cannot be served exactly as trained, the name is the base model's, or pinned adapters would
+            take more than half of the pool; nothing changes.
         """
         self._check_adapter_name(name)
-        return self._store.register(name, resolve_adapter_path(path))
+        info = self._store.register(name, resolve_adapter_path(path), pinned)
+        self._wake()
+        return info
 
     def register_loaded_adapter(
         self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0
@@ -190,6 +211,7 @@ class Engine:
           UnknownAdapter: no adapter of that name.
         """
         self._store.unregister(name)
+        self._wake()
 
     # Requests
 
@@ -281,13 +303,9 @@ class Engine:
         if request.sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids", "stop")
         max_tokens = min(request.sampling.max_tokens, self.max_model_len - length)
-        pages = self._scheduler.pages_needed(length + max_tokens, adapter)
-        if pages > self._pages.total:
-            raise InvalidRequest(
-                f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}; "
-                "lower max_tokens or start the server with a larger pool",
-                "max_tokens",
-            )
+        refusal = self._scheduler.refusal(length + max_tokens, adapter)
+        if refusal is not None:
+            raise InvalidRequest(refusal, "max_tokens")
         return max_tokens
 
     def _cancel(self, generation: Generation) -> None:
@@ -307,6 +325,9 @@ class Engine:
         self._take_submitted()
         self._take_cancelled()
         self._take_arrived()
+        if self._store.pinned is not self._pinned:
+            self._pinned = self._store.pinned
+            self._scheduler.pin(self._pinned)
         plan = self._scheduler.plan()
         for sequence, reason in plan.failed:
             self._end(sequence, "error", reason)
@@ -513,6 +534,7 @@ class Engine:
             **self._counts,
             "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
             "adapter_prefetch_late": self._scheduler.num_prefetch_late,
+            "adapter_prefetch_wasted": self._scheduler.num_prefetch_wasted,
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting + self._num_unadmitted,
             "pages_total": self._pages.total,
@@ -520,7 +542,27 @@ class Engine:
             "pages_cached": self._pages.num_cached,
             "pages_free": self._pages.num_free,
             "evictions": self._pages.num_evictions,
+            "host_adapter_bytes": self._store.host_bytes_used,
+            "host_adapter_loads": self._store.num_loads,
         }
+
+    def capacity(self, adapter: str | None, num_tokens: int) -> Capacity:
+        """How many more requests of this length on this adapter could start now, beside those that run.
+
+        Args:
+          adapter: its name; None for the base model.
+          num_tokens: of a request's prompt and output together.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+          InvalidRequest: no request may be that long, or ``num_tokens`` is below 2.
+        """
+        version = self._store.get(adapter) if adapter is not None else None
+        if not 2 <= num_tokens <= self.max_model_len:
+            raise InvalidRequest(
+                f"prompt and output together must have 2 to {self.max_model_len} tokens, got {num_tokens}"
+            )
+        return self._scheduler.capacity(num_tokens, version)
 
     def check_integrity(self) -> None:
         """Asserts that every page of the pool is owned exactly once."""
@@ -538,7 +580,7 @@ def follow(config: EngineConfig, progress: bool = True) -> None:
     layout = _pool_layout(model, mesh)
     pool, max_len = _make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
     runner = Runner(model, base.params, pool, _buckets(config), max_len, mesh)
-    Follower(model, layout, pool, runner).follow()
+    Follower(model, layout, pool, runner, _host_adapter_bytes(config)).follow()
 
 
 @dataclass(frozen=True)
@@ -632,6 +674,12 @@ def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
             "needed; raise pool.gigabytes"
         )
     return pages
+
+
+def _host_adapter_bytes(config: EngineConfig) -> int:
+    if config.host_adapter_gigabytes is not None:
+        return int(config.host_adapter_gigabytes * 2**30)
+    return psutil.virtual_memory().available // 2
 
 
 def _buckets(config: EngineConfig) -> Buckets:

@@ -42,8 +42,6 @@ _LOST_SECONDS = 30
 _STOP = "slora_jax/stop"
 """Set by a host that is asked to stop."""
 
-_KEPT_ADAPTER_BYTES = 8 * 2**30
-
 
 def join_hosts(config: MeshConfig) -> None:
     """Meets the other hosts' processes, and returns when all are there. Before anything else that JAX does."""
@@ -144,13 +142,20 @@ class Followers:
 
 
 class Follower:
-    """Runs on the other hosts what ``Followers`` tells."""
+    """Runs on the other hosts what ``Followers`` tells.
 
-    def __init__(self, model: ModelConfig, layout: PoolLayout, pool: UnifiedPool, runner: Runner):
+    Args:
+      host_adapter_bytes: of host memory for adapters; those used last stay.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layout: PoolLayout, pool: UnifiedPool, runner: Runner, host_adapter_bytes: int
+    ):
         self._model = model
         self._layout = layout
         self._pool = pool
         self._runner = runner
+        self._host_adapter_bytes = host_adapter_bytes
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="slora-adapter")
         self._copies: deque[Future] = deque()
         self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
@@ -198,8 +203,9 @@ class Follower:
                 raise BadAdapter(f"adapter {folder} is another one here than on the first host; copy it again")
             staged = self._pool.stage(host.packed)
         self._staged[content_hash] = staged
-        while len(self._staged) > 1 and sum(s.nbytes for s in self._staged.values()) > _KEPT_ADAPTER_BYTES:
-            self._staged.popitem(last=False)
+        used = sum(self._pool.staged_bytes(s.num_pages) for s in self._staged.values())
+        while used > self._host_adapter_bytes and len(self._staged) > 1:
+            used -= self._pool.staged_bytes(self._staged.popitem(last=False)[1].num_pages)
         return self._pool.start_copy(staged, pages)
 
 

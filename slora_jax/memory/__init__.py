@@ -1,4 +1,5 @@
-"""The unified pool: its arithmetic (``layout``), its host accounting (``pages``) and its device array (``pool``).
+"""The unified pool: its arithmetic (``layout``), its host accounting (``pages``, with ``costs``) and its device array
+(``pool``).
 
-``layout`` and ``pages`` import no JAX.
+``layout``, ``pages`` and ``costs`` import no JAX.
 """

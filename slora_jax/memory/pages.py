@@ -8,12 +8,16 @@ A page is in one of three states::
 
 What is kept under a key is a *block*: a group of pages that lives and dies together. A full page of a prompt's KV
 is a block of one page; an adapter is a block of all its pages. Neither kind has a reserved share, and there is one
-eviction order for both: the block unused for longest goes first.
+eviction order for both, GreedyDual-Size (Cao and Irani, 1997): a block that loses its last owner is worth what a page
+of it costs to bring back, plus the *clock*, which is the worth of the last block evicted. The block worth least goes
+first, among equals the one unused for longest. So what is cheap to bring back goes first, but what is dear goes too
+once nobody wanted it for long enough; with equal costs this is least recently used.
 
 Page 0 is the trash page: padding lanes write there, and it is never handed out.
 """
 
-from collections import OrderedDict
+import heapq
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -21,13 +25,17 @@ from slora_jax.errors import PoolMisuse
 
 TRASH_PAGE = 0
 
+_MIN_GARBAGE = 64
+"""Entries out of date that the eviction order may always have, so that small ones are not sorted all the time."""
+
 
 @dataclass(slots=True)
 class _Block:
-    """Pages kept under one key. ``refs`` counts owners; 0 means cached."""
+    """Pages kept under one key. ``refs`` counts owners; 0 means cached. ``cost`` is a page's, to bring it back."""
 
     pages: tuple[int, ...]
     refs: int
+    cost: float = 0.0
 
 
 class PageAllocator:
@@ -45,7 +53,11 @@ class PageAllocator:
         self._free = list(range(num_pages - 1, TRASH_PAGE, -1))
         self._private: set[int] = set()
         self._blocks: dict[Hashable, _Block] = {}
-        self._cold: OrderedDict[Hashable, None] = OrderedDict()
+        # Cached blocks, each with the number of its entry in the heap; other entries there are out of date.
+        self._cold: dict[Hashable, int] = {}
+        self._by_worth: list[tuple[float, int, Hashable]] = []
+        self._numbers = itertools.count()
+        self._clock = 0.0
         self._num_cached = 0
         self.num_evictions = 0
 
@@ -73,7 +85,7 @@ class PageAllocator:
         return len(self._free) + self._num_cached
 
     def allocate(self, count: int) -> list[int] | None:
-        """Takes ``count`` pages for one owner, evicting cached blocks, coldest first, where free pages run out.
+        """Takes ``count`` pages for one owner, evicting cached blocks where free pages run out.
 
         All or nothing: None, and nothing is evicted, if there are not that many.
         """
@@ -82,7 +94,7 @@ class PageAllocator:
         if count > self.num_available:
             return None
         while len(self._free) < count:
-            self._evict_coldest()
+            self._evict()
         split = len(self._free) - count
         pages = self._free[split:][::-1]
         del self._free[split:]
@@ -125,11 +137,6 @@ class PageAllocator:
         """Whether the block exists and has no owner, so that acquiring it takes pages from ``num_available``."""
         return key in self._cold
 
-    def touch(self, key: Hashable) -> None:
-        """Makes a cached block the warmest; does nothing to any other."""
-        if key in self._cold:
-            self._cold.move_to_end(key)
-
     def acquire(self, key: Hashable) -> tuple[int, ...] | None:
         """Becomes one more owner of the block under ``key``; None if there is none."""
         block = self._blocks.get(key)
@@ -141,8 +148,12 @@ class PageAllocator:
         block.refs += 1
         return block.pages
 
-    def release_block(self, key: Hashable) -> None:
-        """Gives up one ownership of a block. Without owners it is cached, as the warmest.
+    def release_block(self, key: Hashable, cost: float | None = None) -> None:
+        """Gives up one ownership of a block. Without owners it is cached.
+
+        Args:
+          cost: of a page of it, to bring back, in any unit that is the same for all blocks; None for what it was, and 0
+            in the beginning.
 
         Raises:
           PoolMisuse: no such block, or nobody owns it.
@@ -151,9 +162,16 @@ class PageAllocator:
         if block is None or block.refs == 0:
             raise PoolMisuse(f"block {key!r} was released but has no owner")
         block.refs -= 1
+        if cost is not None:
+            block.cost = cost
         if block.refs == 0:
-            self._cold[key] = None
+            number = next(self._numbers)
+            self._cold[key] = number
+            heapq.heappush(self._by_worth, (self._clock + block.cost, number, key))
             self._num_cached += len(block.pages)
+            if len(self._by_worth) > 2 * len(self._cold) + _MIN_GARBAGE:
+                self._by_worth = [entry for entry in self._by_worth if self._is_current(entry)]
+                heapq.heapify(self._by_worth)
 
     def check_integrity(self) -> None:
         """Asserts that every page is owned exactly once and that the counts add up."""
@@ -162,13 +180,22 @@ class PageAllocator:
         assert len(everywhere) == len(set(everywhere)) == self.total, "a page is lost or owned twice"
         assert set(everywhere) == set(range(TRASH_PAGE + 1, self.num_pages)), "a page number is out of range"
         cold = {key for key, block in self._blocks.items() if block.refs == 0}
-        assert cold == set(self._cold), "a block without owners is not in the eviction order"
+        current = [key for _, _, key in filter(self._is_current, self._by_worth)]
+        assert cold == set(self._cold) == set(current), "a block without owners is not in the eviction order"
+        assert len(current) == len(cold) and len(self._by_worth) <= 2 * self.total + _MIN_GARBAGE
         assert self._num_cached == sum(len(self._blocks[key].pages) for key in cold)
         used = len(self._private) + sum(len(b.pages) for b in self._blocks.values() if b.refs)
         assert self.num_free + self.num_cached + used == self.total
 
-    def _evict_coldest(self) -> None:
-        key, _ = self._cold.popitem(last=False)
+    def _is_current(self, entry: tuple[float, int, Hashable]) -> bool:
+        _, number, key = entry
+        return self._cold.get(key) == number
+
+    def _evict(self) -> None:
+        while not self._is_current(entry := heapq.heappop(self._by_worth)):
+            pass
+        self._clock, _, key = entry
+        del self._cold[key]
         block = self._blocks.pop(key)
         assert block.refs == 0
         self._num_cached -= len(block.pages)

@@ -120,6 +120,13 @@ class UnifiedPool:
         _compiled_write(self._shape, self._dtype, padded_pages, self._on_device)
         return StagedAdapter(array, num_pages, packed.nbytes)
 
+    def staged_bytes(self, num_pages: int) -> int:
+        """Bytes of this process's host memory that a staged adapter of so many pages takes, padding included."""
+        layers, planes, _, width = self._shape
+        numbers = layers * planes * _padded(num_pages) * PAGE_SIZE * width
+        local, everywhere = len(self._on_device.addressable_devices), len(self._on_device.device_set)
+        return numbers * self._dtype.itemsize * local // everywhere
+
     def start_copy(self, staged: StagedAdapter, pages: Sequence[int]) -> AdapterCopy:
         """Starts bringing an adapter to the device, and returns at once. The pages are not touched yet.
 

@@ -9,6 +9,12 @@ they run would let two of them preempt each other in turn, and preempting the ol
 Adapters come in two steps, both in the background. From disk to host memory: their sequences are parked, and the
 others pass them. From host memory to the pool: a sequence is admitted with all its pages, so that nobody can take
 them meanwhile, but is not computed until ``adapter_arrived``. Adapters of the sequences next in line are copied ahead.
+One that is in the pool needs neither.
+
+Host memory is bounded, so an adapter is held there only from the time that a sequence near the front wants it until its
+copy has arrived. What is held can always go on, or is let go: the first of the sequences near the front whose adapter
+is there starts unless pages lack, and pages lack only while others run; and as soon as nothing runs, nothing is held
+but for sequences near the front and parked ones, whose loads thus find room.
 """
 
 from bisect import insort
@@ -17,14 +23,19 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
-from slora_jax.scheduler.queue import WaitingQueue
+from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
 from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSequence, Sequence, State, StepPlan
 
-MAX_LOADING_ADAPTERS = 32
-"""Adapters on the way to host memory for parked sequences at once; admission stops beyond."""
+MAX_HELD_ADAPTERS = 2 * LOOK_AHEAD
+"""Adapters held in host memory, or on their way there, for waiting sequences."""
+
+_HOLD_PLANS = 32
+"""Plans for which an adapter stays held though its sequences are not near the front (any more)."""
 
 _MAX_MOVES = 256
 """Most sequences that one plan parks, and most that it queues again: each costs a few microseconds."""
@@ -42,13 +53,23 @@ class Scheduler:
 
     Args:
       clock: seconds; the same that ``Sequence.arrival`` is read from.
+      costs: which of the pages that nobody uses go first.
 
     Attributes:
       num_prefetch_hits: adapters copied ahead that were there when their first sequence started.
       num_prefetch_late: sequences that had to wait for their adapter's copy.
+      num_prefetch_wasted: adapters copied ahead that were evicted before anybody used them.
     """
 
-    def __init__(self, config: SchedulerConfig, pages: PageAllocator, clock: Callable[[], float]):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pages: PageAllocator,
+        clock: Callable[[], float],
+        *,
+        costs: PageCosts = EQUAL_COSTS,
+    ):
+        self._costs = costs
         self._config = config
         self._pages = pages
         self._clock = clock
@@ -57,12 +78,21 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting = WaitingQueue(self._policy, config.max_wait_s)
         self._parked: dict[AdapterHandle, deque[Sequence]] = {}
+        # The plan that last wanted each; the longest unwanted one first.
+        self._held: dict[AdapterHandle, int] = {}
+        self._num_plans = 0
+        self._pinned: tuple[AdapterHandle, ...] = ()
+        self._num_pinned_pages = 0
+        # Blocks owned for pins, by adapter.
+        self._pin_keys: dict[AdapterHandle, Hashable] = {}
         self._num_waiting = 0
         self._arriving: dict[Hashable, AdapterLoad] = {}
         self._arriving_pages = 0
         self._prefetched: set[Hashable] = set()
         self.num_prefetch_hits = 0
         self.num_prefetch_late = 0
+        self.num_prefetch_wasted = 0
+        self._num_evictions_seen = 0
 
     @property
     def num_running(self) -> int:
@@ -78,9 +108,38 @@ class Scheduler:
         """No sequence at all, parked ones included."""
         return not self._running and self._num_waiting == 0
 
-    def pages_needed(self, num_tokens: int, adapter: AdapterHandle | None) -> int:
-        """Pages that a sequence of this length takes when it runs alone. Pure."""
-        return PoolLayout.token_pages(num_tokens) + (adapter.num_pages if adapter else 0)
+    def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
+        """Why a sequence of this length can never run, however little else does; None if it can."""
+        pages = PoolLayout.token_pages(num_tokens)
+        if adapter is not None and adapter not in self._pinned:
+            pages += adapter.num_pages
+        if pages <= self._pages.total - self._num_pinned_pages:
+            return None
+        pinned = f", {self._num_pinned_pages} of them for pinned adapters" if self._num_pinned_pages else ""
+        return (
+            f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}"
+            f"{pinned}; lower max_tokens or start the server with a larger pool"
+        )
+
+    def capacity(self, num_tokens: int, adapter: AdapterHandle | None) -> Capacity:
+        """How many more sequences of ``num_tokens`` each, prompt and output, could start now."""
+        adapter_pages = 0
+        if adapter is not None and not (self._is_resident(adapter) and not self._pages.is_cached(_key(adapter))):
+            # Without an owner its pages are among those available.
+            adapter_pages = adapter.num_pages
+        sequences = max(self._config.max_sequences - len(self._running), 0)
+        return capacity(num_tokens, adapter_pages, self._pages.num_available, sequences)
+
+    def pin(self, adapters: tuple[AdapterHandle, ...]) -> None:
+        """Says which adapters are to be brought to the pool and to stay there, at most half of it; all others are not.
+
+        They come with the next plans.
+        """
+        self._pinned = adapters
+        self._num_pinned_pages = sum(adapter.num_pages for adapter in adapters)
+        assert self._num_pinned_pages <= self._pages.total // 2, "pins of more than half of the pool"
+        for adapter in [a for a in self._pin_keys if a not in adapters]:
+            self._release_adapter(self._pin_keys.pop(adapter), adapter)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. One with a leader is held until the leader's prompt is in the prefix cache."""
@@ -109,12 +168,20 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Decides the next step. Empty when nothing can run now."""
+        self._num_plans += 1
         builder = _PlanBuilder(self._config.max_batch_tokens)
         builder.late.extend(self._waiting.begin(self._clock()))
         self._unpark(builder)
+        pins_have_pages = self._bring_pinned(builder)
         self._continue_running(builder)
-        self._admit(builder)
-        self._prefetch(builder)
+        if pins_have_pages:
+            self._admit(builder)
+            self._prefetch(builder)
+        self._let_unwanted_go(stalled=not (self._running or self._arriving))
+        if self._pages.num_evictions != self._num_evictions_seen:
+            self._num_evictions_seen = self._pages.num_evictions
+            for key in [key for key in self._prefetched if self._pages.lookup(key) is None]:
+                self._note_wasted(key)
         return builder.build()
 
     def adapter_arrived(self, load: AdapterLoad) -> None:
@@ -122,7 +189,8 @@ class Scheduler:
         del self._arriving[load.key]
         self._arriving_pages -= len(load.pages)
         # The copy's own ownership; sequences admitted meanwhile have theirs.
-        self._pages.release_block(load.key)
+        self._release_adapter(load.key, load.adapter)
+        load.adapter.let_go()
 
     def commit(self, plan: StepPlan) -> None:
         """Notes that a plan's step has run: full pages become prefix-cache blocks, prompts done free followers."""
@@ -206,17 +274,22 @@ class Scheduler:
         return not sequence.is_overdue, self._policy.standing(sequence), sequence.sequence_id
 
     def _give_back(self, sequence: Sequence) -> None:
-        # Last page first: the start of a prefix is worth more, so it becomes the warmest.
+        # Last page first: the start of a prefix is worth more, so it is the last of equals to go.
         for page, key in zip(reversed(sequence.pages), reversed(sequence.page_keys), strict=True):
             if key is None:
                 self._pages.release([page])
             else:
-                self._pages.release_block(key)
+                self._pages.release_block(key, self._costs.prefix)
         del sequence.pages[:]
         sequence.page_keys = []
         if sequence.adapter_key is not None:
-            self._pages.release_block(sequence.adapter_key)
+            self._release_adapter(sequence.adapter_key, sequence.adapter)
             sequence.adapter_key = None
+
+    def _release_adapter(self, key: Hashable, adapter: AdapterHandle) -> None:
+        in_host_memory = adapter.status == "ready"
+        cost = self._costs.adapter if in_host_memory else self._costs.adapter_from_disk
+        self._pages.release_block(key, cost)
 
     def _publish_full_pages(self, sequence: Sequence) -> None:
         full = min(sequence.num_done, len(sequence.tokens)) // PAGE_SIZE
@@ -237,7 +310,10 @@ class Scheduler:
 
     def _unpark(self, builder: "_PlanBuilder") -> None:
         moves = _MAX_MOVES
-        for adapter in [a for a in self._parked if a.status in ("ready", "failed")]:
+        for adapter in list(self._parked):
+            self._want(adapter)
+            if adapter.status not in ("ready", "failed"):
+                continue
             sequences = self._parked[adapter]
             while sequences and moves:
                 moves -= 1
@@ -251,42 +327,72 @@ class Scheduler:
             if not sequences:
                 del self._parked[adapter]
 
+    def _bring_pinned(self, builder: "_PlanBuilder") -> bool:
+        """Copies pinned adapters; False if one lacks pages, which then nobody else may take who is not running."""
+        for adapter in self._pinned:
+            if adapter in self._pin_keys or adapter.status == "failed":
+                continue
+            if not self._is_resident(adapter):
+                if not self._want(adapter) or adapter.status != "ready" or not self._can_copy(adapter):
+                    continue
+                if adapter.num_pages > self._pages.num_available:
+                    return False
+                self._start_copy(adapter, builder)
+            key = self._pin_keys[adapter] = _key(adapter)
+            self._pages.acquire(key)
+            self._prefetched.discard(key)
+        return True
+
     def _admit(self, builder: "_PlanBuilder") -> None:
         moves = _MAX_MOVES
         place = 0
+        copy_waits = False
         while (
             builder.budget > 0
             and len(self._running) < self._config.max_sequences
-            and len(self._parked) < MAX_LOADING_ADAPTERS
             and moves > 0
             and (sequence := self._waiting.peek(place)) is not None
         ):
             adapter = sequence.adapter
-            if adapter is not None and adapter.status != "ready":
+            # Adapters may have been pinned since it came.
+            if self._pinned and (reason := self.refusal(sequence.num_prompt + sequence.max_tokens, adapter)):
                 moves -= 1
-                adapter.prefetch()
-                self._parked.setdefault(adapter, deque()).append(self._waiting.pop(place))
-            elif self._needs_copy(adapter) and (place > 0 or not self._can_copy(adapter)):
-                # The copies under way are enough for now. Those that need none pass; no other copy does, or a large
-                # adapter would wait for ever.
-                place += 1
-            elif sequence.num_pending or not self._try_start(sequence, builder):
+                builder.failed.append((self._waiting.pop(place), reason))
+                continue
+            if adapter is not None and not self._is_resident(adapter):
+                if not self._want(adapter):
+                    place += 1
+                    continue
+                if adapter.status == "failed":
+                    moves -= 1
+                    builder.failed.append((self._waiting.pop(place), adapter.failure))
+                    continue
+                if adapter.status != "ready":
+                    moves -= 1
+                    self._parked.setdefault(adapter, deque()).append(self._waiting.pop(place))
+                    continue
+                if copy_waits or not self._can_copy(adapter):
+                    # The copies under way are enough for now. Those that need none pass; no other copy does, or a
+                    # large adapter would wait for ever.
+                    copy_waits = True
+                    place += 1
+                    continue
+            if sequence.num_pending or not self._try_start(sequence, builder):
                 # Nobody overtakes the head for want of pages, or a large request would wait for ever.
                 return
+            self._waiting.start(place)
+            insort(self._running, sequence, key=self._standing)
+            self._num_waiting -= 1
+            if self._is_arriving(sequence):
+                self.num_prefetch_late += 1
             else:
-                self._waiting.start(place)
-                insort(self._running, sequence, key=self._standing)
-                self._num_waiting -= 1
-                if self._is_arriving(sequence):
-                    self.num_prefetch_late += 1
-                else:
-                    builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
+                builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
 
     def _try_start(self, sequence: Sequence, builder: "_PlanBuilder") -> bool:
         """Takes the pages a sequence needs to compute all its known tokens, and its adapter's, or nothing."""
         adapter = sequence.adapter
         adapter_key = _key(adapter) if adapter else None
-        adapter_resident = adapter_key is not None and self._pages.lookup(adapter_key) is not None
+        adapter_resident = adapter is not None and self._is_resident(adapter)
         prefix = self._cached_prefix(sequence)
         kv_pages = PoolLayout.token_pages(sequence.num_tokens) - len(prefix)
         new_pages = kv_pages + (adapter.num_pages if adapter and not adapter_resident else 0)
@@ -302,7 +408,6 @@ class Scheduler:
         if adapter is not None:
             if not adapter_resident:
                 self._start_copy(adapter, builder)
-                self._prefetched.discard(adapter_key)
             elif adapter_key in self._prefetched:
                 self._prefetched.remove(adapter_key)
                 self.num_prefetch_hits += adapter_key not in self._arriving
@@ -319,8 +424,31 @@ class Scheduler:
 
     # Adapters on their way to the pool
 
-    def _needs_copy(self, adapter: AdapterHandle | None) -> bool:
-        return adapter is not None and self._pages.lookup(_key(adapter)) is None
+    def _is_resident(self, adapter: AdapterHandle) -> bool:
+        """Whether its weights are in the pool or on their way there; a copy in host memory is not needed then."""
+        return adapter.content_hash is not None and self._pages.lookup(_key(adapter)) is not None
+
+    def _want(self, adapter: AdapterHandle) -> bool:
+        """Holds an adapter in host memory for this plan and some more; False if that are too many."""
+        if self._held.pop(adapter, None) is None:
+            if len(self._held) >= MAX_HELD_ADAPTERS:
+                longest = next(iter(self._held))
+                if self._held[longest] >= self._num_plans - 1:
+                    return False
+                del self._held[longest]
+                longest.let_go()
+            adapter.hold()
+        self._held[adapter] = self._num_plans
+        return True
+
+    def _let_unwanted_go(self, stalled: bool) -> None:
+        last = self._num_plans - (1 if stalled else _HOLD_PLANS)
+        while self._held:
+            adapter = next(iter(self._held))
+            if self._held[adapter] > last:
+                return
+            del self._held[adapter]
+            adapter.let_go()
 
     def _can_copy(self, adapter: AdapterHandle) -> bool:
         """Whether the copies under way leave room for this one; one may always be."""
@@ -329,6 +457,10 @@ class Scheduler:
     def _start_copy(self, adapter: AdapterHandle, builder: "_PlanBuilder") -> None:
         """Takes an adapter's pages, which must be available; the copy owns them until it has arrived."""
         key = _key(adapter)
+        self._note_wasted(key)
+        # Held until the copy has arrived, though the weights are in use no longer than that.
+        if self._held.pop(adapter, None) is None:
+            adapter.hold()
         pages = self._pages.allocate(adapter.num_pages)
         self._pages.publish(key, pages)
         load = AdapterLoad(adapter, tuple(pages), key)
@@ -336,40 +468,42 @@ class Scheduler:
         self._arriving_pages += len(pages)
         builder.loads.append(load)
 
+    def _note_wasted(self, key: Hashable) -> None:
+        """Of an adapter that is not in the pool."""
+        if key in self._prefetched:
+            self._prefetched.remove(key)
+            self.num_prefetch_wasted += 1
+
     def _prefetch(self, builder: "_PlanBuilder") -> None:
         """Loads and copies adapters of the sequences next in line, while that takes nothing from anybody.
 
         Neither from the running sequences, which keep a page each to grow, nor from adapters in the pool that others
-        next in line want: those are made the warmest instead, the first one's last.
+        next in line want: those count as used now, the first one's last.
         """
         wanted: dict[Hashable, AdapterHandle] = {}
         for sequence in self._waiting.look_ahead():
             adapter = sequence.adapter
             if adapter is None:
                 continue
-            if adapter.status == "ready":
+            if self._is_resident(adapter) or (
+                adapter.status != "failed" and self._want(adapter) and adapter.status == "ready"
+            ):
                 wanted.setdefault(_key(adapter), adapter)
-            elif adapter.status == "registered":
-                adapter.prefetch()
+        # Owned meanwhile, so that copying one does not evict another; and wanted just now when released.
+        cached = [key for key in wanted if self._pages.is_cached(key)]
+        for key in cached:
+            self._pages.acquire(key)
         spare = self._pages.num_available - len(self._running)
-        missing = []
         for key, adapter in wanted.items():
-            if self._pages.lookup(key) is None:
-                missing.append(key)
-            elif self._pages.is_cached(key):
-                spare -= adapter.num_pages
-        for key in reversed(wanted):
-            self._pages.touch(key)
-        for key in missing:
-            adapter = wanted[key]
+            if self._pages.lookup(key) is not None:
+                continue
             spare -= adapter.num_pages
             if spare < 0 or not self._can_copy(adapter):
-                return
+                break
             self._start_copy(adapter, builder)
             self._prefetched.add(key)
-            if len(self._prefetched) > self._pages.total:
-                # There cannot be as many adapters as pages; these were evicted before anybody used them.
-                self._prefetched = {key for key in self._prefetched if self._pages.lookup(key) is not None}
+        for key in reversed(cached):
+            self._release_adapter(key, wanted[key])
 
     def _cached_prefix(self, sequence: Sequence) -> list[Hashable]:
         """Keys of the leading pages found in the prefix cache; the last token is always left to compute."""
@@ -390,7 +524,7 @@ class Scheduler:
 
 
 def _key(adapter: AdapterHandle) -> Hashable:
-    """Of a ready adapter's block: equal weights share it."""
+    """Of the block of an adapter whose content is known: equal weights share it."""
     return ("adapter", adapter.content_hash)
 
 

@@ -19,12 +19,12 @@ class AdapterHandle(Protocol):
 
     @property
     def status(self) -> str:
-        """ "registered", "loading", "ready" or "failed"."""
+        """ "registered", "loading", "ready" or "failed"; a held one never goes back from "ready"."""
         ...
 
     @property
-    def content_hash(self) -> str:
-        """Known once ready; equal only for equal weights and scales."""
+    def content_hash(self) -> str | None:
+        """Known once it was ready, and None before; equal only for equal weights and scales."""
         ...
 
     @property
@@ -32,8 +32,12 @@ class AdapterHandle(Protocol):
         """Why it failed, for status "failed"."""
         ...
 
-    def prefetch(self) -> None:
-        """Starts loading it to host memory, if it is not there or on the way."""
+    def hold(self) -> None:
+        """Wants it in host memory, loading it if need be, until ``let_go``."""
+        ...
+
+    def let_go(self) -> None:
+        """Ends one ``hold``: it may leave host memory when nobody holds it."""
         ...
 
 

@@ -22,6 +22,7 @@ from peft_folders import (
 )
 from safetensors.numpy import load_file, save_file
 
+from slora_jax.adapters.lora_config import parse_lora_config
 from slora_jax.adapters.peft import load_adapter, read_header, resolve_adapter_path
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import MODULES, PoolLayout
@@ -621,6 +622,22 @@ def test_known_shapes_are_shared_only_by_adapters_trained_alike(tmp_path):
     with pytest.raises(BadAdapter, match="holds no tensors"):
         read_header(write_adapter(tmp_path / "empty", {}), MODEL, POOL, known)
     assert len(known) == 2
+
+
+def test_config_digests_differ_exactly_where_the_configs_ask_for_something_else():
+    def digest(**fields):
+        return parse_lora_config(json.dumps(make_config(**fields)).encode()).digest()
+
+    plain = digest(target_modules=["q_proj", "v_proj"])
+    assert plain == digest(target_modules=["v_proj", "q_proj"], base_model_name_or_path="other", lora_dropout=0.5)
+    others = [
+        {"r": 5}, {"lora_alpha": 5}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q": 2}},
+        {"alpha_pattern": {"x" * 300 + "a": 2}}, {"alpha_pattern": {"x" * 300 + "b": 2}},
+        {"target_modules": ["q_proj"]}, {"exclude_modules": ["k_proj"]}, {"layers_to_transform": [1]},
+        {"target_modules": None},
+    ]  # fmt: skip
+    digests = {digest(**{"target_modules": ["q_proj", "v_proj"]} | other) for other in others}
+    assert len(digests | {plain}) == len(others) + 1
 
 
 # Where adapters come from

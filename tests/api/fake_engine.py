@@ -13,6 +13,7 @@ from pathlib import Path
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import Completion, Delta, Request, RequestOutput, TokenLogprob
+from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -36,6 +37,7 @@ class AdapterInfo:
     rank: int = 8
     content_hash: str = "0"
     created: float = 1_700_000_000.0
+    pinned: bool = False
 
 
 @dataclass
@@ -129,15 +131,22 @@ class FakeEngine:
     def adapters(self):
         return dict(self._adapters)
 
-    def register_adapter(self, name: str, path: str) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         if not Path(path, "adapter_config.json").is_file():
             raise BadAdapter(f"{path} holds no adapter_config.json")
-        self._adapters[name] = AdapterInfo(name, path)
+        if name == "too-large" and pinned:
+            raise BadAdapter("it cannot be pinned")
+        self._adapters[name] = AdapterInfo(name, path, pinned=pinned)
         return self._adapters[name]
 
     def unregister_adapter(self, name: str) -> None:
         if self._adapters.pop(name, None) is None:
             raise UnknownAdapter(f"no adapter is named {name!r}")
+
+    def capacity(self, adapter: str | None, num_tokens: int) -> Capacity:
+        if adapter is not None and adapter not in self._adapters:
+            raise UnknownAdapter(f"no adapter is named {adapter!r}")
+        return capacity(num_tokens, 0 if adapter is None else 3, pages_available=42, sequences_available=100)
 
     def answer(self, request: Request) -> list[int]:
         text = f"{request.adapter or self.model_name} says {self._backend.decode(request.prompt)}. "

@@ -243,11 +243,40 @@ def test_models(client):
         "root": "base",
         "parent": "base",
         "rank": 8,
+        "pinned": False,
         "max_model_len": 300,
     }
     for name, card in cards.items():
         assert client.get(f"/v1/models/{name}").get_json() == card
     error(client.get("/v1/models/nobody"), 404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize(("name", "requests"), [("adapter=base&", 10), ("", 10), ("adapter=org/haiku&", 9)])
+def test_capacity(client, name, requests):
+    answer = client.get(f"/v1/capacity?{name}prompt_tokens=50&max_tokens=14").get_json()
+    haiku = 3 * ("haiku" in name)
+    assert answer == {
+        "requests": requests,
+        "pages_each": 4,
+        "adapter_pages": haiku,
+        "pages_available": 42,
+        "sequences_available": 100,
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code", "param"),
+    [
+        ("prompt_tokens=5", 400, None, "max_tokens"),
+        ("prompt_tokens=0&max_tokens=5", 400, None, "prompt_tokens"),
+        ("prompt_tokens=%C2%B2&max_tokens=5", 400, None, "prompt_tokens"),
+        ("prompt_tokens=5&max_tokens=-1", 400, None, "max_tokens"),
+        ("prompt_tokens=5&max_tokens=5&more=1", 400, None, "more"),
+        ("prompt_tokens=5&max_tokens=5&adapter=nobody", 404, "model_not_found", "model"),
+    ],
+)
+def test_capacity_of_nothing(client, query, status, code, param):
+    error(client.get(f"/v1/capacity?{query}"), status, code, param)
 
 
 def test_health(client, engine):
@@ -272,6 +301,19 @@ def test_adapters_on_request(engine, tmp_path):
     error(post(client, "/v1/load_lora_adapter", lora_name="x"), 400, None, "lora_path")
     error(post(client, "/v1/load_lora_adapter", more=1, **fields), 400, None, "more")
     error(client.post("/v1/load_lora_adapter", data="[]"), 400)
+
+
+def test_pins_on_request(engine, tmp_path):
+    client = create_app(engine, allow_adapter_loading=True).test_client()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    fields = {"lora_name": "new", "lora_path": str(tmp_path)}
+    assert post(client, "/v1/load_lora_adapter", pinned=True, **fields).get_json()["pinned"] is True
+    assert post(client, "/v1/load_lora_adapter", **fields).get_json()["pinned"] is False
+    error(post(client, "/v1/load_lora_adapter", pinned="yes", **fields), 400, None, "pinned")
+    fields["lora_name"] = "too-large"
+    error(post(client, "/v1/load_lora_adapter", pinned=True, **fields), 400, "bad_adapter")
+    error(client.get("/v1/models/too-large"), 404, "model_not_found", "model")
+    error(post(client, "/v1/unload_lora_adapter", lora_name="new", pinned=True), 400, None, "pinned")
 
 
 def test_adapters_on_request_need_permission(client):

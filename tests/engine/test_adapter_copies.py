@@ -1,12 +1,15 @@
 """Adapters on their way to the pool while requests come, go and change their minds. Answers are the oracle's."""
 
+import json
 import shutil
 
 import pytest
 from engine_cases import greedy, run
 
 from slora_jax.adapters.peft import load_adapter
+from slora_jax.errors import BadAdapter, InvalidRequest
 from slora_jax.scheduler import scheduler
+from slora_jax.scheduler.capacity import Capacity
 
 NUM_TOKENS = 12
 PAGES = 19
@@ -153,3 +156,71 @@ def test_fifty_adapters_take_turns_in_a_pool_of_three(tiny_case, polls, prefix_c
         asked.check()
     stats = engine.stats()
     assert stats["adapter_loads"] > 50 and stats["evictions"] > 50
+
+
+def test_six_adapters_in_use_and_host_memory_for_two(tiny_case, tmp_path):
+    for i in range(6):
+        folder = shutil.copytree(tiny_case.adapters / ("qv-r8", "mlp-r3")[i % 2], tmp_path / f"a{i}")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8 + i}))
+    roomy, engine = (slow_engine(tiny_case, 1, adapter_dirs=[str(tmp_path)], host_adapter_gigabytes=gigabytes)
+                     for gigabytes in (1, 2**-30 * _two_adapters(tiny_case)))  # fmt: skip
+    prompt = tiny_case.requests[0]["prompt"]
+    names = [f"a{i % 6}" for i in range(18)]
+    answers = []
+    for one in (roomy, engine):
+        outputs = run(one, *(one.submit(greedy(prompt, name, NUM_TOKENS)) for name in names))
+        answers.append([output.completions[0].token_ids for output in outputs])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
+    loads = engine.stats()["host_adapter_loads"]
+    assert roomy.stats()["host_adapter_loads"] == 6
+    # Each byte travels once for each time that the pool lacks it.
+    assert 6 <= loads <= engine.stats()["adapter_loads"]
+    assert engine.stats()["host_adapter_bytes"] <= _two_adapters(tiny_case)
+    assert not any(version._holds for version in engine._store._versions.values())
+    lost = next(
+        name
+        for name, version in engine._store._versions.items()
+        if version.status == "registered" and engine._pages.lookup(("adapter", version.content_hash)) is None
+    )
+    shutil.rmtree(tmp_path / lost)
+    results = run(engine, *(engine.submit(greedy(prompt, name, NUM_TOKENS)) for name in names[:6]))
+    for name, result in zip(names, results, strict=False):
+        (completion,) = result.completions
+        assert (completion.finish_reason == "error") == (name == lost)
+        assert name != lost or "no such folder" in completion.error
+
+
+def test_a_pinned_adapter_is_there_before_its_first_request(tiny_case):
+    engine = slow_engine(tiny_case, 1, pinned=["qv-r8"])
+    run(engine)
+    for _ in range(20):
+        engine.wait_for_work(0.1)
+        run(engine)
+        if engine.stats()["adapter_loads"]:
+            break
+    assert engine.stats()["pages_used"] == engine.adapters()["qv-r8"].num_pages
+    total, pages = engine.stats()["pages_total"], engine.adapters()["mlp-r3"].num_pages
+    left = total - engine.adapters()["qv-r8"].num_pages
+    assert engine.capacity("qv-r8", 32) == Capacity(min(left // 2, 16), 2, 0, left, 16)
+    assert engine.capacity("mlp-r3", 32) == Capacity(min((left - pages) // 2, 16), 2, pages, left, 16)
+    with pytest.raises(InvalidRequest, match="must have 2 to"):
+        engine.capacity(None, 10**6)
+    half = engine.stats()["pages_total"] // 2
+    for i in range(half):
+        pinned = sum(info.num_pages for info in engine.adapters().values() if info.pinned)
+        if pinned + engine.adapters()["mlp-r3"].num_pages > half:
+            with pytest.raises(BadAdapter, match="cannot be pinned"):
+                engine.register_adapter(f"more-{i}", str(tiny_case.adapters / "mlp-r3"), pinned=True)
+            break
+        engine.register_adapter(f"more-{i}", str(tiny_case.adapters / "mlp-r3"), pinned=True)
+    assert i > 0 and f"more-{i}" not in engine.adapters()
+    asked = next(r for r in tiny_case.requests if r["adapter"] == "qv-r8")
+    (result,) = run(engine, engine.submit(greedy(asked["prompt"], "qv-r8", NUM_TOKENS)))
+    assert list(result.completions[0].token_ids) == asked["tokens"][:NUM_TOKENS]
+
+
+def _two_adapters(case) -> int:
+    engine = case.engine(pages=PAGES)
+    return 2 * engine._pool.staged_bytes(max(info.num_pages for info in engine.adapters().values()))

@@ -64,7 +64,7 @@ def store(monkeypatch):
 def make_follower() -> tuple[Follower, RunnerStub, UnifiedPool]:
     layout = PoolLayout.for_model(MODEL)
     pool, runner = UnifiedPool(layout, 12, np.dtype(np.float32)), RunnerStub()
-    return Follower(MODEL, layout, pool, runner), runner, pool
+    return Follower(MODEL, layout, pool, runner, host_adapter_bytes=1), runner, pool
 
 
 def test_steps_arrive_as_they_were(store):

@@ -39,6 +39,45 @@ def test_cached_blocks_are_evicted_coldest_first_whatever_they_hold():
     allocator.check_integrity()
 
 
+def test_what_is_cheap_to_bring_back_goes_first():
+    allocator = PageAllocator(8)
+    for key, count, cost in (("dear", 1, 5.0), ("cheap", 3, 1.0), ("cheap, used later", 3, 1.0)):
+        allocator.publish(key, allocator.allocate(count))
+        allocator.release_block(key, cost)
+    allocator.allocate(1)
+    assert [allocator.lookup(k) is None for k in ("dear", "cheap", "cheap, used later")] == [False, True, False]
+    allocator.allocate(4)
+    assert allocator.lookup("dear"), "whose pages cost five times as much"
+    allocator.check_integrity()
+
+
+def test_what_is_dear_goes_when_nobody_wanted_it_for_long():
+    allocator = PageAllocator(4)
+    allocator.publish("dear", allocator.allocate(1))
+    allocator.release_block("dear", 5.0)
+    passed = 0
+    while allocator.lookup("dear"):
+        passed += 1
+        allocator.publish(passed, allocator.allocate(1))
+        allocator.release_block(passed, 1.0)
+    # The clock goes up by one each time that the two other pages were renewed.
+    assert passed == pytest.approx(2 * 5, abs=2)
+    allocator.check_integrity()
+
+
+def test_a_block_released_again_and_again_leaves_little_garbage():
+    allocator = PageAllocator(10)
+    for key in range(5):
+        allocator.publish(key, allocator.allocate(1))
+        allocator.release_block(key, 1.0)
+    for i in range(10_000):
+        allocator.acquire(i % 5)
+        allocator.release_block(i % 5)
+    assert len(allocator._by_worth) < 100
+    allocator.allocate(5)
+    assert allocator.allocate(1) and allocator.lookup(0) is None, "the one unused for longest"
+
+
 def test_owned_blocks_are_never_evicted():
     allocator = PageAllocator(4)
     allocator.publish("shared", allocator.allocate(2))
@@ -105,7 +144,7 @@ def test_random_traffic_keeps_the_invariants():
                 if allocator.acquire(name) is not None:
                     owned.append(name)
             case 4 if owned:
-                allocator.release_block(owned.pop(rng.randrange(len(owned))))
+                allocator.release_block(owned.pop(rng.randrange(len(owned))), rng.choice([None, 0.5, 2.0]))
         allocator.check_integrity()
         held = {page for pages in private for page in pages}
         assert allocator.num_used >= len(held)

@@ -23,8 +23,11 @@ class Handle:
     def __init__(self, name, num_pages=1):
         self.content_hash, self.num_pages = name, num_pages
 
-    def prefetch(self):
-        raise AssertionError("it is ready")
+    def hold(self):
+        pass
+
+    def let_go(self):
+        pass
 
 
 class Waiters:
@@ -351,7 +354,7 @@ def test_a_sequence_parked_for_its_adapter_is_given_up_too():
     now = 0.0
     scheduler = Scheduler(SchedulerConfig(policy="abort", slo_ms=500), PageAllocator(50), lambda: now)
     adapter = Handle("slow")
-    adapter.status, adapter.prefetch = "loading", lambda: None
+    adapter.status = "loading"
     sequence = Sequence(0, [1] * 4, 4, 4, SamplingParams(), 0, adapter=adapter, arrival=now)
     scheduler.add(sequence)
     assert scheduler.plan().late == ()

@@ -80,3 +80,8 @@ def test_what_does_not_fit_the_pool_is_refused(pool, packed):
 def test_the_number_of_pages_must_match(pool):
     with pytest.raises(ValueError, match="has 2 pages"):
         pool.start_copy(pool.stage(make_packed(2)), (1, 2, 3))
+
+
+@pytest.mark.parametrize("num_pages", [1, 2, 3, 5])
+def test_staged_bytes_are_those_of_the_array(pool, num_pages):
+    assert pool.staged_bytes(num_pages) == pool.stage(make_packed(num_pages)).array.nbytes

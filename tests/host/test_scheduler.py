@@ -8,29 +8,95 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from slora_jax.adapters.host_cache import HostCache
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.model.config import ModelConfig
 from slora_jax.request import SamplingParams
+from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
-from slora_jax.scheduler.scheduler import Scheduler
+from slora_jax.scheduler.scheduler import MAX_HELD_ADAPTERS, Scheduler
 from slora_jax.scheduler.sequence import Sequence, State
 
 
 @dataclass(eq=False)
 class StubAdapter:
-    """An adapter that is ready a number of ``prefetch`` calls and plans after it was first asked for."""
+    """An adapter that gets ready when a test says so."""
 
-    content_hash: str
+    content_hash: str | None
     num_pages: int
     status: str = "ready"
     failure: str = ""
-    prefetches: int = 0
+    holds: int = 0
 
-    def prefetch(self):
-        self.prefetches += 1
+    def hold(self):
+        self.holds += 1
         if self.status == "registered":
             self.status = "loading"
+
+    def let_go(self):
+        assert self.holds > 0
+        self.holds -= 1
+
+
+class HostMemory:
+    """A bounded host memory, as the store has it, that loads one adapter a step while it has room."""
+
+    def __init__(self, room: int):
+        self.cache = HostCache(room)
+        self.queue = deque()
+        self.loaded = []
+
+    def step(self):
+        while self.queue:
+            adapter = self.queue[0]
+            if adapter.holds:
+                left = self.cache.add(adapter, adapter.num_pages)
+                if left is None:
+                    return
+                for other in left:
+                    other.status = "registered"
+                adapter.content_hash = adapter.name
+                adapter.status = "failed" if adapter.is_broken else "ready"
+                if adapter.is_broken:
+                    self.cache.remove(adapter)
+                self.loaded.append(adapter)
+            else:
+                adapter.status = "registered"
+            self.queue.popleft()
+            if adapter.status != "registered":
+                return
+
+
+@dataclass(eq=False)
+class CachedAdapter:
+    """An adapter of a ``HostMemory``."""
+
+    memory: HostMemory
+    name: str
+    num_pages: int
+    is_broken: bool = False
+    status: str = "registered"
+    content_hash: str | None = None
+    failure: str = "broken"
+    holds: int = 0
+
+    def hold(self):
+        self.holds += 1
+        if self.status == "ready":
+            self.memory.cache.hold(self)
+        elif self.status == "registered":
+            self.status = "loading"
+            self.memory.queue.append(self)
+
+    def let_go(self):
+        assert self.holds > 0, "let go more often than held"
+        self.holds -= 1
+        if not self.holds and self in self.memory.cache:
+            self.memory.cache.let_go(self)
 
 
 @dataclass
@@ -47,6 +113,7 @@ class Loop:
     weights: dict = field(default_factory=dict)
     copy_steps: int = 1
     copies: deque = field(default_factory=deque)
+    memory: HostMemory | None = None
     num_steps: int = 0
     in_flight: object = None
     computed_tokens: int = 0
@@ -62,6 +129,11 @@ class Loop:
             self.scheduler.adapter_arrived(load)
         plan = self.scheduler.plan()
         self.pages.check_integrity()
+        assert all(load.adapter.status == "ready" and load.adapter.holds for load in plan.loads)
+        for sequence, _ in plan.failed:
+            self.scheduler.finish(sequence)
+        if self.memory:
+            self.memory.step()
         self.copies.extend((self.num_steps + self.copy_steps, load) for load in plan.loads)
         self.num_steps += 1
         seen = set()
@@ -125,10 +197,10 @@ def next_token(tokens):
     return (tokens[-1] * 7 + len(tokens)) % 1000
 
 
-def make_loop(num_pages=100, **config):
+def make_loop(num_pages=100, costs=EQUAL_COSTS, **config):
     defaults = {"max_batch_tokens": 32, "max_sequences": 8}
     pages = PageAllocator(num_pages)
-    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages, lambda: 0.0), pages)
+    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages, lambda: 0.0, costs=costs), pages)
 
 
 def make_sequence(i, prompt, max_tokens=4, adapter=None, leader=None):
@@ -231,7 +303,7 @@ def test_a_loading_adapter_is_passed_by_others_and_then_served():
     loop.scheduler.add(first)
     loop.scheduler.add(second)
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1]
-    assert slow.prefetches == 1
+    assert slow.holds == 1
     slow.status = "ready"
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1], "its weights are on the way to the pool"
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1, 0]
@@ -365,6 +437,7 @@ def test_adapters_of_those_next_in_line_are_copied_ahead():
     loop.run()
     assert loop.scheduler.num_prefetch_hits == 4
     assert loop.scheduler.num_prefetch_late == 2
+    assert loop.scheduler.num_prefetch_wasted == 0
 
 
 def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are_wanted_sooner():
@@ -383,17 +456,19 @@ def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are
     assert running.epoch == 0
 
 
-def test_adapters_copied_ahead_for_nobody_are_forgotten():
+def test_adapters_copied_ahead_for_nobody_are_wasted():
     loop = make_loop(max_sequences=1, num_pages=12)
     loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=100))
-    for i in range(1, 60):
+    for i in range(1, 45):
         sequence = make_sequence(i, [i] * 8, adapter=StubAdapter(str(i), 2))
         loop.scheduler.add(sequence)
         loads = [*loop.step().loads, *loop.step().loads]
         assert [load.adapter for load in loads] == [sequence.adapter], "copied ahead"
         loop.scheduler.finish(sequence)
-    assert len(loop.scheduler._prefetched) <= loop.pages.total
     loop.run()
+    still_there = sum(loop.pages.lookup(("adapter", str(i))) is not None for i in range(1, 45))
+    assert loop.scheduler.num_prefetch_wasted == 44 - still_there > 35
+    assert loop.scheduler.num_prefetch_hits == loop.scheduler.num_prefetch_late == 0
 
 
 def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever():
@@ -409,6 +484,229 @@ def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever
         order += [load.adapter for load in loop.step().loads]
         assert sum(len(load.pages) for _, load in loop.copies) in (0, 2, 4, 6, 8, 10, 30)
     assert order[1] is large
+
+
+# A bounded host memory
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lcfs", "cluster", "vtc"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_traffic_in_a_tiny_pool_and_a_tiny_host_memory_ends(policy, seed):
+    rng = random.Random(seed)
+    loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, policy=policy, prefix_cache=seed % 2 == 0)
+    loop.copy_steps = 1 + seed % 3
+    loop.memory = HostMemory(room=6)
+    adapters = [CachedAdapter(loop.memory, f"a{i}", rng.randrange(1, 6), i % 10 == 7) for i in range(150)]
+    everyone, cancelled = [], []
+    for i in range(400):
+        adapter = rng.choice(adapters) if rng.random() < 0.9 else None
+        sequence = make_sequence(i, [rng.randrange(1000)] * rng.randrange(1, 40), rng.randrange(1, 20), adapter)
+        everyone.append(sequence)
+        loop.scheduler.add(sequence)
+        if rng.random() < 0.1:
+            loop.step()
+        if rng.random() < 0.1:
+            victim = rng.choice(everyone)
+            if victim.state is not State.FINISHED:
+                cancelled.append(victim)
+            loop.scheduler.finish(victim)
+    loop.run(limit=20_000)
+    for sequence in everyone:
+        assert sequence.state is State.FINISHED
+        if sequence not in cancelled and not (sequence.adapter and sequence.adapter.is_broken):
+            prompt = sequence.tokens[: sequence.num_prompt]
+            assert sequence.tokens[sequence.num_prompt :] == expected_output(prompt, sequence.max_tokens)
+    assert loop.pages.num_used == 0
+    loop.step()
+    assert not any(adapter.holds for adapter in adapters), "held for nobody"
+    assert loop.memory.cache.used <= loop.memory.cache.capacity
+
+
+def test_with_one_place_in_host_memory_hundreds_of_adapters_take_turns():
+    loop = make_loop(num_pages=24)
+    loop.memory = HostMemory(room=3)
+    adapters = [CachedAdapter(loop.memory, f"a{i}", 3) for i in range(3 * LOOK_AHEAD)]
+    for i, adapter in enumerate(adapters):
+        loop.scheduler.add(make_sequence(i, [i] * 20, adapter=adapter))
+    loop.run(limit=5000)
+    assert loop.memory.loaded == adapters, "each once, in order"
+
+
+def test_an_adapter_in_the_pool_needs_no_host_memory():
+    loop = make_loop()
+    loop.memory = HostMemory(room=3)
+    first, second = (CachedAdapter(loop.memory, name, 3) for name in "ab")
+    for i, adapter in enumerate((first, second, first)):
+        sequence = make_sequence(i, [i] * 20, adapter=adapter)
+        loop.scheduler.add(sequence)
+        if i == 2:
+            assert first.status == "registered"
+            assert [e.sequence for e in loop.step().entries] == [sequence], "at once"
+        loop.run()
+    assert loop.memory.loaded == [first, second]
+
+
+def test_adapters_of_sequences_that_others_overtake_give_host_memory_back():
+    """Ready ones deep in a last-come queue, all of host memory, and newcomers that need it."""
+    loop = make_loop(num_pages=24, policy="lcfs", max_sequences=1, max_batch_tokens=16)
+    loop.memory = HostMemory(room=6)
+    deep = [CachedAdapter(loop.memory, f"deep{i}", 3) for i in range(2)]
+    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=12))
+    for i, adapter in enumerate(deep, start=1):
+        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
+    for _ in range(6):
+        loop.step()
+    new = [CachedAdapter(loop.memory, f"new{i}", 3) for i in range(2 * MAX_HELD_ADAPTERS)]
+    for i, adapter in enumerate(new, start=10):
+        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
+    loop.run(limit=20_000)
+    assert not any(adapter.holds for adapter in (*deep, *new))
+
+
+# Pins
+
+
+def resident(loop, *adapters):
+    return [loop.pages.lookup(("adapter", adapter.content_hash)) is not None for adapter in adapters]
+
+
+def test_pinned_adapters_come_without_a_request_and_stay_until_unpinned():
+    loop = make_loop(num_pages=24)
+    loop.memory = HostMemory(room=4)
+    pinned = [CachedAdapter(loop.memory, f"pinned{i}", 4) for i in range(2)]
+    others = [CachedAdapter(loop.memory, f"a{i}", 4) for i in range(12)]
+    loop.scheduler.pin(tuple(pinned))
+    for _ in range(8):
+        loop.step()
+    assert resident(loop, *pinned) == [True, True] and loop.pages.num_used == 8
+    assert not any(adapter.holds for adapter in pinned), "no copy in host memory is needed"
+    for i, adapter in enumerate(others):
+        loop.scheduler.add(make_sequence(i, [i] * 40, adapter=adapter))
+    loop.run()
+    assert resident(loop, *pinned) == [True, True] and loop.pages.num_evictions > 0
+    loop.scheduler.pin((pinned[0],))
+    assert loop.pages.num_used == 4
+    for i, adapter in enumerate(others, start=100):
+        loop.scheduler.add(make_sequence(i, [i] * 40, adapter=adapter))
+    loop.run()
+    assert resident(loop, *pinned) == [True, False]
+
+
+def test_a_pin_gets_the_pages_that_running_sequences_give_back():
+    loop = make_loop(num_pages=20, max_sequences=8)
+    for i in range(40):
+        loop.scheduler.add(make_sequence(i, [i] * 30, max_tokens=20))
+    for _ in range(10):
+        loop.step()
+    pinned = StubAdapter("pinned", 9)
+    loop.scheduler.pin((pinned,))
+    for _ in range(60):
+        loop.step()
+    assert resident(loop, pinned) == [True] and loop.scheduler.num_waiting > 0, "ahead of those who wait"
+    loop.run()
+    assert loop.pages.num_used == 9
+
+
+def test_a_request_that_no_longer_fits_beside_the_pins_fails_with_the_reason():
+    loop = make_loop(num_pages=20, max_sequences=2)
+    large, running, small = make_sequence(0, [1] * 200), make_sequence(1, [2] * 60, 150), make_sequence(2, [3] * 20)
+    assert loop.scheduler.refusal(204, None) is None
+    loop.scheduler.add(running)
+    loop.step()
+    loop.scheduler.pin((StubAdapter("pinned", 9),))
+    assert "13 pages (prompt, output and adapter), but the pool has 19, 9 of them for pinned" in loop.scheduler.refusal(
+        204, None
+    )
+    loop.scheduler.add(large)
+    loop.scheduler.add(small)
+    failed = {}
+    for _ in range(400):
+        failed |= dict(loop.step().failed)
+    assert set(failed) == {large, running}, "the running one once it cannot grow"
+    assert small.tokens[20:] == expected_output([3] * 20, 4)
+
+
+def test_a_pinned_adapter_counts_once():
+    loop = make_loop(num_pages=20)
+    pinned = StubAdapter("pinned", 9)
+    loop.scheduler.pin((pinned,))
+    assert loop.scheduler.refusal(160, pinned) is None
+    assert loop.scheduler.refusal(161, pinned) is not None
+
+
+def test_a_pin_that_cannot_be_loaded_stops_nobody():
+    loop = make_loop(num_pages=20)
+    loop.memory = HostMemory(room=9)
+    loop.scheduler.pin((CachedAdapter(loop.memory, "broken", 9, is_broken=True),))
+    sequence = make_sequence(0, range(20))
+    loop.scheduler.add(sequence)
+    loop.run()
+    assert sequence.tokens[20:] == expected_output(range(20), 4)
+
+
+# How many more fit
+
+
+@pytest.mark.parametrize("max_sequences", [4, 64])
+@pytest.mark.parametrize("running", [0, 1])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_capacity_is_what_then_really_starts(max_sequences, running, pinned):
+    loop = make_loop(num_pages=60, max_sequences=max_sequences, max_batch_tokens=2048, prefix_cache=False)
+    adapter, other = StubAdapter("a", 7), StubAdapter("b", 5)
+    # Both are in the pool, cold.
+    for i, who in enumerate((adapter, other)):
+        loop.scheduler.add(make_sequence(i, [i] * 8, max_tokens=1, adapter=who))
+        loop.run()
+    if pinned:
+        loop.scheduler.pin((adapter,))
+        loop.step()
+    for i in range(running):
+        loop.scheduler.add(make_sequence(10 + i, [i] * 20, max_tokens=28, adapter=adapter))
+        loop.step()
+    answer = loop.scheduler.capacity(40, adapter)
+    assert answer.adapter_pages == (0 if running or pinned else 7)
+    for i in range(100):
+        loop.scheduler.add(make_sequence(100 + i, [i] * 40, max_tokens=1, adapter=adapter))
+    before = loop.scheduler.num_running
+    loop.step()
+    assert loop.scheduler.num_running - before == answer.requests > 2
+
+
+def test_no_capacity():
+    assert capacity(17, 30, 30, 5) == Capacity(0, 2, 30, 30, 5)
+    assert capacity(17, 40, 30, 5).requests == 0
+    assert capacity(16, 0, 30, 0).requests == 0
+
+
+# What goes first
+
+
+@pytest.mark.parametrize("in_host_memory", [True, False])
+def test_an_adapter_goes_before_a_prefix_only_if_it_is_cheaper_to_bring_back(in_host_memory):
+    """Nobody uses either, and the adapter was used last."""
+    loop = make_loop(num_pages=10, costs=PageCosts(prefix=2.0, adapter=1.0, adapter_from_disk=9.0))
+    adapter = StubAdapter("a", 4)
+    for i, who in enumerate((None, adapter)):
+        loop.scheduler.add(make_sequence(i, [i] * 33, max_tokens=1, adapter=who))
+        if i:
+            loop.step()
+            adapter.status = "ready" if in_host_memory else "registered"
+        loop.run()
+    assert loop.pages.num_cached == 8
+    loop.pages.allocate(2)
+    assert (loop.pages.lookup(("adapter", "a")) is None) == in_host_memory
+    base = make_sequence(2, [0] * 33)
+    assert (loop.pages.lookup(base.prefix_key(1)) is None) == (not in_host_memory)
+
+
+def test_estimated_costs_stand_in_the_order_that_was_measured():
+    model = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128)
+    page_bytes = PoolLayout.for_model(model).page_bytes(2)
+    costs = PageCosts.estimate(model, page_bytes, 1, on_gpu=True)
+    assert costs.adapter < costs.prefix < costs.adapter_from_disk
+    shared = PageCosts.estimate(model, page_bytes // 2, 2, on_gpu=True)
+    assert shared.prefix == costs.prefix / 2 and shared.adapter == costs.adapter / 2
+    assert shared.adapter_from_disk - shared.adapter == costs.adapter_from_disk - costs.adapter
 
 
 # A long queue
