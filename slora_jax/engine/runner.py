@@ -19,7 +19,7 @@ from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, buil
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import Llama
+from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
@@ -91,6 +91,7 @@ class Runner:
         buckets: Buckets,
         max_len: int,
         mesh: ModelMesh | None = None,
+        lora_ops: LoraOps = GATHERED,
     ):
         """
         Args:
@@ -100,10 +101,11 @@ class Runner:
           buckets: shapes that batches are padded to.
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
+          lora_ops: what computes low-rank updates on one device.
         """
         dtype = pool.array.dtype
         backend = choose_backend(jax.devices()[0], config.head_dim, dtype)
-        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1)
+        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1, lora_ops)
         self.params = params
         self._mesh = mesh
         self._everywhere = mesh.replicated if mesh else None
