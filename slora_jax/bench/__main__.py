@@ -226,10 +226,14 @@ def peft(requests, adapters, batch, seed, model):
 @main.command()
 @click.option("--steps", default=200, show_default=True, help="Timed steps of each case.")
 def host(steps: int):
-    """The host's work for each step, without a device: it must stay well below a step of the GPU."""
+    """The host's work for each step, without a device: it must stay well below a step of the GPU.
+
+    Prints a JSON line a case, as they come.
+    """
     from slora_jax.bench.host import run_host
 
-    click.echo(json.dumps(run_host(steps), indent=2))
+    for name, milliseconds in run_host(steps):
+        click.echo(json.dumps({"case": name, "steps": steps, **milliseconds}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -30,6 +29,8 @@ from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 from slora_jax.scheduler.scheduler import Scheduler
 
+type Saturated = Callable[..., float]
+
 type System = Literal["unified", "split", "padded", "merged"]
 """This engine; adapters in a fixed share of its pool; with padded products; with one adapter merged at a time."""
 
@@ -37,6 +38,7 @@ PAPER_SATURATED = 7.29
 """Requests a second of S-LoRA at S2 with 100 adapters on one A100-80 (the paper's table 3)."""
 
 _OVERLOAD = 1.5
+_FLOOD = 2.0
 _VOCABULARY = 32000
 """Of the paper's models; prompts are drawn from it."""
 _FOREVER = 1e9
@@ -77,7 +79,7 @@ class Scale:
     merged_adapters: tuple[int, ...] = (1, 2, 3, 4, 5)
     cvs: tuple[float, ...] = (1, 2, 4, 6, 8)
     clusters: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    floods: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    fair_sequences: tuple[int, ...] = (16, 32, 64, 128)
     loads: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     seed: int = 42
 
@@ -99,13 +101,13 @@ SCALES = {
     "quick": Scale(
         seconds=6, longest=256, slo_s=1.0, max_sequences=64, saturated_requests=200, few_pages=450, table_requests=250,
         rate_shares=(0.5, 0.9, 1.3), ablation_adapters=(1, 20, 200), merged_adapters=(1, 2, 5), cvs=(1, 4, 8),
-        clusters=(1, 4, 32), floods=(1.0, 2.0), loads=(0.5, 1.0, 2.0),
+        clusters=(1, 4, 32), fair_sequences=(16, 32, 64), loads=(0.5, 1.0, 2.0),
     ),
     # A toy on a CPU, to try the command itself.
     "toy": Scale(
         seconds=0.5, longest=12, slo_s=1.0, max_sequences=4, max_batch_tokens=16, saturated_requests=8, adapters=4,
         few_pages=100, table_requests=8, table_longest=12, table_sequences=4, table_adapters=(2,), rate_shares=(0.5,),
-        ablation_adapters=(2,), ablation_sequences=4, merged_adapters=(2,), cvs=(1,), clusters=(2,), floods=(1.0,),
+        ablation_adapters=(2,), ablation_sequences=4, merged_adapters=(2,), cvs=(1,), clusters=(2,), fair_sequences=(4,),
         loads=(1.0,),
     ),
 }  # fmt: skip
@@ -207,7 +209,7 @@ class Experiment:
 
     Attributes:
       points: from the scale, the server's settings, and a function that gives the requests a second that the server
-        answers saturated.
+        answers saturated, in batches of so many sequences (the scale's without an argument).
       metrics: fields of a result's row.
       bars: whether its x are categories.
       needs: a system without which it says nothing.
@@ -217,7 +219,7 @@ class Experiment:
     title: str
     x_label: str
     metrics: tuple[str, ...]
-    points: Callable[[Scale, Sequence[str], Callable[[], float]], Iterator[Point]]
+    points: Callable[[Scale, Sequence[str], Saturated], Iterator[Point]]
     bars: bool = False
     needs: System = "unified"
 
@@ -269,8 +271,8 @@ def _abort_points(scale: Scale, settings, saturated) -> Iterator[Point]:
 
 def _cluster_points(scale: Scale, settings, saturated) -> Iterator[Point]:
     case = Case(settings[-1], 32)
-    # A small pool answers less than the saturated run's, and is overloaded by less than its rate.
-    workload = _open(scale, case.num_adapters, 0.5 * saturated(), cv=1.0)
+    # The small pool answers less than that: requests wait, and there is something to choose from.
+    workload = _open(scale, case.num_adapters, saturated(), cv=1.0)
     # With all 32 in a batch the order is first come.
     for batch_adapters in scale.clusters:
         scheduler = scale.scheduler(policy="cluster", batch_adapters=batch_adapters)
@@ -279,16 +281,18 @@ def _cluster_points(scale: Scale, settings, saturated) -> Iterator[Point]:
 
 def _fair_points(scale: Scale, settings, saturated) -> Iterator[Point]:
     case = Case(settings[0], 2)
-    for flood in scale.floods:
-        light = _of_adapter(_open(scale, 1, 0.1 * saturated(), 1.0), 0)
-        flooding = _of_adapter(_open(dataclasses.replace(scale, seed=scale.seed + 1), 1, flood * saturated(), 1.0), 1)
+    for batch in scale.fair_sequences:
+        rate = saturated(batch)
+        light = _of_adapter(_open(scale, 1, 0.1 * rate, 1.0), 0)
+        flooding = _of_adapter(_open(dataclasses.replace(scale, seed=scale.seed + 1), 1, _FLOOD * rate, 1.0), 1)
         both = sorted([*light, *flooding], key=lambda item: item.arrival)
         for series, workload, policy in (
             ("alone", light, "fcfs"),
             ("first come", both, "fcfs"),
             ("fair (VTC)", both, "vtc"),
         ):
-            yield Point(series, flood, case, workload, scale.scheduler(policy=policy), counted=_is_light)
+            scheduler = scale.scheduler(policy=policy, max_sequences=batch)
+            yield Point(series, batch, case, workload, scheduler, counted=_is_light)
 
 
 def _trace_points(scale: Scale, settings, saturated) -> Iterator[Point]:
@@ -329,8 +333,8 @@ EXPERIMENTS = {
         ),
         Experiment(
             "fairness",
-            "A light tenant beside a flooding one",
-            "flood, as a share of what can be answered",
+            "A light tenant beside one that asks for twice what can be answered",
+            "sequences of a batch",
             ("mean_latency", "mean_first_token"),
             _fair_points,
         ),
@@ -372,7 +376,7 @@ def run_experiment(
     experiment: Experiment,
     server: Server,
     scale: Scale,
-    saturated: Callable[[], float],
+    saturated: Saturated,
     note: Callable[[list[dict]], None],
 ) -> list[dict]:
     """Runs every point that the server can and returns a row each: series, x, and the metrics of who counts.
@@ -397,11 +401,11 @@ def run_experiment(
     return rows
 
 
-def saturated_rate(server: Server, scale: Scale) -> float:
-    """Requests a second that the server answers when all of them are there at the start."""
+def saturated_rate(server: Server, scale: Scale, max_sequences: int) -> float:
+    """Requests a second that the server answers, in batches of so many, when all of them are there at the start."""
     case = Case(server.settings[-1], scale.adapters)
     workload = draw_workload(scale.saturated_requests, case.num_adapters, _VOCABULARY, scale.seed, scale.longest)
-    outcome = server.run(Point("saturated", 0, case, workload, scale.scheduler()))
+    outcome = server.run(Point("saturated", 0, case, workload, scale.scheduler(max_sequences=max_sequences)))
     return scale.saturated_requests / max(t.last for t in outcome.times)
 
 
@@ -415,11 +419,13 @@ def run_paper(
     """
     folder.mkdir(parents=True, exist_ok=True)
 
-    @cache
-    def saturated() -> float:
-        rate = saturated_rate(server, scale)
-        note(f"saturated: {rate:.2f} requests a second")
-        return rate
+    rates: dict[int, float] = {}
+
+    def saturated(max_sequences: int = scale.max_sequences) -> float:
+        if max_sequences not in rates:
+            rates[max_sequences] = saturated_rate(server, scale, max_sequences)
+            note(f"saturated, {max_sequences} sequences: {rates[max_sequences]:.2f} requests a second")
+        return rates[max_sequences]
 
     for experiment in [EXPERIMENTS[name] for name in names]:
         if experiment.needs not in server.systems:
@@ -427,7 +433,7 @@ def run_paper(
             continue
 
         def write(rows: list[dict], experiment=experiment) -> None:
-            rate = saturated() if saturated.cache_info().currsize else None
+            rate = rates.get(scale.max_sequences)
             result = {
                 "experiment": experiment.name,
                 "title": experiment.title,
