@@ -12,8 +12,9 @@ import numpy as np
 
 from slora_jax import Engine
 from slora_jax.bench.service import Times
-from slora_jax.bench.throughput import submit
+from slora_jax.bench.throughput import check_answers, submit
 from slora_jax.bench.workload import WorkItem
+from slora_jax.engine.generation import Generation
 from slora_jax.memory.layout import MODULES, PoolLayout
 
 MAX_OTHERS_WAITING = 30
@@ -131,15 +132,20 @@ def run_merged(
     waiting: deque[int] = deque()
     switches: list[float] = []
     merged: int | None = None
+    generations: list[Generation | None] = [None] * len(workload)
     start = time.perf_counter()
+
+    def submit_merged() -> None:
+        for i in [i for i in waiting if workload[i].adapter == merged]:
+            generations[i] = submit(engine, workload[i], None, times[i], start)
+            waiting.remove(i)
+
     while todo or waiting or any(t.last is None for t in times):
         while todo and workload[todo[0]].arrival <= time.perf_counter() - start:
             waiting.append(todo.popleft())
         others = [i for i in waiting if workload[i].adapter != merged]
         if len(others) <= MAX_OTHERS_WAITING:
-            for i in [i for i in waiting if workload[i].adapter == merged]:
-                submit(engine, workload[i], None, times[i], start)
-            waiting = deque(others)
+            submit_merged()
         if engine.step():
             continue
         # Nothing runs: all that was submitted is answered.
@@ -147,10 +153,9 @@ def run_merged(
             merged = workload[others[0]].adapter
             switches.append(merge(merged))
             # Its requests that wait now are served, however many others wait.
-            for i in [i for i in waiting if workload[i].adapter == merged]:
-                submit(engine, workload[i], None, times[i], start)
-            waiting = deque(i for i in waiting if workload[i].adapter != merged)
+            submit_merged()
         elif todo:
             pause = workload[todo[0]].arrival - (time.perf_counter() - start)
             engine.wait_for_work(min(max(pause, 0.0), _IDLE_WAIT_SECONDS))
+    check_answers(workload, generations)
     return times, switches

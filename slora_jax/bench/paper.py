@@ -99,16 +99,16 @@ SCALES = {
     "full": Scale(),
     # All of it on one H200 in nine minutes: shorter requests in smaller batches, so that seconds show what minutes do.
     "quick": Scale(
-        seconds=6, longest=256, slo_s=1.0, max_sequences=64, saturated_requests=200, few_pages=450, table_requests=250,
-        rate_shares=(0.5, 0.9, 1.3), ablation_adapters=(1, 20, 200), merged_adapters=(1, 2, 5), cvs=(1, 4, 8),
-        clusters=(1, 4, 32), fair_sequences=(16, 32, 64), loads=(0.5, 1.0, 2.0),
+        seconds=5, longest=256, slo_s=1.0, max_sequences=64, saturated_requests=150, few_pages=450, table_requests=200,
+        rate_shares=(0.6, 1.2), ablation_adapters=(5, 200), merged_adapters=(2, 5), cvs=(1, 4, 8), clusters=(4, 32),
+        fair_sequences=(32, 64), loads=(1.0, 2.0),
     ),
     # A toy on a CPU, to try the command itself.
     "toy": Scale(
         seconds=0.5, longest=12, slo_s=1.0, max_sequences=4, max_batch_tokens=16, saturated_requests=8, adapters=4,
-        few_pages=100, table_requests=8, table_longest=12, table_sequences=4, table_adapters=(2,), rate_shares=(0.5,),
-        ablation_adapters=(2,), ablation_sequences=4, merged_adapters=(2,), cvs=(1,), clusters=(2,), fair_sequences=(4,),
-        loads=(1.0,),
+        few_pages=100, table_requests=8, table_longest=12, table_sequences=4, table_adapters=(2,),
+        rate_shares=(0.5,), ablation_adapters=(2,), ablation_sequences=4, merged_adapters=(2,), cvs=(1,),
+        clusters=(2,), fair_sequences=(4,), loads=(1.0,),
     ),
 }  # fmt: skip
 

@@ -113,6 +113,15 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
                 engine.wait_for_work(min(max(next_arrival, 0.0), _IDLE_WAIT_SECONDS))
         tracing.close()
         seconds = time.perf_counter() - start
+    check_answers(workload, generations)
+    return seconds, recorder, times
+
+
+def check_answers(workload: Sequence[WorkItem], generations: Sequence[Generation]) -> None:
+    """
+    Raises:
+      AssertionError: a request that was not given up has not all of its tokens.
+    """
     for item, generation in zip(workload, generations, strict=True):
         (completion,) = generation.result(timeout=1).completions
         if completion.finish_reason == "late":
@@ -122,7 +131,6 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
                 f"a request got {len(completion.token_ids)} of {item.num_output} tokens: "
                 f"{completion.finish_reason}, {completion.error}"
             )
-    return seconds, recorder, times
 
 
 def submit(engine: Engine, item: WorkItem, adapter: str | None, times: Times, start: float) -> Generation:
