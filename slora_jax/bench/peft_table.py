@@ -2,10 +2,10 @@
 
 import time
 from itertools import batched
+from pathlib import Path
 
 import click
 
-from slora_jax.bench.throughput import MODULES
 from slora_jax.bench.workload import Case, WorkItem, draw_workload
 from slora_jax.config import read_yaml
 
@@ -32,11 +32,11 @@ def run_peft(shape: str, num_requests: int, num_adapters: int, max_batch: int, s
     workload = draw_workload(num_requests, num_adapters, 32000, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**read_yaml(shape))
+    config = transformers.LlamaConfig(**read_yaml(Path(shape)))
     with torch.device(device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
         for i in range(num_adapters):
-            lora = peft.LoraConfig(r=case.rank(i), target_modules=[f"{m}_proj" for m in MODULES])
+            lora = peft.LoraConfig(r=case.rank(i), target_modules=[f"{m}_proj" for m in "qkvo"])
             if i == 0:
                 model = peft.get_peft_model(model, lora, adapter_name="0")
             else:
