@@ -1,5 +1,6 @@
 """Command line of the benchmarks."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -197,13 +198,16 @@ def paper(experiments, simulated, model, scale, seed, pool_gigabytes, out, plot_
     if not plot_only:
         chosen = dataclasses.replace(SCALES[scale], seed=seed)
         names = [name for name in EXPERIMENTS if name in experiments or not experiments]
-        if simulated:
-            server = SimulatedServer(read_shape(model))
-        else:
-            from slora_jax.bench.served import EngineServer
+        with contextlib.ExitStack() as stack:
+            if simulated:
+                server = SimulatedServer(read_shape(model))
+            else:
+                from slora_jax.bench.served import EngineServer
 
-            server = EngineServer(model, chosen, {"gigabytes": pool_gigabytes})
-        run_paper(names, server, chosen, out, command_line(), lambda line: click.echo(line, err=True))
+                server = stack.enter_context(
+                    contextlib.closing(EngineServer(model, chosen, {"gigabytes": pool_gigabytes}))
+                )
+            run_paper(names, server, chosen, out, command_line(), lambda line: click.echo(line, err=True))
     for result in read_results(plot_only or out):
         click.echo(f"\n{result['title']}\n{table(result)}")
         if plots:

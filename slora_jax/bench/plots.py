@@ -26,7 +26,7 @@ def draw(result: dict, path: Path) -> None:
 
     metrics = result["metrics"]
     # Without pyplot: no state of the process is touched.
-    figure = Figure(figsize=(max(7.0, 4.2 * len(metrics)), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 4.2 * len(metrics)), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
@@ -35,7 +35,8 @@ def draw(result: dict, path: Path) -> None:
         axis.set_ylabel(metric_label(metric))
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     where = "simulated" if result["server"] == "simulated" else result["device"]
     figure.suptitle(f"{result['title']} ({where})", fontsize="medium")
     figure.savefig(path, dpi=110)
