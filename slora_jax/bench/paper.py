@@ -99,7 +99,7 @@ SCALES = {
     "full": Scale(),
     # All of it on one H200 in nine minutes: shorter requests in smaller batches, so that seconds show what minutes do.
     "quick": Scale(
-        seconds=6, longest=256, slo_s=0.3, max_sequences=64, saturated_requests=150, few_pages=450, table_requests=200,
+        seconds=5, longest=256, slo_s=0.3, max_sequences=64, saturated_requests=150, few_pages=450, table_requests=200,
         rate_shares=(0.7, 1.5), ablation_adapters=(5, 200), merged_adapters=(2, 5), cvs=(1, 4, 8), clusters=(4, 32),
         fair_sequences=(32, 64), loads=(1.0, 2.0),
     ),

@@ -63,13 +63,14 @@ class EngineServer:
         self._weights = Weights(PoolLayout.for_model(self._model), dtype)
         self._engine: Engine | None = None
         self._is_padded = False
+        self._pool_pages = 0
         self._registered: set[Case] = set()
         self._merged: MergedWeights | None = None
         self._staged: dict[int, jax.Array] = {}
 
     def run(self, point: Point) -> Outcome:
         engine = self._engine_for(point)
-        pages, create = pages_of(point, engine.stats()["pages_total"] + 1)
+        pages, create = pages_of(point, self._pool_pages)
         engine.reschedule(point.scheduler, pages, create)
         if point.system == "merged":
             times, switches = self._run_merged(engine, point)
@@ -116,6 +117,7 @@ class EngineServer:
             )
             ops = padded_lora(max(SETTINGS[point.case.setting]))
         engine = Engine(config, self._model, self._params, None, "base", lora_ops=ops)
+        self._pool_pages = engine.stats()["pages_total"] + 1
         settings = [point.case.setting] if self._is_padded else self.settings
         warming = [Case(setting, len(SETTINGS[setting])) for setting in settings]
         for case in warming:

@@ -1,5 +1,7 @@
 """The command of the paper's experiments, and what it compares the engine with."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 
@@ -12,7 +14,9 @@ from pallas_kernels import LoraSegments
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights
-from slora_jax.bench.paper import EXPERIMENTS
+from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point
+from slora_jax.bench.served import EngineServer
+from slora_jax.bench.workload import Case, draw_workload
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params
@@ -73,6 +77,20 @@ def test_one_engine_serves_many_experiments(toy, tmp_path):
     check_results(tmp_path / "out", names, ["slora-jax", "fixed share", "padded products"])
     merged = json.loads((tmp_path / "out/merged.json").read_text())["rows"][1]
     assert merged["series"] == "merged" and merged["switches"] >= 2 and merged["switch_milliseconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_small_pool_of_one_run_does_not_shrink_the_next(toy):
+    scale = SCALES["toy"]
+    workload = draw_workload(2, 2, 32000, seed=1, longest=12)
+    point = Point("few", 0, Case("S1", 2), workload, scale.scheduler(), pool_pages=50)
+    with contextlib.closing(EngineServer(str(toy), scale, {"pages": 300})) as server:
+        totals = []
+        for run in (point, dataclasses.replace(point, pool_pages=None)):
+            outcome = server.run(run)
+            totals.append(server._engine.stats()["pages_total"])
+            assert outcome.num_loads == len({item.adapter for item in workload}), "each run begins with an empty pool"
+    assert totals == [49, 299]
 
 
 def test_without_torch_the_comparison_with_peft_says_what_is_missing(monkeypatch):
