@@ -25,8 +25,8 @@ from slora_jax.model.weights import dummy_params
 class EngineServer:
     """A ``Server`` by the wall clock, with random weights.
 
-    Two systems of one kind of step follow one another on the same engine; the padded products need one of their own,
-    and the memory of the other.
+    One engine serves all systems but the padded products: these are other programs, so they have an engine of their
+    own, which takes the place of the other.
     """
 
     systems: tuple[System, ...] = ("unified", "split", "padded", "merged")
@@ -84,6 +84,7 @@ class EngineServer:
         return {
             "server": "engine",
             "model": dataclasses.asdict(self._model),
+            "pool_pages": self._pool_pages,
             **machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

@@ -404,6 +404,16 @@ def test_a_plan_looks_at_as_many_of_50000_as_of_5000(policy, monkeypatch):
     assert looks[50_000] < 1.2 * looks[5000], looks
 
 
+def test_plans_that_start_nobody_leave_nothing_behind_under_vtc():
+    waiters = Waiters("vtc")
+    for i in range(1000):
+        waiters.arrive(f"tenant-{i}")
+    for _ in range(500):
+        waiters.begin()
+        list(waiters.queue.look_ahead())
+    assert len(waiters.policy._queue) < 4000
+
+
 def test_thousands_that_are_late_at_once_are_given_up_over_several_plans():
     waiters = Waiters("abort", slo_ms=1000)
     for _ in range(5000):

@@ -13,8 +13,8 @@ _KEPT = 0.7
 class EarlyAbort(Ordered):
     """Gives up requests that cannot have their first token in time; of the others, the newest goes first.
 
-    The paper takes the oldest first while no more arrive than are started. Measured in simulation, that loses promises
-    and keeps none: what waits is then served with no time to spare, and whoever a full pool holds up is late.
+    The paper takes the oldest first while no more arrive than are started. In simulation that keeps no more promises
+    at any burstiness, and fewer in a pool that preempts: the oldest start with no time to spare.
 
     A request is given up once the time left is shorter than a prompt takes, from its start to its first token: a
     running average plus twice the deviation, in place of the paper's constant half second, and at most half of the
