@@ -1,5 +1,6 @@
 """Command line of the benchmarks."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -206,12 +207,77 @@ def _shape_file(model: str) -> Path:
 
 
 @main.command()
+@click.argument("experiments", nargs=-1, metavar="[EXPERIMENT]...")
+@click.option("--simulate", "simulated", is_flag=True, help="In simulated time, without a GPU; what that cannot show "
+              "(padded products, merged weights) is left out.")  # fmt: skip
+@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
+@click.option("--scale", type=click.Choice(["quick", "full", "toy"]), default="quick", show_default=True,
+              help="quick: all in nine minutes on an H200; full: the paper's lengths; toy: to try it.")  # fmt: skip
+@click.option("--seed", default=42, show_default=True)
+@click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
+@click.option("--out", type=click.Path(path_type=Path), default="slora_jax/bench/results/paper", show_default=True,
+              help="Folder for NAME.json and NAME.png.")  # fmt: skip
+@click.option("--plot-only", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Run nothing: draw "
+              "this folder's results and print their tables.")  # fmt: skip
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw; needs slora-jax[plots].")
+def paper(experiments, simulated, model, scale, seed, pool_gigabytes, out, plot_only, plots):
+    """The paper's experiments: table3 rates abort fairness trace cluster merged ablation; all, or those named.
+
+    One engine serves them all. Each experiment's JSON is written anew with every point, so that a run that is cut off
+    leaves what it has.
+    """
+    import dataclasses
+
+    from slora_jax.bench.paper import EXPERIMENTS, SCALES, SimulatedServer, read_results, read_shape, run_paper, table
+    from slora_jax.bench.plots import draw, require_matplotlib
+
+    if unknown := [name for name in experiments if name not in EXPERIMENTS]:
+        raise click.UsageError(f"no such experiment: {unknown[0]}; known are {', '.join(EXPERIMENTS)}")
+    if plots:
+        require_matplotlib()
+    if not plot_only:
+        chosen = dataclasses.replace(SCALES[scale], seed=seed)
+        names = [name for name in EXPERIMENTS if name in experiments or not experiments]
+        with contextlib.ExitStack() as stack:
+            if simulated:
+                server = SimulatedServer(read_shape(model))
+            else:
+                from slora_jax.bench.served import EngineServer
+
+                server = stack.enter_context(
+                    contextlib.closing(EngineServer(model, chosen, {"gigabytes": pool_gigabytes}))
+                )
+            run_paper(names, server, chosen, out, command_line(), lambda line: click.echo(line, err=True))
+    for result in read_results(plot_only or out):
+        click.echo(f"\n{result['title']}\n{table(result)}")
+        if plots:
+            draw(result, (plot_only or out) / f"{result['experiment']}.png")
+
+
+@main.command()
+@click.option("--requests", default=128, show_default=True)
+@click.option("--adapters", default=5, show_default=True)
+@click.option("--batch", default=64, show_default=True, help="Most requests of a batch, all of one adapter.")
+@click.option("--seed", default=42, show_default=True)
+@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
+def peft(requests, adapters, batch, seed, model):
+    """transformers + PEFT on table 3's requests (S2), one adapter a batch; needs torch, transformers and peft."""
+    from slora_jax.bench.peft_table import run_peft
+
+    click.echo(json.dumps(run_peft(model, requests, adapters, batch, seed)))
+
+
+@main.command()
 @click.option("--steps", default=200, show_default=True, help="Timed steps of each case.")
 def host(steps: int):
-    """The host's work for each step, without a device: it must stay well below a step of the GPU."""
+    """The host's work for each step, without a device: it must stay well below a step of the GPU.
+
+    Prints a JSON line a case, as they come.
+    """
     from slora_jax.bench.host import run_host
 
-    click.echo(json.dumps(run_host(steps), indent=2))
+    for name, milliseconds in run_host(steps):
+        click.echo(json.dumps({"case": name, "steps": steps, **milliseconds}))
 
 
 @main.command()

@@ -1,9 +1,9 @@
 """What the host does for each step, without a device: planning, committing, laying batches out."""
 
 import itertools
-import platform
 import statistics
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,9 +111,12 @@ class HostLoop:
                 self.milliseconds.setdefault(part, []).append((end - start) * 1000)
 
 
-def run_host(num_steps: int) -> dict:
-    """Least, median and largest milliseconds of each part of a step: in full decode, and with a long queue."""
-    result = {"command": "python -m slora_jax.bench host", "python": platform.python_version(), "steps": num_steps}
+def run_host(num_steps: int) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """Least, median and largest milliseconds of each part of a step: in full decode, and with a long queue.
+
+    Yields:
+      A case's name and its numbers, once it is measured.
+    """
     for name, table_width, random in (
         ("decode_512", 256, False),
         ("decode_512_sampled", 256, True),
@@ -123,12 +126,11 @@ def run_host(num_steps: int) -> dict:
         loop.run(100)
         assert loop.num_running == _NUM_SEQUENCES
         loop.run(num_steps)
-        result[name] = _summary(loop)
+        yield name, _summary(loop)
     for policy in POLICIES:
         loop = HostLoop(100_000, 10_000, 256, max_tokens=100, policy=policy)
         loop.run(2 * num_steps)
-        result[f"waiting_100000_adapters_10000_{policy}"] = _summary(loop)
-    return result
+        yield f"waiting_100000_adapters_10000_{policy}", _summary(loop)
 
 
 def _summary(loop: HostLoop) -> dict[str, dict[str, float]]:

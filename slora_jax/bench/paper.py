@@ -1,18 +1,20 @@
-"""The paper's experiments on policies, defined once: run in simulated time, or on the engine by the wall clock.
+"""The paper's experiments, defined once: run in simulated time, or on the engine by the wall clock.
 
 Rates are shares of what the server answers when all requests are there at the start ("saturated"), measured first, so
-that an experiment means the same on any GPU. Arrivals are stretched to their expected length: with large cv a draw's
-own rate may be half or twice what was meant.
+that an experiment means the same on any GPU: the paper's own rates times one factor, which each result gives. Arrivals
+are stretched to their expected length: with large cv a draw's own rate may be half or twice what was meant.
 """
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from slora_jax.bench.service import Service, Times
+from slora_jax.bench.shares import SplitPages, SplitScheduler
 from slora_jax.bench.simulate import H200, Gpu, StepTime, simulate
 from slora_jax.bench.workload import (
     CHAT_ADAPTERS,
@@ -23,12 +25,24 @@ from slora_jax.bench.workload import (
     draw_workload,
 )
 from slora_jax.config import SchedulerConfig, read_yaml
+from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
+from slora_jax.scheduler.scheduler import Scheduler
 
-CVS = (1, 2, 4, 6, 8)
+type Saturated = Callable[..., float]
+
+type System = Literal["unified", "split", "padded", "merged"]
+"""This engine; adapters in a fixed share of its pool; with padded products; with one adapter merged at a time."""
+
+PAPER_SATURATED = 7.29
+"""Requests a second of S-LoRA at S2 with 100 adapters on one A100-80 (the paper's table 3)."""
+
 _OVERLOAD = 1.5
+_FLOOD = 2.0
 _VOCABULARY = 32000
+"""Of the paper's models; prompts are drawn from it."""
 _FOREVER = 1e9
+_PEERS = Path(__file__).with_name("peers.json")
 
 
 @dataclass(frozen=True)
@@ -40,9 +54,11 @@ class Scale:
       longest: prompt and output lengths are in [8, this).
       slo_s: the objective, seconds to the first token.
       max_sequences, max_batch_tokens: of a step.
-      saturated_requests: of the run that measures what the server can do.
+      saturated_requests: of the run that measures what the server can do, and of saturated comparisons.
       adapters: of setting S2, where an experiment does not say.
-      few_pages: of the small pool of the clustering experiment.
+      few_pages: of the small pool of the clustering experiment and the ablation: the paper's A10G held 14,500 tokens.
+      table_requests, table_longest, table_sequences: of table 3, in place of the above.
+      The others are the values of each experiment's axis.
     """
 
     seconds: float = 120.0
@@ -53,38 +69,92 @@ class Scale:
     saturated_requests: int = 500
     adapters: int = 100
     few_pages: int = 900
+    table_requests: int = 1000
+    table_longest: int = 512
+    table_sequences: int = 512
+    table_adapters: tuple[int, ...] = (5, 100, 1000, 2000)
+    rate_shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
+    ablation_adapters: tuple[int, ...] = (1, 5, 20, 50, 100, 200)
+    ablation_sequences: int = 64
+    merged_adapters: tuple[int, ...] = (1, 2, 3, 4, 5)
+    cvs: tuple[float, ...] = (1, 2, 4, 6, 8)
+    clusters: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    fair_sequences: tuple[int, ...] = (16, 32, 64, 128)
+    loads: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     seed: int = 42
 
     def scheduler(self, **changes) -> SchedulerConfig:
         """Without prefix cache, as in the paper, and with room for everybody to wait."""
-        return SchedulerConfig(
-            max_sequences=self.max_sequences,
-            max_batch_tokens=self.max_batch_tokens,
-            max_waiting=10**6,
-            prefix_cache=False,
-            slo_ms=self.slo_s * 1000,
-            **changes,
-        )
+        fields = {
+            "max_sequences": self.max_sequences,
+            "max_batch_tokens": self.max_batch_tokens,
+            "max_waiting": 10**6,
+            "prefix_cache": False,
+            "slo_ms": self.slo_s * 1000,
+        }
+        return SchedulerConfig(**fields | changes)
+
+
+SCALES = {
+    "full": Scale(),
+    # All of it on one H200 in nine minutes: shorter requests in smaller batches, so that seconds show what minutes do.
+    "quick": Scale(
+        seconds=5, longest=256, slo_s=0.3, max_sequences=64, saturated_requests=150, few_pages=450, table_requests=200,
+        rate_shares=(0.7, 1.5), ablation_adapters=(5, 200), merged_adapters=(2, 5), cvs=(1, 4, 8), clusters=(4, 32),
+        fair_sequences=(32, 64), loads=(1.0, 2.0),
+    ),
+    # A toy on a CPU, to try the command itself.
+    "toy": Scale(
+        seconds=0.5, longest=12, slo_s=1.0, max_sequences=4, max_batch_tokens=16, saturated_requests=8, adapters=4,
+        few_pages=100, table_requests=8, table_longest=12, table_sequences=4, table_adapters=(2,),
+        rate_shares=(0.5,), ablation_adapters=(2,), ablation_sequences=4, merged_adapters=(2,), cvs=(1,),
+        clusters=(2,), fair_sequences=(4,), loads=(1.0,),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a server did with a workload."""
+    """What a server did with a workload.
+
+    ``switch_seconds`` are those of bringing another adapter into the weights, of a merging server.
+    """
 
     times: list[Times]
-    seconds: float
     num_loads: int
+    switch_seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: of a series (a policy), at an x, on a system, with the requests that are counted.
+
+    ``pool_pages`` is the size of the pool; None for the server's own.
+    """
+
+    series: str
+    x: float
+    case: Case
+    workload: list[WorkItem]
+    scheduler: SchedulerConfig
+    pool_pages: int | None = None
+    system: System = "unified"
+    counted: Callable[[WorkItem], bool] = lambda item: True
 
 
 class Server(Protocol):
-    """Serves workloads: in simulated time, or for real."""
+    """Serves workloads, in simulated time or for real; many, one after the other.
 
-    def run(self, case: Case, workload: list[WorkItem], scheduler: SchedulerConfig, pool_pages: int | None) -> Outcome:
-        """Serves a workload to its end.
+    Attributes:
+      systems: those it can be.
+      settings: those of the paper that are for its model.
+    """
 
-        Args:
-          pool_pages: size of the pool; None for the server's own.
-        """
+    systems: tuple[System, ...]
+    settings: tuple[str, ...]
+
+    def run(self, point: Point) -> Outcome:
+        """Serves the point's workload to its end."""
         ...
 
     def describe(self) -> dict:
@@ -99,10 +169,17 @@ class SimulatedServer:
     model: ModelConfig
     gpu: Gpu = H200
     pool_pages: int = 13_000
+    systems = ("unified", "split")
 
-    def run(self, case, workload, scheduler, pool_pages) -> Outcome:
-        run = simulate(case, workload, scheduler, pool_pages or self.pool_pages, StepTime(self.gpu, self.model))
-        return Outcome(run.times, run.seconds, run.num_loads)
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return settings_of(self.model)
+
+    def run(self, point: Point) -> Outcome:
+        pages, create = pages_of(point, self.pool_pages)
+        step_time = StepTime(self.gpu, self.model)
+        run = simulate(point.case, point.workload, point.scheduler, pages, step_time, create)
+        return Outcome(run.times, run.num_loads)
 
     def describe(self) -> dict:
         return {
@@ -113,17 +190,17 @@ class SimulatedServer:
         }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run: of a series (a policy), at an x, with which requests counted under which name."""
+def pages_of(point: Point, pool_pages: int):
+    """A point's pages, and what makes its scheduler: arguments of ``simulate`` and ``Engine.reschedule``."""
+    num_pages = min(point.pool_pages or pool_pages, pool_pages)
+    if point.system == "split":
+        return SplitPages(num_pages), SplitScheduler
+    return PageAllocator(num_pages), Scheduler
 
-    series: str
-    x: float
-    case: Case
-    workload: list[WorkItem]
-    scheduler: SchedulerConfig
-    pool_pages: int | None = None
-    counted: Callable[[WorkItem], bool] = lambda item: True
+
+def settings_of(model: ModelConfig) -> tuple[str, ...]:
+    """The paper's settings for a model of this size: S4 is for 13B."""
+    return ("S4",) if model.num_layers == 40 else ("S1", "S2")
 
 
 @dataclass(frozen=True)
@@ -131,55 +208,100 @@ class Experiment:
     """A comparison, drawn as one plot for each of ``metrics`` with a line for each series.
 
     Attributes:
-      points: from the scale and the requests a second that the server answers saturated.
+      points: from the scale, the server's settings, and a function that gives the requests a second that the server
+        answers saturated, in batches of so many sequences (the scale's without an argument).
       metrics: fields of a result's row.
+      bars: whether its x are categories.
+      needs: a system without which it says nothing.
     """
 
     name: str
     title: str
     x_label: str
     metrics: tuple[str, ...]
-    points: Callable[[Scale, float], Iterator[Point]]
+    points: Callable[[Scale, Sequence[str], Saturated], Iterator[Point]]
+    bars: bool = False
+    needs: System = "unified"
 
 
-def _abort_points(scale: Scale, saturated: float) -> Iterator[Point]:
-    case = Case("S2", scale.adapters)
-    for cv in CVS:
-        workload = _open(scale, case.num_adapters, _OVERLOAD * saturated, cv)
+def _table_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    scheduler = scale.scheduler(max_sequences=scale.table_sequences)
+    cases = [Case("base", 0)] + [Case(s, n) for s in settings for n in scale.table_adapters]
+    for case in cases:
+        workload = draw_workload(scale.table_requests, case.num_adapters, _VOCABULARY, scale.seed, scale.table_longest)
+        yield Point(f"slora-jax, {case.setting}", case.num_adapters, case, workload, scheduler)
+
+
+def _rate_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    for setting in settings:
+        case = Case(setting, scale.adapters)
+        for share in scale.rate_shares:
+            rate = share * saturated()
+            workload = _open(scale, case.num_adapters, rate, cv=1.0)
+            yield Point(setting, round(rate, 3), case, workload, scale.scheduler(max_wait_s=_FOREVER))
+
+
+def _ablation_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    tokens = min(scale.max_batch_tokens, 4 * scale.ablation_sequences)
+    scheduler = scale.scheduler(max_sequences=scale.ablation_sequences, max_batch_tokens=tokens)
+    # By system, for each may need its own start; the padded one last.
+    for series, system in (("slora-jax", "unified"), ("fixed share", "split"), ("padded products", "padded")):
+        for n in scale.ablation_adapters:
+            case = Case(settings[-1], n)
+            workload = draw_workload(scale.saturated_requests, n, _VOCABULARY, scale.seed, scale.longest)
+            yield Point(series, n, case, workload, scheduler, scale.few_pages, system)
+
+
+def _merged_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    for n in scale.merged_adapters:
+        case = Case(settings[-1], n)
+        workload = _open(scale, n, saturated(), cv=1.0)
+        for series, system in (("on the fly", "unified"), ("merged", "merged")):
+            yield Point(series, n, case, workload, scale.scheduler(max_wait_s=_FOREVER), system=system)
+
+
+def _abort_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    case = Case(settings[-1], scale.adapters)
+    for cv in scale.cvs:
+        workload = _open(scale, case.num_adapters, _OVERLOAD * saturated(), cv)
         for series, policy in (("first come", "fcfs"), ("last come", "lcfs"), ("early abort", "abort")):
             # As in the paper, which has no bound on waiting: everybody is overdue when a queue has grown for minutes.
             yield Point(series, cv, case, workload, scale.scheduler(policy=policy, max_wait_s=_FOREVER))
 
 
-def _cluster_points(scale: Scale, saturated: float) -> Iterator[Point]:
-    case = Case("S2", 32)
-    # A small pool answers less than the saturated run's, and is overloaded by less than its rate.
-    workload = _open(scale, case.num_adapters, 0.5 * saturated, cv=1.0)
-    for batch_adapters in (1, 2, 4, 8, 16, 32):
+def _cluster_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    case = Case(settings[-1], 32)
+    # The small pool answers less than that: requests wait, and there is something to choose from.
+    workload = _open(scale, case.num_adapters, saturated(), cv=1.0)
+    # With all 32 in a batch the order is first come.
+    for batch_adapters in scale.clusters:
         scheduler = scale.scheduler(policy="cluster", batch_adapters=batch_adapters)
         yield Point("clustering", batch_adapters, case, workload, scheduler, scale.few_pages)
-        yield Point("first come", batch_adapters, case, workload, scale.scheduler(), scale.few_pages)
 
 
-def _fair_points(scale: Scale, saturated: float) -> Iterator[Point]:
-    case = Case("S1", 2)
-    for flood in (0.5, 1.0, 2.0, 4.0):
-        light = _of_adapter(_open(scale, 1, 0.1 * saturated, 1.0), 0)
-        flooding = _of_adapter(_open(dataclasses.replace(scale, seed=scale.seed + 1), 1, flood * saturated, 1.0), 1)
+def _fair_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    case = Case(settings[0], 2)
+    for batch in scale.fair_sequences:
+        rate = saturated(batch)
+        light = _of_adapter(_open(scale, 1, 0.1 * rate, 1.0), 0)
+        flooding = _of_adapter(_open(dataclasses.replace(scale, seed=scale.seed + 1), 1, _FLOOD * rate, 1.0), 1)
         both = sorted([*light, *flooding], key=lambda item: item.arrival)
         for series, workload, policy in (
             ("alone", light, "fcfs"),
             ("first come", both, "fcfs"),
             ("fair (VTC)", both, "vtc"),
         ):
-            yield Point(series, flood, case, workload, scale.scheduler(policy=policy), counted=_is_light)
+            scheduler = scale.scheduler(policy=policy, max_sequences=batch)
+            yield Point(series, batch, case, workload, scheduler, counted=_is_light)
 
 
-def _chat_points(scale: Scale, saturated: float) -> Iterator[Point]:
-    case = Case("S2", CHAT_ADAPTERS)
-    for load in (0.5, 1.0, 2.0, 4.0):
-        count = max(2, round(load * saturated * scale.seconds))
-        workload = _stretched(draw_chat_workload(count, _VOCABULARY, scale.seed, load * saturated), scale.seconds)
+def _trace_points(scale: Scale, settings, saturated) -> Iterator[Point]:
+    case = Case(settings[-1], CHAT_ADAPTERS)
+    for load in scale.loads:
+        rate = load * saturated()
+        count = max(2, round(rate * scale.seconds))
+        chat = draw_chat_workload(count, _VOCABULARY, scale.seed, rate, longest=2 * scale.longest)
+        workload = _stretched(chat, scale.seconds)
         for series, policy in (("first come", "fcfs"), ("early abort", "abort")):
             yield Point(series, load, case, workload, scale.scheduler(policy=policy, max_wait_s=_FOREVER))
 
@@ -188,11 +310,40 @@ EXPERIMENTS = {
     e.name: e
     for e in (
         Experiment(
+            "table3",
+            "Table 3: throughput, all requests there at the start",
+            "adapters",
+            ("throughput",),
+            _table_points,
+            bars=True,
+        ),
+        Experiment(
+            "rates",
+            "Service at rising request rates",
+            "requests a second",
+            ("throughput", "mean_latency", "mean_first_token", "attainment", "satisfaction"),
+            _rate_points,
+        ),
+        Experiment(
             "abort",
             "Early abort against first come and last come, 1.5 times as many requests as can be answered",
             "coefficient of variation of the arrivals",
             ("attainment", "satisfaction", "mean_first_token", "throughput"),
             _abort_points,
+        ),
+        Experiment(
+            "fairness",
+            "A light tenant beside one that asks for twice what can be answered",
+            "sequences of a batch",
+            ("mean_latency", "mean_first_token"),
+            _fair_points,
+        ),
+        Experiment(
+            "trace",
+            "Requests like a chat service's, 26 adapters",
+            "load, as a share of the synthetic requests that can be answered",
+            ("throughput", "mean_first_token", "attainment"),
+            _trace_points,
         ),
         Experiment(
             "cluster",
@@ -202,82 +353,127 @@ EXPERIMENTS = {
             _cluster_points,
         ),
         Experiment(
-            "fair",
-            "A light tenant beside a flooding one",
-            "flood, as a share of what can be answered",
-            ("mean_latency", "mean_first_token"),
-            _fair_points,
+            "merged",
+            "One adapter merged into the weights against on the fly",
+            "adapters",
+            ("throughput", "mean_latency"),
+            _merged_points,
+            needs="merged",
         ),
         Experiment(
-            "chat",
-            "Requests like a chat service's, 26 adapters",
-            "load, as a share of the synthetic requests that can be answered",
-            ("throughput", "mean_first_token", "attainment"),
-            _chat_points,
+            "ablation",
+            "Ablation, in a small pool",
+            "adapters",
+            ("throughput", "mean_latency"),
+            _ablation_points,
         ),
     )
 }
+"""In the order in which they run: what needs another start of the engine comes last."""
 
 
 def run_experiment(
-    experiment: Experiment, server: Server, scale: Scale, saturated: float, note: Callable[[dict], None]
+    experiment: Experiment,
+    server: Server,
+    scale: Scale,
+    saturated: Saturated,
+    note: Callable[[list[dict]], None],
 ) -> list[dict]:
-    """Runs every point and returns a row each: series, x, and the metrics of the requests that count.
+    """Runs every point that the server can and returns a row each: series, x, and the metrics of who counts.
 
     Args:
-      note: is called with each row as it comes.
+      note: is called with the rows so far after each point.
     """
-    rows = []
-    for point in experiment.points(scale, saturated):
-        outcome = server.run(point.case, point.workload, point.scheduler, point.pool_pages)
+    rows: list[dict] = []
+    for point in experiment.points(scale, server.settings, saturated):
+        if point.system not in server.systems:
+            continue
+        outcome = server.run(point)
         counted = [t for item, t in zip(point.workload, outcome.times, strict=True) if point.counted(item)]
         row = {"series": point.series, "x": point.x, "loads": outcome.num_loads}
-        rows.append(row | dataclasses.asdict(Service.of(counted, scale.slo_s)))
-        note(rows[-1])
+        if outcome.switch_seconds:
+            row |= {
+                "switches": len(outcome.switch_seconds),
+                "switch_milliseconds": statistics.median(outcome.switch_seconds) * 1000,
+            }
+        rows.append(row | dataclasses.asdict(Service.of(counted, point.scheduler.slo_ms / 1000)))
+        note(rows)
     return rows
 
 
-def saturated_rate(server: Server, scale: Scale) -> float:
-    """Requests a second that the server answers when all of them are there at the start."""
-    case = Case("S2", scale.adapters)
+def saturated_rate(server: Server, scale: Scale, max_sequences: int) -> float:
+    """Requests a second that the server answers, in batches of so many, when all of them are there at the start."""
+    case = Case(server.settings[-1], scale.adapters)
     workload = draw_workload(scale.saturated_requests, case.num_adapters, _VOCABULARY, scale.seed, scale.longest)
-    return scale.saturated_requests / server.run(case, workload, scale.scheduler(), None).seconds
+    outcome = server.run(Point("saturated", 0, case, workload, scale.scheduler(max_sequences=max_sequences)))
+    return scale.saturated_requests / max(t.last for t in outcome.times)
 
 
 def run_paper(
     names: Sequence[str], server: Server, scale: Scale, folder: Path, command: str, note: Callable[[str], None]
 ) -> None:
-    """Runs experiments and writes ``NAME.json`` and ``NAME.md`` of each into ``folder``."""
+    """Runs experiments and writes ``NAME.json`` of each into ``folder``, anew with every point: a run may be cut off.
+
+    Raises:
+      KeyError: there is no such experiment.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    saturated = saturated_rate(server, scale)
-    note(f"saturated: {saturated:.2f} requests a second")
-    for name in names:
-        experiment = EXPERIMENTS[name]
-        rows = run_experiment(experiment, server, scale, saturated, lambda row: note(json.dumps(row)))
-        result = {
-            "experiment": name,
-            "title": experiment.title,
-            "x": experiment.x_label,
-            "metrics": experiment.metrics,
-            "command": command,
-            "saturated_requests_per_second": saturated,
-            "scale": dataclasses.asdict(scale),
-            **server.describe(),
-            "rows": rows,
-        }
-        (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / f"{name}.md").write_text(table(result))
+
+    rates: dict[int, float] = {}
+
+    def saturated(max_sequences: int = scale.max_sequences) -> float:
+        if max_sequences not in rates:
+            rates[max_sequences] = saturated_rate(server, scale, max_sequences)
+            note(f"saturated, {max_sequences} sequences: {rates[max_sequences]:.2f} requests a second")
+        return rates[max_sequences]
+
+    for experiment in [EXPERIMENTS[name] for name in names]:
+        if experiment.needs not in server.systems:
+            note(f"{experiment.name}: left out, for this server has no {experiment.needs!r}")
+            continue
+
+        def write(rows: list[dict], experiment=experiment) -> None:
+            rate = rates.get(scale.max_sequences)
+            result = {
+                "experiment": experiment.name,
+                "title": experiment.title,
+                "x": experiment.x_label,
+                "metrics": experiment.metrics,
+                "bars": experiment.bars,
+                "command": command,
+                "saturated_requests_per_second": rate,
+                "rate_over_the_papers": rate and rate / PAPER_SATURATED,
+                "scale": dataclasses.asdict(scale),
+                **server.describe(),
+                "rows": rows,
+            }
+            (folder / f"{experiment.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            note(f"{experiment.name}: {json.dumps(rows[-1])}")
+
+        run_experiment(experiment, server, scale, saturated, write)
+
+
+def read_results(folder: Path) -> list[dict]:
+    """The results in a folder, in the order of ``EXPERIMENTS``; table 3's with the rows of other systems."""
+    results = []
+    for name in EXPERIMENTS:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            result = json.loads(path.read_text())
+            if name == "table3":
+                result["rows"] += json.loads(_PEERS.read_text())["rows"]
+            results.append(result)
+    return results
 
 
 def table(result: dict) -> str:
-    """A result as a page of markdown: a table for each metric, a column for each series."""
+    """A result as markdown: a table for each metric, a column for each series."""
     series = list(dict.fromkeys(row["series"] for row in result["rows"]))
-    where = "in simulated time" if result["server"] == "simulated" else f"on {result['server']}"
-    lines = [f"# {result['title']}", "", f"Run {where}; `{result['command']}`."]
+    lines = []
     for metric in result["metrics"]:
-        lines += ["", f"## {metric_label(metric)}", "", f"| {result['x']} | {' | '.join(series)} |"]
+        lines += ["", f"| {result['x']}: {metric_label(metric)} | {' | '.join(series)} |"]
         lines.append("|---" * (len(series) + 1) + "|")
-        for x in dict.fromkeys(row["x"] for row in result["rows"]):
+        for x in sorted({row["x"] for row in result["rows"]}):
             values = {row["series"]: row[metric] for row in result["rows"] if row["x"] == x}
             lines.append(f"| {x:g} | {' | '.join(_shown(values.get(s)) for s in series)} |")
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """A server in simulated time: the real scheduler and page accounting over a model of how long steps take. No JAX."""
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -139,20 +140,27 @@ class _Copies:
         return loads
 
 
-def simulate(case: Case, workload: Many[WorkItem], config: SchedulerConfig, num_pages: int, step_time: StepTime) -> Run:
+def simulate(
+    case: Case,
+    workload: Many[WorkItem],
+    config: SchedulerConfig,
+    pages: PageAllocator,
+    step_time: StepTime,
+    create: Callable[[SchedulerConfig, PageAllocator, Callable[[], float]], Scheduler] = Scheduler,
+) -> Run:
     """Serves a workload to its end. Deterministic; a run takes about 1 ms of real time a step.
 
     A step's tokens are known when it ends: the real engine reads them one step later.
 
     Args:
-      num_pages: of the pool, the trash page included.
+      pages: of the pool, all free.
+      create: makes the scheduler, as in ``Engine.reschedule``.
     """
     layout = PoolLayout.for_model(step_time.model)
     adapters = [ReadyAdapter(str(i), layout.adapter(dict.fromkeys("qkvo", case.rank(i))).num_pages)
                 for i in range(case.num_adapters)]  # fmt: skip
     now = 0.0
-    pages = PageAllocator(num_pages)
-    scheduler = Scheduler(config, pages, lambda: now)
+    scheduler = create(config, pages, lambda: now)
     copies = _Copies(step_time)
     run = Run([Times(item.arrival) for item in workload])
     order = sorted(range(len(workload)), key=lambda i: workload[i].arrival)

@@ -25,22 +25,37 @@ from slora_jax.config import build_config
 from slora_jax.engine import runner
 from slora_jax.engine.generation import Generation
 from slora_jax.engine.runner import StepInFlight
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.scheduler.scheduler import Scheduler
 
-_MODULES = ("q", "k", "v", "o")
+MODULES = ("q", "k", "v", "o")
+"""What adapters change."""
+
 _PROFILED_STEPS = range(100, 110)
 _IDLE_WAIT_SECONDS = 0.01
 
 
-def register_adapters(engine: Engine, cases: Sequence[Case]) -> None:
-    """Registers the adapters of all cases, spare ones included. Those of one rank share one buffer on the host."""
-    needed = sorted({rank for case in cases for rank in SETTINGS[case.setting]})
-    packed = {rank: synthetic_weights(rank, _MODULES, engine.pool_layout, engine.dtype, seed=rank) for rank in needed}
+class Weights:
+    """Made-up weights on the host, one buffer for each rank: all adapters of a rank share it."""
+
+    def __init__(self, layout: PoolLayout, dtype: np.dtype):
+        self._layout = layout
+        self._dtype = dtype
+        self._of_rank: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, rank: int) -> np.ndarray:
+        if rank not in self._of_rank:
+            self._of_rank[rank] = synthetic_weights(rank, MODULES, self._layout, self._dtype, seed=rank)
+        return self._of_rank[rank]
+
+
+def register_adapters(engine: Engine, cases: Sequence[Case], weights: Weights) -> None:
+    """Registers the adapters of all cases, spare ones included."""
     for case in cases:
         ranks = SETTINGS[case.setting]
         for i in range(case.num_adapters + case.num_spare):
             rank = ranks[i % len(ranks)]
-            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(_MODULES, rank), packed[rank])
+            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(MODULES, rank), weights[rank])
 
 
 @dataclass
@@ -77,8 +92,8 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
             now = time.perf_counter() - start
             while todo and todo[-1][1].arrival <= now:
                 index, item = todo.pop()
-                generations[index] = _submit(engine, case, item)
-                _watch(generations[index], times[index], start)
+                adapter = None if item.adapter is None else case.adapter_name(item.adapter)
+                generations[index] = submit(engine, item, adapter, times[index], start)
             if profile and len(recorder.step_seconds) == _PROFILED_STEPS.start:
                 tracing.enter_context(profiled(profile))
             before = time.perf_counter()
@@ -98,6 +113,15 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
                 engine.wait_for_work(min(max(next_arrival, 0.0), _IDLE_WAIT_SECONDS))
         tracing.close()
         seconds = time.perf_counter() - start
+    check_answers(workload, generations)
+    return seconds, recorder, times
+
+
+def check_answers(workload: Sequence[WorkItem], generations: Sequence[Generation]) -> None:
+    """
+    Raises:
+      AssertionError: a request that was not given up has not all of its tokens.
+    """
     for item, generation in zip(workload, generations, strict=True):
         (completion,) = generation.result(timeout=1).completions
         if completion.finish_reason == "late":
@@ -107,17 +131,17 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
                 f"a request got {len(completion.token_ids)} of {item.num_output} tokens: "
                 f"{completion.finish_reason}, {completion.error}"
             )
-    return seconds, recorder, times
 
 
-def _submit(engine: Engine, case: Case, item: WorkItem) -> Generation:
+def submit(engine: Engine, item: WorkItem, adapter: str | None, times: Times, start: float) -> Generation:
+    """Submits a request, and notes in ``times`` when the engine hands out its first and last delta.
+
+    Args:
+      adapter: its name; the item's own is ignored.
+      start: of the run, on ``time.perf_counter``.
+    """
     sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
-    adapter = None if item.adapter is None else case.adapter_name(item.adapter)
-    return engine.submit(Request(item.prompt, adapter, sampling, priority=item.priority, slo_ms=item.slo_ms))
-
-
-def _watch(generation: Generation, times: Times, start: float) -> None:
-    """Notes when the engine hands out a generation's first and last delta."""
+    generation = engine.submit(Request(item.prompt, adapter, sampling, priority=item.priority, slo_ms=item.slo_ms))
     put = generation.put
 
     def timed_put(delta):
@@ -130,6 +154,7 @@ def _watch(generation: Generation, times: Times, start: float) -> None:
         put(delta)
 
     generation.put = timed_put
+    return generation
 
 
 @contextlib.contextmanager
@@ -212,7 +237,7 @@ def run_throughput(
     engine = Engine.create(config, progress=False)
     try:
         making = time.perf_counter()
-        register_adapters(engine, cases)
+        register_adapters(engine, cases, Weights(engine.pool_layout, engine.dtype))
         making = time.perf_counter() - making
         compiling = time.perf_counter()
         engine.warm_up()

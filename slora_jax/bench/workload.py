@@ -13,7 +13,6 @@ WARM_UP_REQUESTS = 64
 _SHORTEST = 8
 
 CHAT_ADAPTERS = 26
-_CHAT_LONGEST = 1024
 _CHAT_SIGMA = 1.0
 
 
@@ -97,13 +96,15 @@ def draw_workload(
     return _items(rng, prompts, outputs, adapters if num_adapters else None, arrivals, vocab_size)
 
 
-def draw_chat_workload(num_requests: int, vocab_size: int, seed: int, rate: float, cv: float = 1.0) -> list[WorkItem]:
+def draw_chat_workload(
+    num_requests: int, vocab_size: int, seed: int, rate: float, cv: float = 1.0, longest: int = 1024
+) -> list[WorkItem]:
     """Like a chat service, as the paper describes its real trace: 26 adapters, some much more popular than others, and
-    long-tailed lengths with means of 85 (prompt) and 165 (output) tokens, here log-normal and at most 1,024.
+    long-tailed lengths with means of 85 (prompt) and 165 (output) tokens, here log-normal and cut at ``longest``.
     """
     rng = np.random.default_rng(seed)
-    prompts = _log_normal(rng, 85, num_requests)
-    outputs = _log_normal(rng, 165, num_requests)
+    prompts = _log_normal(rng, 85, num_requests, longest)
+    outputs = _log_normal(rng, 165, num_requests, longest)
     adapters = _popular_first(rng, num_requests, CHAT_ADAPTERS, alpha=1.0)
     arrivals = gamma_arrivals(num_requests, rate, cv, seed + 1)
     return _items(rng, prompts, outputs, adapters, arrivals, vocab_size)
@@ -119,9 +120,9 @@ def _popular_first(rng: np.random.Generator, num_requests: int, num_adapters: in
     return rng.choice(len(weights), num_requests, p=weights / weights.sum())
 
 
-def _log_normal(rng: np.random.Generator, mean: float, count: int) -> np.ndarray:
+def _log_normal(rng: np.random.Generator, mean: float, count: int, longest: int) -> np.ndarray:
     lengths = rng.lognormal(math.log(mean) - _CHAT_SIGMA**2 / 2, _CHAT_SIGMA, count)
-    return np.clip(np.rint(lengths), 1, _CHAT_LONGEST).astype(int)
+    return np.clip(np.rint(lengths), 1, longest).astype(int)
 
 
 def _items(rng, prompts, outputs, adapters, arrivals, vocab_size: int) -> list[WorkItem]:

@@ -17,7 +17,7 @@ import psutil
 from slora_jax.adapters.peft import resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
-from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
+from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, SchedulerConfig, read_yaml
 from slora_jax.engine.batch import AdapterSlice, Buckets
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
@@ -29,6 +29,7 @@ from slora_jax.memory.pages import PageAllocator
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import GATHERED, LoraOps
 from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
@@ -72,9 +73,11 @@ class Engine:
         tokenizer: Tokenizer | None,
         model_name: str,
         mesh: ModelMesh | None = None,
+        lora_ops: LoraOps = GATHERED,
     ):
         dtype = jax.tree.leaves(params)[0].dtype
         self.config = config
+        self._built_for = config.scheduler
         self.model_name = model_name
         self.model_config = model_config
         self.tokenizer = tokenizer
@@ -108,7 +111,14 @@ class Engine:
         costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
         self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=costs)
         self._runner = Runner(
-            model_config, params, self._pool, _buckets(config), self.max_model_len, mesh, _program_folder(config)
+            model_config,
+            params,
+            self._pool,
+            _buckets(config),
+            self.max_model_len,
+            mesh,
+            _program_folder(config),
+            lora_ops,
         )
         self._followers = Followers()
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
@@ -469,6 +479,42 @@ class Engine:
         shapes = self._runner.all_shapes(active, largest)
         self._runner.compile(shapes)
         logger.info("compiled %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
+
+    def reschedule(
+        self,
+        config: SchedulerConfig,
+        pages: PageAllocator | None = None,
+        create: Callable[[SchedulerConfig, PageAllocator, Callable[[], float]], Scheduler] = Scheduler,
+    ) -> None:
+        """Goes on under other scheduler settings, with an empty pool; compiled steps and adapters in host memory stay.
+
+        For whoever runs the loop by calling ``step``, while nothing is under way.
+
+        Args:
+          config: steps no larger than those that the engine was made for.
+          pages: the pages to hand out, at most the pool's; None for all of them.
+          create: makes the scheduler.
+
+        Raises:
+          ValueError: larger steps, or more pages than the pool has.
+          RuntimeError: something is under way.
+        """
+        built = self._built_for
+        if config.max_batch_tokens > built.max_batch_tokens or config.max_sequences > built.max_sequences:
+            raise ValueError(
+                f"steps of {config.max_batch_tokens} tokens and {config.max_sequences} sequences are larger than the "
+                f"{built.max_batch_tokens} and {built.max_sequences} this engine was made for; make another"
+            )
+        pages = pages or PageAllocator(self._pool.num_pages)
+        if pages.num_pages > self._pool.num_pages:
+            raise ValueError(f"{pages.num_pages} pages are more than the pool's {self._pool.num_pages}")
+        with self._lock:
+            if self._submitted or self._answers or self._in_flight or self._copies or not self._scheduler.is_idle:
+                raise RuntimeError("the engine is not idle; call step until it returns False")
+            self.config = self.config.model_copy(update={"scheduler": config})
+            self._pages = pages
+            self._scheduler = create(config, pages, time.monotonic)
+            self._slices.clear()
 
     def start(self) -> None:
         """Runs steps in a background thread until ``close``."""

@@ -19,7 +19,7 @@ from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, buil
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import Llama
+from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
@@ -95,6 +95,7 @@ class Runner:
         max_len: int,
         mesh: ModelMesh | None = None,
         program_folder: Path | None = None,
+        lora_ops: LoraOps = GATHERED,
     ):
         """
         Args:
@@ -104,11 +105,12 @@ class Runner:
           buckets: shapes that batches are padded to.
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
-          program_folder: see ``Programs``.
+          program_folder: see ``Programs``; for the model's own ``lora_ops`` only.
+          lora_ops: what computes low-rank updates on one device.
         """
         dtype = pool.array.dtype
         backend = choose_backend(jax.devices()[0], config.head_dim, dtype)
-        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1)
+        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1, lora_ops)
         self.params = params
         self._mesh = mesh
         self._everywhere = mesh.replicated if mesh else None
@@ -127,8 +129,8 @@ class Runner:
         self._programs = Programs(
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
-            program_folder,
-            (self.model, pool.array.aval, self._tokens.aval),
+            program_folder if lora_ops is GATHERED else None,
+            (config, backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )

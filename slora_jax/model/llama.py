@@ -13,6 +13,7 @@ gate, up and an all-reduce ``[T, R]`` for each of o, down.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -83,16 +84,32 @@ class StepTables(NamedTuple):
     lora_split: LoraPlan | None
 
 
+class LoraOps(NamedTuple):
+    """What computes low-rank updates on one device: functions with the contracts of ``plan_lora`` and ``lora_delta``.
+
+    What ``plan`` returns is a pytree with a static ``active``, as that of its segments.
+    """
+
+    plan: Callable
+    delta: Callable
+
+
+GATHERED = LoraOps(plan_lora, lora_delta)
+"""Adapters read from the pool where they lie, each at its own rank."""
+
+
 class Llama(nn.Module):
     """The decoder. Parameters are in ``dtype``; norms, rope and softmax compute in float32.
 
-    ``config`` is the whole model's; ``backend`` says which kernels it calls.
+    ``config`` is the whole model's; ``backend`` says which kernels it calls, ``lora_ops`` what computes low-rank
+    updates on one device (several have a way of their own).
     """
 
     config: ModelConfig
     dtype: jnp.dtype
     backend: Backend = "reference"
     num_shards: int = 1
+    lora_ops: LoraOps = GATHERED
 
     def setup(self):
         config = Shards(self.config, self.num_shards).local
@@ -103,7 +120,10 @@ class Llama(nn.Module):
             param_dtype=self.dtype,
             embedding_init=nn.initializers.normal(1.0),
         )
-        self.layers = [Block(self.config, self.dtype, self.backend, self.num_shards) for _ in range(config.num_layers)]
+        self.layers = [
+            Block(self.config, self.dtype, self.backend, self.num_shards, self.lora_ops)
+            for _ in range(config.num_layers)
+        ]
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config.vocab_size, self.dtype)
@@ -127,7 +147,7 @@ class Llama(nn.Module):
             else:
                 params = block.variables["params"]
                 x, pool = _apply_block(
-                    params, x, step, pool, layer, self.config, self.dtype, self.backend, self.num_shards
+                    params, x, step, pool, layer, self.config, self.dtype, self.backend, self.num_shards, self.lora_ops
                 )
         return self.norm(x), pool
 
@@ -146,7 +166,7 @@ class Llama(nn.Module):
         if batch.lora is not None:
             shapes = local_shapes(Shards(self.config, self.num_shards))
             plan = partial(
-                plan_lora,
+                self.lora_ops.plan if self.num_shards == 1 else plan_lora,
                 num_tokens=num_tokens,
                 row_width=row_width,
                 widths=[(s.d_in, s.d_out) for s in shapes.values()],
@@ -191,6 +211,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     backend: Backend
     num_shards: int
+    lora_ops: LoraOps
 
     @property
     def local(self) -> ModelConfig:
@@ -229,7 +250,7 @@ class Block(nn.Module):
                 return y
             # Nothing between the product and the sum: cuBLAS then does both in one kernel.
             if self.num_shards == 1:
-                return y + lora_delta(x, pool, layer, step.lora, modules)
+                return y + self.lora_ops.delta(x, pool, layer, step.lora, modules)
             partial_sums = shrink_split(x, modules)
             return y + lora_expand(partial_sums, pool, layer, step.lora, modules, x.dtype)
 
@@ -264,7 +285,7 @@ class Block(nn.Module):
         return x + reduce(self.down, nn.silu(gate) * up, DOWN), pool
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "backend", "num_shards"))
+@partial(jax.jit, static_argnames=("config", "dtype", "backend", "num_shards", "lora_ops"))
 def _apply_block(
     params,
     x,
@@ -275,9 +296,10 @@ def _apply_block(
     dtype: jnp.dtype,
     backend: Backend,
     num_shards: int,
+    lora_ops: LoraOps,
 ):
     """``Block`` as a function that knows neither its layer nor its parameters: the same for all layers."""
-    block = Block(config, dtype, backend, num_shards, parent=None)
+    block = Block(config, dtype, backend, num_shards, lora_ops, parent=None)
     return block.apply({"params": params}, x, step, pool, layer)
 
 

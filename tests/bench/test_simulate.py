@@ -4,23 +4,30 @@ import dataclasses
 
 import pytest
 
-from slora_jax.bench.paper import EXPERIMENTS, Scale, SimulatedServer, run_experiment, saturated_rate
+from slora_jax.bench.paper import EXPERIMENTS, SCALES, Scale, SimulatedServer, run_experiment, saturated_rate
 from slora_jax.bench.service import Service, Times
+from slora_jax.bench.shares import SplitPages, SplitScheduler
 from slora_jax.bench.simulate import H200, StepTime, simulate
 from slora_jax.bench.workload import Case, OpenTrace, draw_chat_workload, draw_workload
 from slora_jax.config import SchedulerConfig
+from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 
 LLAMA_7B = ModelConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32,
     head_dim=128,
 )  # fmt: skip
-SLOW = SimulatedServer(LLAMA_7B, H200.slower(15), pool_pages=900)
-SCALE = Scale(seconds=90, max_sequences=32, max_batch_tokens=256, saturated_requests=60, adapters=20)
+# A pool in which a full batch has room, as in the paper, which preempts nobody: otherwise a policy without early abort
+# looks good for first tokens of requests that are then preempted.
+SLOW = SimulatedServer(LLAMA_7B, H200.slower(15), pool_pages=1300)
+SCALE = Scale(seconds=90, max_sequences=32, max_batch_tokens=256, saturated_requests=300, adapters=20)
 
 
 def rows_of(name, scale=SCALE, server=SLOW):
-    rows = run_experiment(EXPERIMENTS[name], server, scale, saturated_rate(server, scale), lambda row: None)
+    def saturated(max_sequences=scale.max_sequences):
+        return saturated_rate(server, scale, max_sequences)
+
+    rows = run_experiment(EXPERIMENTS[name], server, scale, saturated, lambda rows: None)
     return {(row["series"], row["x"]): row for row in rows}
 
 
@@ -42,52 +49,106 @@ def test_metrics():
 
 @pytest.fixture(scope="module")
 def overloaded():
-    rows = rows_of("abort", dataclasses.replace(SCALE, saturated_requests=300))
-    return {key: row["attainment"] for key, row in rows.items()}
+    return rows_of("abort")
 
 
 @pytest.mark.parametrize("cv", [1, 2, 4, 6, 8])
 def test_first_come_keeps_the_fewest_promises_under_overload(overloaded, cv):
-    assert min(overloaded["last come", cv], overloaded["early abort", cv]) > overloaded["first come", cv]
+    first, last, early = (overloaded[s, cv]["attainment"] for s in ("first come", "last come", "early abort"))
+    assert early >= last > first
 
 
-@pytest.mark.parametrize(
-    "cv",
-    [
-        *(pytest.param(cv, marks=pytest.mark.xfail(strict=True, reason="0.04 below last come")) for cv in (1, 2)),
-        4,
-        6,
-        8,
-    ],
-)
-def test_early_abort_keeps_at_least_as_many_as_last_come(overloaded, cv):
-    assert overloaded["early abort", cv] >= overloaded["last come", cv]
+@pytest.mark.parametrize("cv", [1, 2, 4, 6, 8])
+def test_early_abort_satisfies_most(overloaded, cv):
+    first, last, early = (overloaded[s, cv]["satisfaction"] for s in ("first come", "last come", "early abort"))
+    assert early > last > first
 
 
-@pytest.mark.slow
 def test_a_light_tenant_is_served_fairly_beside_a_flood_by_vtc_only():
-    """In batches of 16: with larger ones the flood's share of each step alone costs the light one more than 1.5."""
-    server = SimulatedServer(LLAMA_7B)
-    scale = Scale(seconds=30, max_sequences=16, max_batch_tokens=64, saturated_requests=100, adapters=20)
-    rows = rows_of("fair", scale, server)
-    alone, first, fair = (rows[s, 4.0]["mean_latency"] for s in ("alone", "first come", "fair (VTC)"))
+    scale = Scale(seconds=20, longest=256, saturated_requests=100, adapters=20, fair_sequences=(32,))
+    rows = rows_of("fairness", scale, SimulatedServer(LLAMA_7B))
+    alone, first, fair = (rows[s, 32]["mean_latency"] for s in ("alone", "first come", "fair (VTC)"))
     assert fair < 1.5 * alone and first > 5 * alone
 
 
+def test_what_a_flood_costs_a_light_tenant_in_large_batches_is_the_length_of_steps_not_waiting():
+    """Why 1.5 holds for small batches only: a full step of 128 takes longer than a step of one, whoever is in it."""
+    scale = Scale(seconds=10, longest=256, saturated_requests=200, adapters=20, fair_sequences=(128,))
+    rows = rows_of("fairness", scale, SimulatedServer(LLAMA_7B))
+    alone, fair = rows["alone", 128], rows["fair (VTC)", 128]
+    assert fair["mean_latency"] > 1.5 * alone["mean_latency"]
+    assert fair["mean_first_token"] < 0.1 * fair["mean_latency"]
+
+
 def test_clustering_copies_fewer_adapters():
-    rows = rows_of("cluster", dataclasses.replace(SCALE, seconds=60, few_pages=300))
-    assert rows["clustering", 4]["loads"] < rows["first come", 4]["loads"]
-    assert rows["clustering", 4]["mean_latency"] < rows["first come", 4]["mean_latency"]
+    scale = dataclasses.replace(SCALES["quick"], few_pages=300, clusters=(4, 32))
+    rows = rows_of("cluster", scale, SimulatedServer(LLAMA_7B))
+    clustered, first_come = rows["clustering", 4], rows["clustering", 32]
+    assert clustered["loads"] < 0.5 * first_come["loads"]
+    assert clustered["throughput"] > 1.1 * first_come["throughput"]
+
+
+def test_a_fixed_share_of_the_pool_answers_less_with_one_adapter_and_with_many():
+    rows = rows_of("ablation", dataclasses.replace(SCALE, few_pages=450, ablation_adapters=(1, 200)))
+    for n in (1, 200):
+        assert rows["fixed share", n]["throughput"] < 0.95 * rows["slora-jax", n]["throughput"]
+    assert ("padded products", 1) not in rows, "which takes the GPU"
+
+
+def test_service_gets_worse_with_the_rate():
+    scale = dataclasses.replace(SCALE, rate_shares=(0.5, 1.5), seconds=60)
+    rows = rows_of("rates", scale)
+    for setting in ("S1", "S2"):
+        slow, fast = sorted(x for series, x in rows if series == setting)
+        assert rows[setting, slow]["satisfaction"] > rows[setting, fast]["satisfaction"]
+        assert rows[setting, slow]["mean_first_token"] < rows[setting, fast]["mean_first_token"]
+
+
+def test_table_3_changes_little_from_5_adapters_to_2000():
+    scale = Scale(table_requests=200, table_adapters=(5, 2000))
+    rows = rows_of("table3", scale, SimulatedServer(LLAMA_7B))
+    base = rows["slora-jax, base", 0]["throughput"]
+    assert rows["slora-jax, S1", 2000]["throughput"] > 0.9 * base
+    assert rows["slora-jax, S2", 5]["throughput"] > 0.9 * base > rows["slora-jax, S2", 2000]["throughput"]
+
+
+def test_a_chat_trace_keeps_more_promises_with_early_abort():
+    rows = rows_of("trace", dataclasses.replace(SCALE, loads=(4.0,), seconds=60))
+    assert rows["early abort", 4.0]["attainment"] > rows["first come", 4.0]["attainment"]
 
 
 def test_thousands_of_adapters_are_all_served_twice_the_same():
     case = Case("S1", 5000)
     workload = draw_workload(300, 5000, 100, 7, longest=40, trace=OpenTrace(50.0, 2.0, 0.0))
-    runs = [
-        simulate(case, workload, SchedulerConfig(policy="vtc", prefix_cache=False), 400, StepTime(H200, LLAMA_7B))
-        for _ in range(2)
-    ]
+    config = SchedulerConfig(policy="vtc", prefix_cache=False)
+    runs = [simulate(case, workload, config, PageAllocator(400), StepTime(H200, LLAMA_7B)) for _ in range(2)]
     assert runs[0] == runs[1] and all(t.last for t in runs[0].times) and runs[0].num_loads > 250
+
+
+def test_neither_share_of_a_split_pool_takes_from_the_other():
+    pages = SplitPages(401)
+    most = {"adapters": 0, "kv": 0}
+    allocate, for_adapter = pages.allocate, pages.allocate_for_adapter
+
+    def watch(given):
+        pages.check_integrity()
+        in_blocks = sum(len(block.pages) for block in pages._blocks.values())
+        most["adapters"] = max(most["adapters"], in_blocks)
+        most["kv"] = max(most["kv"], pages.total - pages.num_free - in_blocks)
+        return given
+
+    pages.allocate = lambda count: watch(allocate(count))
+    pages.allocate_for_adapter = lambda count: watch(for_adapter(count))
+    workload = draw_workload(200, 50, 100, 7, longest=200)
+    config = SchedulerConfig(prefix_cache=False)
+    run = simulate(Case("S2", 50), workload, config, pages, StepTime(H200, LLAMA_7B), SplitScheduler)
+    assert all(t.last for t in run.times) and run.num_loads >= 50
+    assert 84 < most["adapters"] <= 100 and 284 < most["kv"] <= 300 + 16
+
+
+def test_a_split_pool_has_no_prefix_cache():
+    with pytest.raises(ValueError, match="prefix_cache"):
+        SplitScheduler(SchedulerConfig(), SplitPages(100), lambda: 0.0)
 
 
 def test_a_chat_workload_has_the_papers_means():

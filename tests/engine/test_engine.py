@@ -16,6 +16,7 @@ from slora_jax import Request, SamplingParams
 from slora_jax.adapters.peft import load_adapter
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+from slora_jax.memory.pages import PageAllocator
 
 PROMPT = tuple(range(20, 60))
 
@@ -403,3 +404,29 @@ def test_a_failing_step_ends_every_request_with_the_reason(tiny_case, monkeypatc
         engine.submit(greedy(PROMPT))
     assert not engine.is_running
     engine.close()
+
+
+# Other scheduler settings
+
+
+def test_an_idle_engine_goes_on_under_other_settings_with_an_empty_pool(tiny_case):
+    engine = tiny_case.engine()
+    adapter = next(iter(engine.adapters()))
+    (before,) = run(engine, engine.submit(greedy(PROMPT, adapter, 8)))
+    config = engine.config.scheduler
+    engine.reschedule(config.model_copy(update={"policy": "priority", "max_sequences": 2}), PageAllocator(60))
+    assert engine.stats()["pages_used"] == engine.stats()["pages_cached"] == 0 and engine.stats()["pages_total"] == 59
+    request = dataclasses.replace(greedy(PROMPT, adapter, 8), priority=3)
+    (after,) = run(engine, engine.submit(request))
+    assert tokens_of(after) == tokens_of(before) and engine.stats()["adapter_loads"] == 2
+    engine.reschedule(config)
+    with pytest.raises(InvalidRequest, match="priority"):
+        engine.submit(request)
+    generation = engine.submit(greedy(PROMPT, None, 8))
+    with pytest.raises(RuntimeError, match="not idle"):
+        engine.reschedule(config)
+    run(engine, generation)
+    with pytest.raises(ValueError, match="make another"):
+        engine.reschedule(config.model_copy(update={"max_sequences": config.max_sequences + 1}))
+    with pytest.raises(ValueError, match="the pool's"):
+        engine.reschedule(config, PageAllocator(10_000))

@@ -3,50 +3,45 @@
 import heapq
 from collections.abc import Iterable
 
-from slora_jax.scheduler.policies.base import MAX_ABORTS, Entry, LazyHeap, Ordered, by_arrival, by_last_arrival
+from slora_jax.scheduler.policies.base import MAX_ABORTS, Entry, Ordered, by_last_arrival
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
-_WINDOW_SECONDS = 1.0
 _KEPT = 0.7
-"""The weight of the past in averages, for each window or measurement, as in the paper's code."""
+"""The weight of the past in averages, as in the paper's code."""
 
 
 class EarlyAbort(Ordered):
-    """Gives up requests that cannot have their first token in time; of the others, as many as possible shall.
+    """Gives up requests that cannot have their first token in time; of the others, the newest goes first.
 
-    While more arrive than are started the newest goes first, otherwise the oldest. A request is given up once the
-    time left is shorter than a prompt takes, from its start to its first token: a running average plus twice the
-    deviation, in place of the paper's constant half second. What has once started is never given up.
+    The paper takes the oldest first while no more arrive than are started. In simulation that keeps no more promises
+    at any burstiness, and fewer in a pool that preempts: the oldest start with no time to spare.
+
+    A request is given up once the time left is shorter than a prompt takes, from its start to its first token: a
+    running average plus twice the deviation, in place of the paper's constant half second, and at most half of the
+    objective, so that there is always something to measure. What has once started is never given up.
     """
 
     def __init__(self, slo_s: float):
-        super().__init__(by_arrival)
+        super().__init__(by_last_arrival)
         self._slo_s = slo_s
-        self._newest = LazyHeap(by_last_arrival)
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._newest_id = -1
         self._hopeless: list[Entry] = []
         self._now = 0.0
-        self._window_start: float | None = None
-        self._num_arrived = self._num_started = 0
-        self._arrivals = self._starts = 0.0
         self._start_times: dict[int, float] = {}
         self._prefill_seconds: float | None = None
         self._deviation = 0.0
 
     def push(self, entry: Entry) -> None:
         super().push(entry)
-        self._newest.push(entry)
         sequence = entry.sequence
         # Not those that come back, nor siblings: they come after their leader has begun to answer.
         if sequence.sequence_id > self._newest_id and sequence.leader is None:
             self._newest_id = sequence.sequence_id
-            self._num_arrived += 1
             heapq.heappush(self._deadlines, (self._deadline(sequence), sequence.sequence_id, sequence))
 
     def take(self) -> Entry | None:
-        heap = self._newest if self._arrivals > self._starts else self._heap
-        while (entry := heap.take()) is not None:
+        while (entry := self._heap.take()) is not None:
             if not self._is_hopeless(entry.sequence):
                 return entry
             self._hopeless.append(entry)
@@ -56,7 +51,6 @@ class EarlyAbort(Ordered):
 
     def begin(self, now: float) -> Iterable[Sequence]:
         self._now = now
-        self._average_arrivals(now)
         for entry in self._hopeless:
             entry.put_back()
         self._hopeless.clear()
@@ -69,7 +63,6 @@ class EarlyAbort(Ordered):
 
     def started(self, sequence: Sequence) -> None:
         if sequence.epoch == 0 and sequence.leader is None:
-            self._num_started += 1
             self._start_times[sequence.sequence_id] = self._now
 
     def stopped(self, sequence: Sequence) -> None:
@@ -85,7 +78,7 @@ class EarlyAbort(Ordered):
     @property
     def _first_token_seconds(self) -> float:
         """From a start to its first token, most likely at most."""
-        return (self._prefill_seconds or 0.0) + 2 * self._deviation
+        return min((self._prefill_seconds or 0.0) + 2 * self._deviation, self._slo_s / 2)
 
     def _deadline(self, sequence: Sequence) -> float:
         return sequence.arrival + (self._slo_s if sequence.slo_s is None else sequence.slo_s)
@@ -97,18 +90,6 @@ class EarlyAbort(Ordered):
             and sequence.leader is None
             and self._deadline(sequence) <= self._now + self._first_token_seconds
         )
-
-    def _average_arrivals(self, now: float) -> None:
-        if self._window_start is None:
-            self._window_start = now
-        seconds = now - self._window_start
-        if seconds < _WINDOW_SECONDS:
-            return
-        kept = _KEPT ** (seconds / _WINDOW_SECONDS)
-        self._arrivals = kept * self._arrivals + (1 - kept) * self._num_arrived / seconds
-        self._starts = kept * self._starts + (1 - kept) * self._num_started / seconds
-        self._num_arrived = self._num_started = 0
-        self._window_start = now
 
     def _average_prefill(self, seconds: float) -> None:
         if self._prefill_seconds is None:

@@ -43,6 +43,7 @@ class VirtualTokenCounter(Ordered):
         self._limit = 1024
         # Keys may be too small, for counters grow, and are mended when they surface.
         self._queue: list[tuple[float, int, _Tenant]] = []
+        self._queue_limit = 1024
         self._ticks = itertools.count()
         self._taken_from: list[_Tenant] = []
         self._last_started: _Tenant | None = None
@@ -105,6 +106,11 @@ class VirtualTokenCounter(Ordered):
     def _enqueue(self, tenant: _Tenant) -> None:
         tenant.queued_at = tenant.counter + tenant.planned
         heapq.heappush(self._queue, (tenant.queued_at, next(self._ticks), tenant))
+        if len(self._queue) > self._queue_limit:
+            # Rid of keys that were replaced; in the long run a constant time for each.
+            self._queue = list({id(item[2]): item for item in self._queue if item[0] == item[2].queued_at}.values())
+            heapq.heapify(self._queue)
+            self._queue_limit = 2 * len(self._queue) + 1024
 
     def _first(self) -> _Tenant | None:
         """The tenant with the smallest counter of those with something waiting."""
