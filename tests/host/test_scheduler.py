@@ -563,6 +563,41 @@ def test_adapters_of_sequences_that_others_overtake_give_host_memory_back():
     assert not any(adapter.holds for adapter in (*deep, *new))
 
 
+def test_when_nothing_runs_what_nobody_wants_is_let_go_at_once():
+    loop = make_loop(max_sequences=1, num_pages=8)
+    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=50))
+    adapter = StubAdapter("a", 6)
+    waiting = make_sequence(1, [1] * 8, adapter=adapter)
+    loop.scheduler.add(waiting)
+    loop.step()
+    loop.step()
+    loop.scheduler.finish(waiting)
+    loop.step()
+    assert adapter.holds == 1, "for some plans more: it may come back"
+    loop.scheduler.finish(loop.in_flight.entries[0].sequence)
+    loop.step()
+    assert adapter.holds == 0
+
+
+def test_a_ready_adapter_starts_though_no_more_may_be_held_for_those_before_it():
+    loop = make_loop(policy="lcfs", max_sequences=8)
+    loop.copy_steps = 3
+    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=50, adapter=StubAdapter("large", 20)))
+    loop.step()
+    for i in range(1, MAX_HELD_ADAPTERS):
+        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=StubAdapter(None, 2, status="registered")))
+    ready, last = StubAdapter("ready", 2), StubAdapter(None, 2, status="registered")
+    waiting = make_sequence(1000, [1] * 8, adapter=ready)
+    loop.scheduler.add(waiting)
+    loop.step()
+    assert ready.holds == 1 and not resident(loop, ready)[0], "the large one is still on its way"
+    loop.scheduler.add(make_sequence(1001, [2] * 8, adapter=last))
+    loop.step()
+    assert last.holds == 0 and ready.holds == 1
+    loop.step()
+    assert waiting.state is State.RUNNING
+
+
 # Pins
 
 
