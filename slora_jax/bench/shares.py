@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from slora_jax.config import SchedulerConfig
+from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.scheduler.scheduler import Scheduler
 
@@ -55,10 +56,17 @@ class _AdapterPages:
 class SplitScheduler(Scheduler):
     """Adapters that find no room in their share wait, and others pass them; none takes KV pages, nor the reverse."""
 
-    def __init__(self, config: SchedulerConfig, pages: SplitPages, clock: Callable[[], float]):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pages: SplitPages,
+        clock: Callable[[], float],
+        *,
+        costs: PageCosts = EQUAL_COSTS,
+    ):
         if config.prefix_cache:
             raise ValueError("a split pool has no prefix cache; turn prefix_cache off")
-        super().__init__(config, pages, clock)
+        super().__init__(config, pages, clock, costs=costs)
 
     def _can_copy(self, adapter) -> bool:
         return super()._can_copy(adapter) and self._pages.has_room_for_adapter(adapter.num_pages)

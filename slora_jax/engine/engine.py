@@ -108,8 +108,8 @@ class Engine:
         self._slices: dict[Hashable, AdapterSlice] = {}
         page_bytes = layout.page_bytes(dtype.itemsize)
         on_gpu = jax.default_backend() != "cpu"
-        costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
-        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=costs)
+        self._costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
+        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=self._costs)
         self._runner = Runner(
             model_config,
             params,
@@ -484,7 +484,7 @@ class Engine:
         self,
         config: SchedulerConfig,
         pages: PageAllocator | None = None,
-        create: Callable[[SchedulerConfig, PageAllocator, Callable[[], float]], Scheduler] = Scheduler,
+        create: Callable[..., Scheduler] = Scheduler,
     ) -> None:
         """Goes on under other scheduler settings, with an empty pool; compiled steps and adapters in host memory stay.
 
@@ -493,7 +493,7 @@ class Engine:
         Args:
           config: steps no larger than those that the engine was made for.
           pages: the pages to hand out, at most the pool's; None for all of them.
-          create: makes the scheduler.
+          create: makes the scheduler, of the arguments of ``Scheduler``.
 
         Raises:
           ValueError: larger steps, or more pages than the pool has.
@@ -513,7 +513,9 @@ class Engine:
                 raise RuntimeError("the engine is not idle; call step until it returns False")
             self.config = self.config.model_copy(update={"scheduler": config})
             self._pages = pages
-            self._scheduler = create(config, pages, time.monotonic)
+            self._scheduler.close()
+            self._scheduler = create(config, pages, time.monotonic, costs=self._costs)
+            self._scheduler.pin(self._pinned)
             self._slices.clear()
 
     def start(self) -> None:

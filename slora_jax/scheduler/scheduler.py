@@ -166,6 +166,12 @@ class Scheduler:
         sequence.state = State.FINISHED
         self._release_followers(sequence)
 
+    def close(self) -> None:
+        """Lets all adapters in host memory go, when idle. Nothing can be planned afterwards."""
+        assert self.is_idle, "sequences are left"
+        while self._held:
+            self._held.popitem()[0].let_go()
+
     def plan(self) -> StepPlan:
         """Decides the next step. Empty when nothing can run now."""
         self._num_plans += 1

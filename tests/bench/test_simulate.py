@@ -90,8 +90,8 @@ def test_clustering_copies_fewer_adapters():
 
 def test_a_fixed_share_of_the_pool_answers_less_with_one_adapter_and_with_many():
     rows = rows_of("ablation", dataclasses.replace(SCALE, few_pages=450, ablation_adapters=(1, 200)))
-    for n in (1, 200):
-        assert rows["fixed share", n]["throughput"] < 0.95 * rows["slora-jax", n]["throughput"]
+    for n, most in ((1, 0.85), (200, 0.97)):
+        assert rows["fixed share", n]["throughput"] < most * rows["slora-jax", n]["throughput"]
     assert ("padded products", 1) not in rows, "which takes the GPU"
 
 
