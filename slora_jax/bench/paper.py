@@ -101,7 +101,7 @@ SCALES = {
     "quick": Scale(
         seconds=5, longest=256, slo_s=0.3, max_sequences=64, saturated_requests=150, few_pages=450, table_requests=200,
         rate_shares=(0.7, 1.5), ablation_adapters=(5, 200), merged_adapters=(2, 5), cvs=(1, 4, 8), clusters=(4, 32),
-        fair_sequences=(32, 64), loads=(1.0, 2.0),
+        fair_sequences=(32,), loads=(1.0, 2.0),
     ),
     # A toy on a CPU, to try the command itself.
     "toy": Scale(
