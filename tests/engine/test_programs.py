@@ -24,7 +24,12 @@ class Counting:
         return jax.jit(lambda x: {"sum": x["x"] + shape}, donate_argnums=0).lower({"x": vector})
 
     def results(self, *shapes):
-        return [self.programs.get(shape)({"x": jnp.zeros(3)})["sum"].tolist() for shape in shapes]
+        sums = []
+        for shape in shapes:
+            arguments = {"x": jnp.zeros(3)}
+            sums.append(self.programs.get(shape)(arguments)["sum"].tolist())
+            assert arguments["x"].is_deleted(), "what is donated is donated to a program from disk too"
+        return sums
 
 
 def test_programs_are_found_on_disk(tmp_path):
