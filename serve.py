@@ -384,6 +384,8 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
             raise InvalidRequest(f"invalid configuration: {section} must be a mapping, got {fields[section]!r}")
     for several in ("adapter_dirs", "pinned"):
         fields[several] = fields.get(several) or []
+        if not isinstance(fields[several], list):
+            raise InvalidRequest(f"invalid configuration: {several} must be a list, got {fields[several]!r}")
     for name, value in flags.items():
         *section, key = name.split("__")
         if name == "adapters":

@@ -167,8 +167,8 @@ def load_adapter(header: AdapterHeader, dtype: np.dtype) -> HostAdapter:
     """
     dtype = np.dtype(dtype)
     with _naming(header.path), _opened(header.path) as source:
-        if source.fingerprint != header.fingerprint:
-            raise BadAdapter("its config or its tensors' shapes changed since it was registered; register it again")
+        if (source.fingerprint, source.modified_ns) != (header.fingerprint, header.modified_ns):
+            raise BadAdapter("its files changed since it was registered; register it again")
         _, projections = _check(source, parse_lora_config(source.config), header.layout.pool)
         weights = _WeightReader(source.file, projections, dtype)
         packed = header.layout.pack(weights, dtype)

@@ -2,7 +2,8 @@
 
 A name stands for its *current version*; a version is one immutable adapter, and its object is the handle that requests
 hold. Registering other content under a name in use puts a new version in the old one's place in one step: requests
-that asked for the name before keep the old version, its weights and its pool pages, later ones get the new version.
+that asked for the name before keep the old version and its weights, in the pool or in host memory, later ones get the
+new version. An old version whose files are no longer there when it must be read (again) fails with that reason.
 The store refers only to current versions, so an old or unregistered one is freed, host memory and all, as soon as the
 last request that holds it lets go.
 
@@ -78,12 +79,14 @@ class AdapterVersion:
       failure: why it failed, else "".
     """
 
-    __slots__ = ("__weakref__", "_holds", "_host", "_store", "failure", "header", "info", "status")
+    __slots__ = ("__weakref__", "_holds", "_host", "_key", "_store", "failure", "header", "info", "status")
 
     def __init__(self, store: "AdapterStore", name: str, header: AdapterHeader):
         self._store = store
         self._host: HostAdapter | None = None
         self._holds = 0
+        # In the cache, for one stay there: a dead reference equals only itself.
+        self._key: weakref.ref[AdapterVersion] | None = None
         self.header = header
         self.info = AdapterInfo(
             name=name,
@@ -240,7 +243,7 @@ class AdapterStore:
     def _set_current(self, name: str, version: AdapterVersion, pinned: bool) -> None:
         """Needs the lock. Raises BadAdapter, changing nothing, if there is no room for the pin."""
         others = tuple(other for other in self.pinned if other.info.name != name)
-        used = sum(other.num_pages for other in others)
+        used = sum(other.num_pages for other in others if other.status != "failed")
         if pinned and used + version.num_pages > self._max_pinned_pages:
             raise BadAdapter(
                 f"adapter {name} cannot be pinned: it takes {version.num_pages} pages, pinned ones may take "
@@ -348,7 +351,7 @@ class AdapterStore:
         with self._changed:
             version._holds += 1
             if version.status == "ready":
-                self._cache.hold(weakref.ref(version))
+                self._cache.hold(version._key)
             elif version.status == "registered":
                 self._start_loading(version)
 
@@ -358,9 +361,8 @@ class AdapterStore:
                 raise RuntimeError(f"adapter {version.info.name} was let go more often than held")
             version._holds -= 1
             if version._holds == 0:
-                key = weakref.ref(version)
-                if version.status == "ready" and key in self._cache:
-                    self._cache.let_go(key)
+                if version.status == "ready" and version._key in self._cache:
+                    self._cache.let_go(version._key)
                 self._use_room()
 
     def _start_loading(self, version: AdapterVersion) -> None:
@@ -387,7 +389,7 @@ class AdapterStore:
         while self._without_room and not self._is_closed:
             version = self._without_room[0]()
             if version is not None and version._holds:
-                key = weakref.ref(version, self._dead.append)
+                key = version._key = weakref.ref(version, self._dead.append)
                 left = self._cache.add(key, self._host_bytes(version.num_pages))
                 if left is None:
                     return
@@ -425,6 +427,7 @@ class AdapterStore:
                 )
         except BadAdapter as e:
             failure = str(e)
+            logger.warning("adapter %s failed to load: %s", version.info.name, failure)
         except Exception as e:
             # Whatever it was, one adapter must not leave its requests waiting for ever.
             logger.exception("loading adapter %s failed", version.info.name)
@@ -443,7 +446,7 @@ class AdapterStore:
     def _finish(self, version: AdapterVersion, host: HostAdapter | None, failure: str) -> None:
         """Needs the lock. The status goes last: it is read without the lock."""
         self._loading.discard(version)
-        key = weakref.ref(version)
+        key = version._key
         if host is not None:
             version._host = host
             if version.content_hash is None:

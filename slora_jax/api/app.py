@@ -137,10 +137,7 @@ def create_app(
     def model(name: str):
         if name == engine.model_name:
             return _json(_base_card(engine, started))
-        adapter = engine.adapters().get(name)
-        if adapter is None:
-            raise UnknownAdapter(f"the model {name!r} does not exist")
-        return _json(_adapter_card(engine, adapter))
+        return _json(_adapter_card(engine, engine.adapter(name)))
 
     @app.get("/v1/capacity")
     def capacity():

@@ -167,6 +167,14 @@ class Engine:
         """A snapshot of the registered adapters by name."""
         return self._store.infos()
 
+    def adapter(self, name: str) -> AdapterInfo:
+        """One of them.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+        """
+        return self._store.get(name).info
+
     def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available under a name; its weights are loaded when first asked for.
 
@@ -350,7 +358,7 @@ class Engine:
             # Nothing runs until an adapter is there.
             self._copies[0][1].wait()
             return True
-        return previous is not None or self._in_flight is not None or bool(plan.failed or plan.late)
+        return previous is not None or self._in_flight is not None or bool(plan.failed or plan.late) or plan.is_cut
 
     def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
         for load in plan.loads:
@@ -539,9 +547,11 @@ class Engine:
         with self._closing:
             if self._thread is not None:
                 self._thread.join()
-            self._end_all("abort", self._closed)
-            self._followers.stop()
-            self._store.close()
+            try:
+                self._end_all("abort", self._closed)
+                self._followers.stop()
+            finally:
+                self._store.close()
 
     def _loop(self) -> None:
         try:
@@ -711,7 +721,7 @@ def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
     if config.gigabytes is not None:
         budget = config.gigabytes * 2**30
     elif jax.default_backend() == "cpu":
-        budget = min(config.memory_fraction * psutil.virtual_memory().available, _MAX_CPU_POOL_BYTES) / num_devices
+        budget = min(config.memory_fraction * _available_memory(), _MAX_CPU_POOL_BYTES) / num_devices
     else:
         memory = [device.memory_stats() for device in jax.local_devices()[:num_devices]]
         budget = config.memory_fraction * min(m["bytes_limit"] - m["bytes_in_use"] for m in memory)
@@ -727,7 +737,18 @@ def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
 def _host_adapter_bytes(config: EngineConfig) -> int:
     if config.host_adapter_gigabytes is not None:
         return int(config.host_adapter_gigabytes * 2**30)
-    return psutil.virtual_memory().available // 2
+    return _available_memory() // 2
+
+
+def _available_memory() -> int:
+    """Bytes of host memory that this process may still take: the machine's, or its container's if that is less."""
+    available = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available  # no limit, or not version 2 of control groups
+    return max(0, min(available, limit))
 
 
 def _buckets(config: EngineConfig) -> Buckets:

@@ -129,7 +129,7 @@ class Followers:
         self._tell("stop")
         self._hosts = ()
         self.unwatch()
-        if self._watch is not None:
+        if self._watch is not None and self._watch is not threading.current_thread():
             self._watch.join()
 
     def _tell(self, what: str, **arguments: Any) -> None:

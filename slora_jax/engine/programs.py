@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -106,15 +107,17 @@ class Programs:
             return None
 
     def _write(self, shape: Hashable, program: jax.stages.Compiled) -> None:
-        path = self._path(shape)
-        # Another server may be writing the same.
-        partial = path.with_suffix(f".{os.getpid()}")
+        path, partial = self._path(shape), None
         try:
-            partial.write_bytes(pickle.dumps(serialize(program)))
-            partial.replace(path)
+            # Under a name of its own: another server may be writing the same.
+            file, partial = tempfile.mkstemp(dir=self._folder)
+            with os.fdopen(file, "wb") as out:
+                out.write(pickle.dumps(serialize(program)))
+            os.replace(partial, path)
         except Exception as e:
             logger.warning("compiled program %s cannot be kept: %s", path, e)
-            partial.unlink(missing_ok=True)
+            if partial is not None:
+                Path(partial).unlink(missing_ok=True)
 
 
 def _environment(code: Iterable[Path], devices: Sequence[jax.Device]) -> Iterator[str]:
@@ -123,9 +126,12 @@ def _environment(code: Iterable[Path], devices: Sequence[jax.Device]) -> Iterato
         for path in sorted(root.rglob("*")):
             if path.suffix in (".py", ".json"):
                 yield f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    for package in ("jax", "jaxlib", "flax", "jax-triton", "triton"):
+    for package in ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "flax", "jax-triton", "triton"):
         yield f"{package} {_version(package)}"
     yield f"{devices[0].client.platform_version} {[(d.id, d.device_kind) for d in devices]}"
+    if devices[0].platform == "cpu":
+        # Code is made for what the CPU can do, and a cache may be shared.
+        yield str(_cpu_flags())
     yield f"{os.environ.get('XLA_FLAGS')} {jax.config.jax_enable_x64} {jax.config.jax_default_matmul_precision}"
 
 
@@ -134,6 +140,14 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None  # no Triton where there is no NVIDIA GPU
+
+
+def _cpu_flags() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), None)
 
 
 def _digest(*parts: str) -> str:

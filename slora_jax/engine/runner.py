@@ -24,7 +24,8 @@ from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
-_CODE = (Path(pallas_kernels.__file__).parent, Path(__file__).parents[1])
+_PACKAGE = Path(__file__).parents[1]
+_CODE = (Path(pallas_kernels.__file__).parent, *(_PACKAGE / name for name in ("engine", "model", "memory")))
 _FEW_ROWS = 16
 
 

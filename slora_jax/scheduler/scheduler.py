@@ -82,7 +82,6 @@ class Scheduler:
         self._held: dict[AdapterHandle, int] = {}
         self._num_plans = 0
         self._pinned: tuple[AdapterHandle, ...] = ()
-        self._num_pinned_pages = 0
         # Blocks owned for pins, by adapter.
         self._pin_keys: dict[AdapterHandle, Hashable] = {}
         self._num_waiting = 0
@@ -111,11 +110,13 @@ class Scheduler:
     def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
         """Why a sequence of this length can never run, however little else does; None if it can."""
         pages = PoolLayout.token_pages(num_tokens)
-        if adapter is not None and adapter not in self._pinned:
+        pinned_pages = self._pages_by_pin()
+        if adapter is not None and _content(adapter) not in pinned_pages:
             pages += adapter.num_pages
-        if pages <= self._pages.total - self._num_pinned_pages:
+        taken = sum(pinned_pages.values())
+        if pages <= self._pages.total - taken:
             return None
-        pinned = f", {self._num_pinned_pages} of them for pinned adapters" if self._num_pinned_pages else ""
+        pinned = f", {taken} of them for pinned adapters" if taken else ""
         return (
             f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}"
             f"{pinned}; lower max_tokens or start the server with a larger pool"
@@ -123,12 +124,20 @@ class Scheduler:
 
     def capacity(self, num_tokens: int, adapter: AdapterHandle | None) -> Capacity:
         """How many more sequences of ``num_tokens`` each, prompt and output, could start now."""
+        pinned_pages = self._pages_by_pin()
+        arrived = {_content(pin) for pin in self._pin_keys}
+        to_come = sum(pages for content, pages in pinned_pages.items() if content not in arrived)
         adapter_pages = 0
-        if adapter is not None and not (self._is_resident(adapter) and not self._pages.is_cached(_key(adapter))):
-            # Without an owner its pages are among those available.
+        # Without an owner its pages are among those available.
+        if (
+            adapter is not None
+            and _content(adapter) not in pinned_pages
+            and (not self._is_resident(adapter) or self._pages.is_cached(_key(adapter)))
+        ):
             adapter_pages = adapter.num_pages
+        pages = max(self._pages.num_available - to_come, 0)
         sequences = max(self._config.max_sequences - len(self._running), 0)
-        return capacity(num_tokens, adapter_pages, self._pages.num_available, sequences)
+        return capacity(num_tokens, adapter_pages, pages, sequences)
 
     def pin(self, adapters: tuple[AdapterHandle, ...]) -> None:
         """Says which adapters are to be brought to the pool and to stay there, at most half of it; all others are not.
@@ -136,10 +145,13 @@ class Scheduler:
         They come with the next plans.
         """
         self._pinned = adapters
-        self._num_pinned_pages = sum(adapter.num_pages for adapter in adapters)
-        assert self._num_pinned_pages <= self._pages.total // 2, "pins of more than half of the pool"
+        assert sum(self._pages_by_pin().values()) <= self._pages.total // 2, "pins of more than half of the pool"
         for adapter in [a for a in self._pin_keys if a not in adapters]:
             self._release_adapter(self._pin_keys.pop(adapter), adapter)
+
+    def _pages_by_pin(self) -> dict[Hashable, int]:
+        """Pages that pinned adapters take or will take; those of equal weights share them."""
+        return {_content(adapter): adapter.num_pages for adapter in self._pinned if adapter.status != "failed"}
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. One with a leader is held until the leader's prompt is in the prefix cache."""
@@ -332,6 +344,7 @@ class Scheduler:
                     builder.failed.append((sequence, adapter.failure))
             if not sequences:
                 del self._parked[adapter]
+        builder.is_cut |= moves == 0
 
     def _bring_pinned(self, builder: "_PlanBuilder") -> bool:
         """Copies pinned adapters; False if one lacks pages, which then nobody else may take who is not running."""
@@ -353,12 +366,16 @@ class Scheduler:
         moves = _MAX_MOVES
         place = 0
         copy_waits = False
+        given_up = {sequence.sequence_id for sequence in builder.late}
         while (
             builder.budget > 0
             and len(self._running) < self._config.max_sequences
             and moves > 0
             and (sequence := self._waiting.peek(place)) is not None
         ):
+            if sequence.sequence_id in given_up:
+                place += 1
+                continue
             adapter = sequence.adapter
             # Adapters may have been pinned since it came.
             if self._pinned and (reason := self.refusal(sequence.num_prompt + sequence.max_tokens, adapter)):
@@ -383,16 +400,18 @@ class Scheduler:
                     copy_waits = True
                     place += 1
                     continue
+            is_new = not sequence.was_admitted
             if sequence.num_pending or not self._try_start(sequence, builder):
                 # Nobody overtakes the head for want of pages, or a large request would wait for ever.
                 return
             self._waiting.start(place)
             insort(self._running, sequence, key=self._standing)
             self._num_waiting -= 1
-            if self._is_arriving(sequence):
-                self.num_prefetch_late += 1
-            else:
+            if not self._is_arriving(sequence):
                 builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
+            elif is_new:
+                self.num_prefetch_late += 1
+        builder.is_cut |= moves == 0
 
     def _try_start(self, sequence: Sequence, builder: "_PlanBuilder") -> bool:
         """Takes the pages a sequence needs to compute all its known tokens, and its adapter's, or nothing."""
@@ -529,6 +548,11 @@ class Scheduler:
         return self._pages.lookup(sequence.adapter_key)
 
 
+def _content(adapter: AdapterHandle) -> Hashable:
+    """Equal for adapters that are known to have equal weights."""
+    return adapter.content_hash or adapter
+
+
 def _key(adapter: AdapterHandle) -> Hashable:
     """Of the block of an adapter whose content is known: equal weights share it."""
     return ("adapter", adapter.content_hash)
@@ -543,6 +567,7 @@ class _PlanBuilder:
         self.failed: list[tuple[Sequence, str]] = []
         self.late: list[Sequence] = []
         self.num_preempted = 0
+        self.is_cut = False
         self._entries: list[ScheduledSequence] = []
 
     def planned(self) -> set[int]:
@@ -567,4 +592,5 @@ class _PlanBuilder:
             failed=tuple(self.failed),
             num_preempted=self.num_preempted,
             late=tuple(self.late),
+            is_cut=self.is_cut,
         )

@@ -113,11 +113,6 @@ class Sequence:
     def num_output(self) -> int:
         return self.num_tokens - self.num_prompt
 
-    @property
-    def can_grow(self) -> bool:
-        """Whether another token may still be sampled."""
-        return self.num_output < self.max_tokens
-
     def prefix_key(self, page: int) -> Hashable:
         """Key of a full page of known tokens: a hash chained over the adapter's content and all tokens up to it.
 
@@ -163,7 +158,8 @@ class StepPlan:
     """What one step does.
 
     ``failed`` lists sequences that can never run, with the reason; ``late`` those that the policy gives up because
-    they could not meet their first-token objective.
+    they could not meet their first-token objective. ``is_cut`` says that more could have been decided: the next plan
+    goes on even if nothing happens in between.
     """
 
     entries: tuple[ScheduledSequence, ...] = ()
@@ -171,6 +167,7 @@ class StepPlan:
     failed: tuple[tuple[Sequence, str], ...] = ()
     num_preempted: int = 0
     late: tuple[Sequence, ...] = ()
+    is_cut: bool = False
 
     @property
     def num_tokens(self) -> int:

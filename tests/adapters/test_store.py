@@ -336,14 +336,39 @@ def test_a_version_that_was_freed_gives_its_room_back(four):
     assert four.get("c").wait(WAIT) is not None
 
 
+def test_a_version_that_was_freed_while_nobody_held_it_gives_its_room_back_once(four):
+    assert four.get("a").wait(WAIT) is not None
+    four.unregister("a")
+    gc.collect()
+    for name in "bcdb":
+        assert four.get(name).wait(WAIT) is not None
+
+
+def write_unnoticed(folder, tensors):
+    times = {path: path.stat() for path in folder.iterdir()}
+    write_adapter(folder, tensors)
+    for path, before in times.items():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_old_version_never_loads_the_weights_that_took_its_place(four, tmp_path):
+    old = four.get("a")
+    write_adapter(tmp_path / "a", make_tensors(seed=9))
+    four.register("a", tmp_path / "a")
+    assert four.get("a").wait(WAIT) is not None
+    with pytest.raises(BadAdapter, match="its files changed since it was registered"):
+        old.wait(WAIT)
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), "truncated"),
-        (lambda folder: write_adapter(folder, make_tensors(seed=9)), "its weights changed since"),
+        (lambda folder: write_adapter(folder, make_tensors(seed=9)), "its files changed since it was registered"),
+        (lambda folder: write_unnoticed(folder, make_tensors(seed=9)), "its weights changed since"),
     ],
-    ids=["vanished", "truncated", "changed"],
+    ids=["vanished", "truncated", "changed", "changed, with its times put back"],
 )
 def test_what_cannot_be_read_again_fails_alone(four, tmp_path, how, reason):
     a, b, c = map(four.get, "abc")

@@ -131,6 +131,11 @@ class FakeEngine:
     def adapters(self):
         return dict(self._adapters)
 
+    def adapter(self, name: str) -> AdapterInfo:
+        if name not in self._adapters:
+            raise UnknownAdapter(f"no adapter is named {name!r}")
+        return self._adapters[name]
+
     def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         if not Path(path, "adapter_config.json").is_file():
             raise BadAdapter(f"{path} holds no adapter_config.json")

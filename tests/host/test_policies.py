@@ -407,6 +407,86 @@ def test_a_plan_looks_at_as_many_of_50000_as_of_5000(policy, monkeypatch):
     assert looks[50_000] < 1.2 * looks[5000], looks
 
 
+def test_a_tenant_whose_overdue_request_is_passed_is_not_forgotten_under_vtc():
+    now = [0.0]
+    config = SchedulerConfig(policy="vtc", max_wait_s=1.0, prefix_cache=False, max_batch_tokens=512)
+    scheduler = Scheduler(config, PageAllocator(21), lambda: now[0])
+
+    def add(number, tenant, prompt, max_tokens, adapter=None):
+        sequence = Sequence(
+            number,
+            [1] * prompt,
+            prompt,
+            max_tokens,
+            SamplingParams(),
+            0,
+            adapter=adapter,
+            tenant=tenant,
+            arrival=now[0],
+        )
+        scheduler.add(sequence)
+        return sequence
+
+    def step():
+        plan = scheduler.plan()
+        for load in plan.loads:
+            scheduler.adapter_arrived(load)
+        for entry in plan.entries:
+            if entry.samples:
+                entry.sequence.num_pending -= 1
+                entry.sequence.tokens.append(1)
+        scheduler.commit(plan)
+        for entry in plan.entries:
+            if entry.sequence.num_output >= entry.sequence.max_tokens:
+                scheduler.finish(entry.sequence)
+
+    slow = Handle(None)
+    slow.status = "loading"
+    add(0, "slow", 16, 4, slow)
+    step()
+    add(1, "base", 16 * 14, 30)  # holds most of the pool
+    step()
+    for number in range(2, 8):
+        add(number, "base", 8, 1)
+    for _ in range(3):
+        step()
+    lacks_pages = add(20, "other", 16 * 10, 4)
+    now[0] = 5.0
+    for _ in range(2):
+        step()
+    slow.status, slow.content_hash = "ready", "slow"
+    for _ in range(60):
+        step()
+    assert lacks_pages.state is State.FINISHED and scheduler.is_idle
+
+
+def test_what_is_given_up_does_not_start_in_the_same_plan():
+    now = [0.0]
+    scheduler = Scheduler(SchedulerConfig(policy="abort", slo_ms=120_000), PageAllocator(1000), lambda: now[0])
+
+    def add(number):
+        sequence = Sequence(number, [1] * 16, 16, 8, SamplingParams(), 0, adapter=None)
+        scheduler.add(sequence)
+        return sequence
+
+    for number in range(7):
+        add(number)
+    scheduler.plan()
+    # Its turn, as it is overdue, and too late.
+    late = add(100)
+    now[0] = 120.0
+    plan = scheduler.plan()
+    assert plan.late == (late,)
+    assert late not in [entry.sequence for entry in plan.entries] and late.state is State.WAITING
+
+
+def test_deadlines_of_requests_that_ended_are_forgotten():
+    waiters = Waiters("abort", slo_ms=1000)
+    for _ in range(5000):
+        waiters.arrive(slo_s=86_400.0).state = State.FINISHED
+    assert len(waiters.policy._deadlines) < 2000
+
+
 def test_plans_that_start_nobody_leave_nothing_behind_under_vtc():
     waiters = Waiters("vtc")
     for i in range(300):

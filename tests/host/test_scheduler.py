@@ -665,8 +665,15 @@ def test_a_pinned_adapter_counts_once():
     loop = make_loop(num_pages=20)
     pinned = StubAdapter("pinned", 9)
     loop.scheduler.pin((pinned,))
-    assert loop.scheduler.refusal(160, pinned) is None
-    assert loop.scheduler.refusal(161, pinned) is not None
+    for adapter in (pinned, StubAdapter("pinned", 9)):
+        assert loop.scheduler.refusal(160, adapter) is None, "equal weights share their pages"
+        assert loop.scheduler.refusal(161, adapter) is not None
+
+
+def test_a_pin_that_failed_takes_nothing():
+    loop = make_loop(num_pages=20)
+    loop.scheduler.pin((StubAdapter(None, 9, status="failed"),))
+    assert loop.scheduler.refusal(16 * 19, None) is None
 
 
 def test_a_pin_that_cannot_be_loaded_stops_nobody():
@@ -677,6 +684,18 @@ def test_a_pin_that_cannot_be_loaded_stops_nobody():
     loop.scheduler.add(sequence)
     loop.run()
     assert sequence.tokens[20:] == expected_output(range(20), 4)
+
+
+def test_a_plan_that_only_parked_says_that_the_next_goes_on():
+    loop = make_loop(num_pages=1000, max_waiting=2000)
+    cold = StubAdapter(None, 2, status="registered")
+    for i in range(600):
+        loop.scheduler.add(make_sequence(i, [1] * 16, adapter=cold))
+    behind = make_sequence(600, range(20))
+    loop.scheduler.add(behind)
+    plans = [loop.scheduler.plan() for _ in range(3)]
+    assert [plan.is_cut for plan in plans] == [True, True, False]
+    assert [entry.sequence for entry in plans[2].entries] == [behind]
 
 
 # How many more fit
@@ -705,6 +724,17 @@ def test_capacity_is_what_then_really_starts(max_sequences, running, pinned):
     before = loop.scheduler.num_running
     loop.step()
     assert loop.scheduler.num_running - before == answer.requests > 2
+
+
+def test_no_capacity_in_what_a_pin_is_to_have():
+    loop = make_loop(num_pages=60)
+    pinned = StubAdapter(None, 20, status="registered")
+    loop.scheduler.pin((pinned,))
+    loop.step()
+    assert loop.scheduler.capacity(16 * 39, None).requests == 1
+    assert loop.scheduler.capacity(16 * 40, None).requests == 0
+    assert loop.scheduler.capacity(16 * 39, pinned).requests == 1
+    assert loop.scheduler.refusal(16 * 40, None) is not None
 
 
 def test_no_capacity():

@@ -25,6 +25,7 @@ class EarlyAbort(Ordered):
         super().__init__(by_last_arrival)
         self._slo_s = slo_s
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._limit = 1024
         self._newest_id = -1
         self._hopeless: list[Entry] = []
         self._now = 0.0
@@ -39,6 +40,11 @@ class EarlyAbort(Ordered):
         if sequence.sequence_id > self._newest_id and sequence.leader is None:
             self._newest_id = sequence.sequence_id
             heapq.heappush(self._deadlines, (self._deadline(sequence), sequence.sequence_id, sequence))
+            if len(self._deadlines) > self._limit:
+                # Rid of those that started or ended; in the long run a constant time for each.
+                self._deadlines = [item for item in self._deadlines if item[2].is_waiting and item[2].epoch == 0]
+                heapq.heapify(self._deadlines)
+                self._limit = 2 * len(self._deadlines) + 1024
 
     def take(self) -> Entry | None:
         while (entry := self._heap.take()) is not None:

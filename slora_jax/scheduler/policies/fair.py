@@ -68,7 +68,7 @@ class VirtualTokenCounter(Ordered):
     def begin(self, now: float) -> Iterable[Sequence]:
         for tenant in self._taken_from:
             tenant.planned = 0.0
-            if tenant.queued_at is None or tenant.queued_at > tenant.counter:
+            if tenant.waiting.peek() is not None and (tenant.queued_at is None or tenant.queued_at > tenant.counter):
                 self._enqueue(tenant)
         self._taken_from.clear()
         if len(self._tenants) > self._limit:
@@ -121,6 +121,8 @@ class VirtualTokenCounter(Ordered):
             elif tenant.waiting.peek() is None:
                 heapq.heappop(self._queue)
                 tenant.queued_at = None
+                # What it had waiting may have been taken by age, and be put back.
+                self._taken_from.append(tenant)
             elif tenant.counter + tenant.planned > key:
                 heapq.heappop(self._queue)
                 self._enqueue(tenant)
