@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from slora_jax.bench.paper import EXPERIMENTS, SCALES, Scale, SimulatedServer, run_experiment, saturated_rate
+from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point, Scale, SimulatedServer, run_experiment, saturated_rate
 from slora_jax.bench.service import Service, Times
 from slora_jax.bench.shares import SplitPages, SplitScheduler
 from slora_jax.bench.simulate import H200, StepTime, simulate
@@ -23,9 +23,20 @@ SLOW = SimulatedServer(LLAMA_7B, H200.slower(15), pool_pages=1300)
 SCALE = Scale(seconds=90, max_sequences=32, max_batch_tokens=256, saturated_requests=300, adapters=20)
 
 
+def test_the_saturated_rate_is_that_of_full_batches():
+    """The same from 10 batches and from 40; over a whole run of few, most of it is ramp-up and drain."""
+    server, case = SimulatedServer(LLAMA_7B), Case("S2", 8)
+    scale = Scale(longest=64, saturated_batches=40)
+    long, short = (saturated_rate(server, dataclasses.replace(scale, saturated_batches=n), case, 32) for n in (40, 10))
+    assert short == pytest.approx(long, rel=0.05)
+    workload = draw_workload(2 * 32, 8, 32000, scale.seed, scale.longest)
+    whole = server.run(Point("whole", 0, case, workload, scale.scheduler(max_sequences=32)))
+    assert 2 * 32 / max(t.last for t in whole.times) < 0.9 * long
+
+
 def rows_of(name, scale=SCALE, server=SLOW):
-    def saturated(max_sequences=scale.max_sequences):
-        return saturated_rate(server, scale, max_sequences)
+    def saturated(case, max_sequences=scale.max_sequences):
+        return saturated_rate(server, scale, case, max_sequences)
 
     rows = run_experiment(EXPERIMENTS[name], server, scale, saturated, lambda rows: None)
     return {(row["series"], row["x"]): row for row in rows}
