@@ -215,8 +215,8 @@ def _shape_file(model: str) -> Path:
               help="quick: all in nine minutes on an H200; full: the paper's lengths; toy: to try it.")  # fmt: skip
 @click.option("--seed", default=42, show_default=True)
 @click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
-@click.option("--out", type=click.Path(path_type=Path), default="slora_jax/bench/results/paper", show_default=True,
-              help="Folder for NAME.json and NAME.png.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default="build/paper", show_default=True,
+              help="Folder for NAME.json and NAME.png, of one server, scale and model.")  # fmt: skip
 @click.option("--plot-only", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Run nothing: draw "
               "this folder's results and print their tables.")  # fmt: skip
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw; needs slora-jax[plots].")
@@ -226,35 +226,47 @@ def paper(experiments, simulated, model, scale, seed, pool_gigabytes, out, plot_
     One engine serves them all. Each experiment's JSON is written anew with every point, so that a run that is cut off
     leaves what it has.
     """
-    import dataclasses
-
-    from slora_jax.bench.paper import EXPERIMENTS, SCALES, SimulatedServer, read_results, read_shape, run_paper, table
+    from slora_jax.bench.paper import EXPERIMENTS, read_results, table
     from slora_jax.bench.plots import draw, require_matplotlib
 
     if unknown := [name for name in experiments if name not in EXPERIMENTS]:
         raise click.UsageError(f"no such experiment: {unknown[0]}; known are {', '.join(EXPERIMENTS)}")
+    if simulated and pool_gigabytes is not None:
+        raise click.UsageError("--pool-gigabytes is the engine's; simulated, the pool is what one H200 has room for")
     if plots:
         require_matplotlib()
     if not plot_only:
-        chosen = dataclasses.replace(SCALES[scale], seed=seed)
         names = [name for name in EXPERIMENTS if name in experiments or not experiments]
-        if "table3" not in names:
-            # No other has steps as large: fewer shapes are compiled.
-            chosen = dataclasses.replace(chosen, table_sequences=chosen.max_sequences)
+        _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out)
+    for result in read_results(plot_only or out):
+        click.echo(f"\n{table(result)}")
+        if plots:
+            draw(result, (plot_only or out) / f"{result['experiment']}.png")
+
+
+def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out):
+    from slora_jax.bench.paper import SimulatedServer, check_folder, most_sequences, read_shape, run_paper, scale_of
+    from slora_jax.errors import SLoRAError
+
+    chosen = scale_of(scale, seed, simulated)
+    shape = read_shape(model)
+    try:
+        check_folder(out, "simulated" if simulated else "engine", chosen, shape)
+    except ValueError as e:
+        raise click.ClickException(str(e)) from None
+    try:
         with contextlib.ExitStack() as stack:
             if simulated:
-                server = SimulatedServer(read_shape(model))
+                server = SimulatedServer.on_h200(shape)
             else:
                 from slora_jax.bench.served import EngineServer
 
-                server = stack.enter_context(
-                    contextlib.closing(EngineServer(model, chosen, {"gigabytes": pool_gigabytes}))
-                )
-            run_paper(names, server, chosen, out, command_line(), lambda line: click.echo(line, err=True))
-    for result in read_results(plot_only or out):
-        click.echo(f"\n{result['title']}\n{table(result)}")
-        if plots:
-            draw(result, (plot_only or out) / f"{result['experiment']}.png")
+                most = most_sequences(names, chosen)
+                server = EngineServer(model, chosen, most, {"gigabytes": pool_gigabytes})
+                stack.enter_context(contextlib.closing(server))
+            run_paper(names, server, chosen, out, command_line(without=()), lambda line: click.echo(line, err=True))
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
 
 
 @main.command()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.service import Service, Times
 from slora_jax.bench.shares import SplitPages, SplitScheduler
 from slora_jax.bench.simulate import H200, Gpu, StepTime, simulate
@@ -127,11 +128,18 @@ SCALES = {
 class Outcome:
     """What a server did with a workload.
 
-    ``switch_seconds`` are those of bringing another adapter into the weights, of a merging server.
+    Attributes:
+      times: of each request, in the workload's order.
+      pool_pages: of the pool of this run, the trash page included.
+      num_loads: copies of adapters to the device.
+      num_prefetch_late: requests that had to wait for their adapter's copy.
+      switch_seconds: of bringing another adapter into the weights, of a merging server.
     """
 
     times: list[Times]
-    num_loads: int
+    pool_pages: int
+    num_loads: int = 0
+    num_prefetch_late: int = 0
     switch_seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -174,12 +182,22 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class SimulatedServer:
-    """The real scheduler in simulated time; see ``simulate``."""
+    """The real scheduler in simulated time (see ``simulate``), over ``pool_pages`` unless a point says less."""
 
     model: ModelConfig
+    pool_pages: int
     gpu: Gpu = H200
-    pool_pages: int = 13_000
     systems = ("unified", "split")
+
+    @classmethod
+    def on_h200(cls, model: ModelConfig) -> "SimulatedServer":
+        """With the pages that an engine has for this model on one H200.
+
+        Raises:
+          InvalidRequest: the weights do not fit.
+        """
+        planned = plan(model, 1, GPUS["h200"], Load(1, 1))
+        return cls(model, planned["pages"]["total"] + 1)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -189,14 +207,13 @@ class SimulatedServer:
         pages, create = pages_of(point, self.pool_pages)
         step_time = StepTime(self.gpu, self.model)
         run = simulate(point.case, point.workload, point.scheduler, pages, step_time, create)
-        return Outcome(run.times, run.num_loads)
+        return Outcome(run.times, pages.num_pages, run.num_loads, run.num_prefetch_late)
 
     def describe(self) -> dict:
         return {
             "server": "simulated",
             "gpu": dataclasses.asdict(self.gpu),
             "model": dataclasses.asdict(self.model),
-            "pool_pages": self.pool_pages,
         }
 
 
@@ -391,6 +408,8 @@ def run_experiment(
 ) -> list[dict]:
     """Runs every point that the server can and returns a row each: series, x, and the metrics of who counts.
 
+    Of a row ``requests`` are all that were served, ``num_requests`` those that count; the pool's numbers are of all.
+
     Args:
       note: is called with the rows so far after each point.
     """
@@ -400,7 +419,14 @@ def run_experiment(
             continue
         outcome = server.run(point)
         counted = [t for item, t in zip(point.workload, outcome.times, strict=True) if point.counted(item)]
-        row = {"series": point.series, "x": point.x, "loads": outcome.num_loads}
+        row = {
+            "series": point.series,
+            "x": point.x,
+            "requests": len(point.workload),
+            "pool_pages": outcome.pool_pages,
+            "loads": outcome.num_loads,
+            "prefetch_late": outcome.num_prefetch_late,
+        }
         if outcome.switch_seconds:
             row |= {
                 "switches": len(outcome.switch_seconds),
@@ -450,7 +476,7 @@ def run_paper(
             own_rates[key] = rates[key]
             return rates[key]
 
-        def write(rows: list[dict], experiment=experiment, own_rates=own_rates) -> None:
+        def write(rows: list[dict], complete: bool = False, experiment=experiment, own_rates=own_rates) -> None:
             papers = own_rates.get((PAPER_CASE, scale.max_sequences)) if scale.longest == PAPER_LONGEST else None
             result = {
                 "experiment": experiment.name,
@@ -459,6 +485,7 @@ def run_paper(
                 "metrics": experiment.metrics,
                 "bars": experiment.bars,
                 "command": command,
+                "complete": complete,
                 "saturated_requests_per_second": {
                     f"{case}, {sequences} sequences": rate for (case, sequences), rate in own_rates.items()
                 },
@@ -468,28 +495,93 @@ def run_paper(
                 "rows": rows,
             }
             (folder / f"{experiment.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+        def note_row(rows: list[dict], experiment=experiment, write=write) -> None:
+            write(rows)
             note(f"{experiment.name}: {json.dumps(rows[-1])}")
 
-        run_experiment(experiment, server, scale, saturated, write)
+        write(run_experiment(experiment, server, scale, saturated, note_row), complete=True)
+
+
+def scale_of(name: str, seed: int, simulated: bool) -> Scale:
+    """A scale of ``SCALES`` under a seed. In simulated time larger batches cost no GPU's minutes."""
+    scale = dataclasses.replace(SCALES[name], seed=seed)
+    return dataclasses.replace(scale, fair_sequences=(32, 64, 128)) if simulated and name == "quick" else scale
+
+
+def most_sequences(names: Sequence[str], scale: Scale) -> int:
+    """Of the largest step of these experiments."""
+    sequences = [scale.max_sequences]
+    if "table3" in names:
+        sequences.append(scale.table_sequences)
+    if "fairness" in names:
+        sequences.extend(scale.fair_sequences)
+    if "ablation" in names:
+        sequences.append(scale.ablation_sequences)
+    return max(sequences)
+
+
+def check_folder(folder: Path, server: str, scale: Scale, model: ModelConfig) -> None:
+    """
+    Raises:
+      ValueError: the folder holds results of another server, scale or model, beside which new ones would be misread.
+    """
+    own = {"server": server, "scale": dataclasses.asdict(scale), "model": dataclasses.asdict(model)}
+    own = json.loads(json.dumps(own))
+    for name in EXPERIMENTS:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            continue
+        there = json.loads(path.read_text())
+        for field, value in own.items():
+            if there[field] != value:
+                raise ValueError(
+                    f"{path} was made with another {field} ({_difference(there[field], value)}): these results and "
+                    "those would be taken for one run's; give another --out, or remove the folder"
+                )
+
+
+def _difference(there: dict | str, here: dict | str) -> str:
+    if isinstance(there, str) or isinstance(here, str):
+        return f"{there} there, {here} here"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
 def read_results(folder: Path) -> list[dict]:
-    """The results in a folder, in the order of ``EXPERIMENTS``; table 3's with the rows of other systems."""
+    """The results in a folder, in the order of ``EXPERIMENTS``; table 3's with the rows of other systems, if those did
+    the same work on the same GPU.
+    """
     results = []
     for name in EXPERIMENTS:
         path = folder / f"{name}.json"
         if path.is_file():
             result = json.loads(path.read_text())
-            if name == "table3":
+            if name == "table3" and _is_as_the_peers(result):
                 result["rows"] += json.loads(_PEERS.read_text())["rows"]
             results.append(result)
     return results
 
 
+def _is_as_the_peers(result: dict) -> bool:
+    scale, model = result["scale"], result["model"]
+    return (
+        result["server"] == "engine"
+        and "H200" in result["device"]
+        and (scale["table_requests"], scale["table_longest"]) == (1000, 512)
+        and (model["num_layers"], model["hidden_size"], model["num_kv_heads"]) == (32, 4096, 32)  # Llama-2-7B
+    )
+
+
+def title(result: dict) -> str:
+    """Of a plot or a table; says so where the run was cut off."""
+    return result["title"] + ("" if result.get("complete", True) else " (incomplete)")
+
+
 def table(result: dict) -> str:
-    """A result as markdown: a table for each metric, a column for each series."""
+    """A result as markdown under its title: a table for each metric, a column for each series."""
     series = list(dict.fromkeys(row["series"] for row in result["rows"]))
-    lines = []
+    lines = [title(result)]
     for metric in result["metrics"]:
         lines += ["", f"| {result['x']}: {metric_label(metric)} | {' | '.join(series)} |"]
         lines.append("|---" * (len(series) + 1) + "|")

@@ -31,11 +31,12 @@ class EngineServer:
 
     systems: tuple[System, ...] = ("unified", "split", "padded", "merged")
 
-    def __init__(self, model: str, scale: Scale, pool: dict[str, int | float | None]):
+    def __init__(self, model: str, scale: Scale, max_sequences: int, pool: dict[str, int | float | None]):
         """
         Args:
           model: YAML file of a shape.
-          scale: of the experiments to come: the largest steps are its.
+          scale: of the experiments to come.
+          max_sequences: of their largest step.
           pool: fields of ``PoolConfig``.
 
         Raises:
@@ -48,7 +49,7 @@ class EngineServer:
                 "checkpoint_cache": None,
                 "pool": pool,
                 "scheduler": {
-                    "max_sequences": max(scale.max_sequences, scale.table_sequences),
+                    "max_sequences": max_sequences,
                     "max_batch_tokens": scale.max_batch_tokens,
                     "prefix_cache": False,
                 },
@@ -74,17 +75,18 @@ class EngineServer:
         engine.reschedule(point.scheduler, pages, create)
         if point.system == "merged":
             times, switches = self._run_merged(engine, point)
-            return Outcome(times, 0, switches)
+            return Outcome(times, pages.num_pages, switch_seconds=switches)
         self._register(engine, point.case)
-        before = engine.stats()["adapter_loads"]
+        before = engine.stats()
         _, _, times = run_loop(engine, point.case, point.workload)
-        return Outcome(times, engine.stats()["adapter_loads"] - before)
+        after = engine.stats()
+        loads, late = (after[name] - before[name] for name in ("adapter_loads", "adapter_prefetch_late"))
+        return Outcome(times, pages.num_pages, loads, late)
 
     def describe(self) -> dict:
         return {
             "server": "engine",
             "model": dataclasses.asdict(self._model),
-            "pool_pages": self._pool_pages,
             **machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

@@ -113,6 +113,7 @@ class Run:
       times: of each request, in the workload's order.
       seconds: simulated, until the last answer.
       num_steps, num_loads, num_preemptions: counts; loads are copies of adapters to the device.
+      num_prefetch_late: requests that had to wait for such a copy.
     """
 
     times: list[Times]
@@ -120,6 +121,7 @@ class Run:
     num_steps: int = 0
     num_loads: int = 0
     num_preemptions: int = 0
+    num_prefetch_late: int = 0
 
 
 @dataclass
@@ -192,6 +194,7 @@ def simulate(
             assert events or plan.late or scheduler.is_idle, "sequences wait for nothing"
             now = max(now, min(events, default=now))
     run.seconds = max(t.last for t in run.times)
+    run.num_prefetch_late = scheduler.num_prefetch_late
     return run
 
 

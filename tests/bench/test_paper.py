@@ -14,7 +14,17 @@ from pallas_kernels import LoraSegments
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights
-from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point
+from slora_jax.bench.paper import (
+    EXPERIMENTS,
+    SCALES,
+    Point,
+    SimulatedServer,
+    read_results,
+    read_shape,
+    run_paper,
+    table,
+)
+from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.served import EngineServer
 from slora_jax.bench.workload import Case, draw_workload
 from slora_jax.memory.layout import MODULES, PoolLayout
@@ -63,10 +73,74 @@ def test_every_experiment_runs_in_simulated_time(tmp_path):
     pytest.importorskip("matplotlib")
     out = invoke("--simulate", "--scale", "toy", "--out", tmp_path)
     check_results(tmp_path, EXPERIMENTS.keys() - {"merged"}, ["slora-jax", "fixed share"])
-    assert "merged: left out" in out and "vLLM" in out
+    assert "merged: left out" in out and "vLLM" not in out, "the peers did other work"
     (tmp_path / "abort.png").unlink()
     invoke("--plot-only", tmp_path)
     assert (tmp_path / "abort.png").is_file()
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    assert result["complete"] and f"--out {tmp_path}" in result["command"]
+    planned = plan(read_shape("configs/shapes/llama-7b.yaml"), 1, GPUS["h200"], Load(1, 1))["pages"]["total"]
+    assert {row["pool_pages"] for row in result["rows"]} == {100}
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert {row["pool_pages"] for row in rates["rows"]} == {planned + 1}
+    assert {row["requests"] for row in rates["rows"]} == {row["num_requests"] for row in rates["rows"]}
+    fairness = json.loads((tmp_path / "fairness.json").read_text())["rows"]
+    assert fairness[1]["requests"] > fairness[1]["num_requests"] == fairness[0]["requests"]
+
+
+def test_a_run_that_is_cut_off_is_shown_as_incomplete(tmp_path):
+    class Broken(SimulatedServer):
+        def run(self, point):
+            if point.system == "split":
+                raise RuntimeError("cut off")
+            return super().run(point)
+
+    model = read_shape("configs/shapes/llama-7b.yaml")
+    with pytest.raises(RuntimeError, match="cut off"):
+        run_paper(["ablation"], Broken(model, 1000), SCALES["toy"], tmp_path, "", lambda line: None)
+    (result,) = read_results(tmp_path)
+    assert not result["complete"] and len(result["rows"]) == 1
+    assert "in a small pool (incomplete)" in table(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--simulate", "--seed", "7"], "another scale (seed 42 there, 7 here)"),
+        ([], "another server (simulated there, engine here)"),
+        (["--simulate", "--model", "configs/shapes/llama-13b.yaml"], "another model"),
+    ],
+)
+def test_results_of_another_run_are_not_joined(tmp_path, change, message):
+    invoke("rates", "--simulate", "--scale", "toy", "--no-plots", "--out", tmp_path)
+    before = (tmp_path / "rates.json").read_text()
+    arguments = ["paper", "rates", "--scale", "toy", "--no-plots", "--out", str(tmp_path), *change]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and message in done.output and "give another --out" in done.output
+    assert (tmp_path / "rates.json").read_text() == before
+
+
+def test_the_peers_are_shown_beside_the_same_work_only(tmp_path):
+    model = dataclasses.asdict(read_shape("configs/shapes/llama-7b.yaml"))
+    row = {"series": "slora-jax, base", "x": 0, "throughput": 30.0}
+    same = {"server": "engine", "device": "NVIDIA H200", "model": model, "rows": [row],
+            "scale": {"table_requests": 1000, "table_longest": 512}}  # fmt: skip
+    others = (
+        {"server": "simulated"},
+        {"device": "NVIDIA H100 80GB HBM3"},
+        {"scale": same["scale"] | {"table_requests": 200}},
+        {"scale": same["scale"] | {"table_longest": 256}},
+        {"model": model | {"num_layers": 40}},
+    )
+    for change in ({}, *others):
+        (tmp_path / "table3.json").write_text(json.dumps(same | change))
+        (result,) = read_results(tmp_path)
+        assert (len(result["rows"]) > 1) == (not change), change
+
+
+def test_the_simulation_has_no_pool_to_choose(tmp_path):
+    done = CliRunner().invoke(main, ["paper", "--simulate", "--pool-gigabytes", "3", "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "--pool-gigabytes is the engine's" in done.output
 
 
 @pytest.mark.slow
@@ -84,7 +158,7 @@ def test_a_small_pool_of_one_run_does_not_shrink_the_next(toy):
     scale = SCALES["toy"]
     workload = draw_workload(2, 2, 32000, seed=1, longest=12)
     point = Point("few", 0, Case("S1", 2), workload, scale.scheduler(), pool_pages=50)
-    with contextlib.closing(EngineServer(str(toy), scale, {"pages": 300})) as server:
+    with contextlib.closing(EngineServer(str(toy), scale, scale.max_sequences, {"pages": 300})) as server:
         totals = []
         for run in (point, dataclasses.replace(point, pool_pages=None)):
             outcome = server.run(run)

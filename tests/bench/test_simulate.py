@@ -19,13 +19,14 @@ LLAMA_7B = ModelConfig(
 )  # fmt: skip
 # A pool in which a full batch has room, as in the paper, which preempts nobody: otherwise a policy without early abort
 # looks good for first tokens of requests that are then preempted.
-SLOW = SimulatedServer(LLAMA_7B, H200.slower(15), pool_pages=1300)
+SLOW = SimulatedServer(LLAMA_7B, 1300, H200.slower(15))
+H200_SERVER = SimulatedServer.on_h200(LLAMA_7B)
 SCALE = Scale(seconds=90, max_sequences=32, max_batch_tokens=256, saturated_requests=300, adapters=20)
 
 
 def test_the_saturated_rate_is_that_of_full_batches():
     """The same from 10 batches and from 40; over a whole run of few, most of it is ramp-up and drain."""
-    server, case = SimulatedServer(LLAMA_7B), Case("S2", 8)
+    server, case = H200_SERVER, Case("S2", 8)
     scale = Scale(longest=64, saturated_batches=40)
     long, short = (saturated_rate(server, dataclasses.replace(scale, saturated_batches=n), case, 32) for n in (40, 10))
     assert short == pytest.approx(long, rel=0.05)
@@ -77,7 +78,7 @@ def test_early_abort_satisfies_most(overloaded, cv):
 
 def test_a_light_tenant_is_served_fairly_beside_a_flood_by_vtc_only():
     scale = Scale(seconds=20, longest=256, saturated_requests=100, adapters=20, fair_sequences=(32,))
-    rows = rows_of("fairness", scale, SimulatedServer(LLAMA_7B))
+    rows = rows_of("fairness", scale, H200_SERVER)
     alone, first, fair = (rows[s, 32]["mean_latency"] for s in ("alone", "first come", "fair (VTC)"))
     assert fair < 1.5 * alone and first > 5 * alone
 
@@ -85,7 +86,7 @@ def test_a_light_tenant_is_served_fairly_beside_a_flood_by_vtc_only():
 def test_what_a_flood_costs_a_light_tenant_in_large_batches_is_the_length_of_steps_not_waiting():
     """Why 1.5 holds for small batches only: a full step of 128 takes longer than a step of one, whoever is in it."""
     scale = Scale(seconds=10, longest=256, saturated_requests=200, adapters=20, fair_sequences=(128,))
-    rows = rows_of("fairness", scale, SimulatedServer(LLAMA_7B))
+    rows = rows_of("fairness", scale, H200_SERVER)
     alone, fair = rows["alone", 128], rows["fair (VTC)", 128]
     assert fair["mean_latency"] > 1.5 * alone["mean_latency"]
     assert fair["mean_first_token"] < 0.1 * fair["mean_latency"]
@@ -93,7 +94,7 @@ def test_what_a_flood_costs_a_light_tenant_in_large_batches_is_the_length_of_ste
 
 def test_clustering_copies_fewer_adapters():
     scale = dataclasses.replace(SCALES["quick"], few_pages=300, clusters=(4, 32))
-    rows = rows_of("cluster", scale, SimulatedServer(LLAMA_7B))
+    rows = rows_of("cluster", scale, H200_SERVER)
     clustered, first_come = rows["clustering", 4], rows["clustering", 32]
     assert clustered["loads"] < 0.5 * first_come["loads"]
     assert clustered["throughput"] > 1.1 * first_come["throughput"]
@@ -117,7 +118,7 @@ def test_service_gets_worse_with_the_rate():
 
 def test_table_3_changes_little_from_5_adapters_to_2000():
     scale = Scale(table_requests=200, table_adapters=(5, 2000))
-    rows = rows_of("table3", scale, SimulatedServer(LLAMA_7B))
+    rows = rows_of("table3", scale, H200_SERVER)
     base = rows["slora-jax, base", 0]["throughput"]
     assert rows["slora-jax, S1", 2000]["throughput"] > 0.9 * base
     assert rows["slora-jax, S2", 5]["throughput"] > 0.9 * base > rows["slora-jax, S2", 2000]["throughput"]
@@ -163,7 +164,8 @@ def test_a_split_pool_has_no_prefix_cache():
 
 
 def test_a_chat_workload_has_the_papers_means():
-    items = draw_chat_workload(20_000, 10, 1, rate=5.0)
-    assert sum(len(i.prompt) for i in items) / len(items) == pytest.approx(85, rel=0.05)
-    assert sum(i.num_output for i in items) / len(items) == pytest.approx(165, rel=0.05)
+    items = draw_chat_workload(20_000, 10, 1, rate=5.0, longest=512)
+    assert sum(len(i.prompt) for i in items) / len(items) == pytest.approx(85, rel=0.02)
+    assert sum(i.num_output for i in items) / len(items) == pytest.approx(165, rel=0.02)
+    assert max(i.num_output for i in items) == 512
     assert {i.adapter for i in items} == set(range(26))
