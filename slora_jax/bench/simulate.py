@@ -172,7 +172,10 @@ def simulate(
         while todo and workload[todo[0][1]].arrival <= now:
             sequence_id, i = todo.popleft()
             times_of[sequence_id] = run.times[i]
-            scheduler.add(_sequence(sequence_id, workload[i], adapters, case))
+            sequence = _sequence(sequence_id, workload[i], adapters, case)
+            refusal = scheduler.refusal(sequence.num_prompt + sequence.max_tokens, sequence.adapter)
+            assert refusal is None, refusal
+            scheduler.add(sequence)
         for load in copies.arrived(now):
             scheduler.adapter_arrived(load)
         plan = scheduler.plan()

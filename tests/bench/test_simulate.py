@@ -8,7 +8,7 @@ from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point, Scale, SimulatedSe
 from slora_jax.bench.service import Service, Times
 from slora_jax.bench.shares import SplitPages, SplitScheduler
 from slora_jax.bench.simulate import H200, StepTime, simulate
-from slora_jax.bench.workload import Case, OpenTrace, draw_chat_workload, draw_workload
+from slora_jax.bench.workload import Case, OpenTrace, WorkItem, draw_chat_workload, draw_workload
 from slora_jax.config import SchedulerConfig
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
@@ -156,6 +156,24 @@ def test_neither_share_of_a_split_pool_takes_from_the_other():
     run = simulate(Case("S2", 50), workload, config, pages, StepTime(H200, LLAMA_7B), SplitScheduler)
     assert all(t.last for t in run.times) and run.num_loads >= 50
     assert 84 < most["adapters"] <= 100 and 284 < most["kv"] <= 300 + 16
+
+
+def split(workload, num_pages):
+    config = SchedulerConfig(prefix_cache=False)
+    step_time = StepTime(H200, LLAMA_7B)
+    return simulate(Case("S2", 1), workload, config, SplitPages(num_pages), step_time, SplitScheduler)
+
+
+def test_a_request_that_fits_the_shares_is_served_though_one_share_could_not_hold_all_of_it():
+    # 70 pages of a prompt and 16 of an adapter, where the KV cache has 75 and adapters have 25.
+    run = split([WorkItem((1,) * 1120, 4, 0)], 101)
+    assert run.times[0].last and run.num_loads == 1
+
+
+@pytest.mark.parametrize(("prompt", "num_pages", "message"), [(1200, 101, "76 pages for prompt"), (8, 61, "16 pages")])
+def test_a_request_that_a_share_cannot_hold_is_refused(prompt, num_pages, message):
+    with pytest.raises(AssertionError, match=message):
+        split([WorkItem((1,) * prompt, 4, 0)], num_pages)
 
 
 def test_a_split_pool_has_no_prefix_cache():
