@@ -25,7 +25,7 @@ from slora_jax.bench.workload import (
     draw_chat_workload,
     draw_workload,
 )
-from slora_jax.config import SchedulerConfig, read_yaml
+from slora_jax.config import SchedulerConfig
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 from slora_jax.scheduler.scheduler import Scheduler
@@ -600,11 +600,6 @@ def metric_label(metric: str) -> str:
         "throughput": "requests answered a second",
         "loads": "adapters copied to the device",
     }[metric]
-
-
-def read_shape(path: str) -> ModelConfig:
-    """A model's shape from a file of ``configs/shapes``."""
-    return ModelConfig.from_hf(read_yaml(Path(path)))
 
 
 def _shown(value: float | None) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,13 @@ from slora_jax.bench.paper import (
     Point,
     SimulatedServer,
     read_results,
-    read_shape,
     run_paper,
     table,
 )
 from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.served import EngineServer
 from slora_jax.bench.workload import Case, draw_workload
+from slora_jax.config import read_yaml
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params
@@ -41,6 +42,7 @@ num_attention_heads: 4
 num_key_value_heads: 4
 max_position_embeddings: 64
 """
+LLAMA_7B = ModelConfig.from_hf(read_yaml(Path(__file__).parents[2] / "configs" / "shapes" / "llama-7b.yaml"))
 GROUPED = ModelConfig(
     vocab_size=64, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8
 )
@@ -79,7 +81,7 @@ def test_every_experiment_runs_in_simulated_time(tmp_path):
     assert (tmp_path / "abort.png").is_file()
     result = json.loads((tmp_path / "ablation.json").read_text())
     assert result["complete"] and f"--out {tmp_path}" in result["command"]
-    planned = plan(read_shape("configs/shapes/llama-7b.yaml"), 1, GPUS["h200"], Load(1, 1))["pages"]["total"]
+    planned = plan(LLAMA_7B, 1, GPUS["h200"], Load(1, 1))["pages"]["total"]
     assert {row["pool_pages"] for row in result["rows"]} == {100}
     rates = json.loads((tmp_path / "rates.json").read_text())
     assert {row["pool_pages"] for row in rates["rows"]} == {planned + 1}
@@ -95,7 +97,7 @@ def test_a_run_that_is_cut_off_is_shown_as_incomplete(tmp_path):
                 raise RuntimeError("cut off")
             return super().run(point)
 
-    model = read_shape("configs/shapes/llama-7b.yaml")
+    model = LLAMA_7B
     with pytest.raises(RuntimeError, match="cut off"):
         run_paper(["ablation"], Broken(model, 1000), SCALES["toy"], tmp_path, "", lambda line: None)
     (result,) = read_results(tmp_path)
@@ -108,7 +110,7 @@ def test_a_run_that_is_cut_off_is_shown_as_incomplete(tmp_path):
     [
         (["--simulate", "--seed", "7"], "another scale (seed 42 there, 7 here)"),
         ([], "another server (simulated there, engine here)"),
-        (["--simulate", "--model", "configs/shapes/llama-13b.yaml"], "another model"),
+        (["--simulate", "--model", "llama-13b"], "another model"),
     ],
 )
 def test_results_of_another_run_are_not_joined(tmp_path, change, message):
@@ -121,7 +123,7 @@ def test_results_of_another_run_are_not_joined(tmp_path, change, message):
 
 
 def test_the_peers_are_shown_beside_the_same_work_only(tmp_path):
-    model = dataclasses.asdict(read_shape("configs/shapes/llama-7b.yaml"))
+    model = dataclasses.asdict(LLAMA_7B)
     row = {"series": "slora-jax, base", "x": 0, "throughput": 30.0}
     same = {"server": "engine", "device": "NVIDIA H200", "model": model, "rows": [row],
             "scale": {"table_requests": 1000, "table_longest": 512}}  # fmt: skip

@@ -23,12 +23,12 @@ def shape(name: str) -> ModelConfig:
 
 def test_pages_and_peak_memory_of_a_recorded_run():
     runs = json.loads((ROOT / "slora_jax" / "bench" / "results" / "throughput_h200.json").read_text())
-    planned = plan(shape("llama-7b"), 1, GPUS["h200"], Load(512, 512))
     for run in runs:
-        assert run["model"] == "llama-7b" and run["device"] == "NVIDIA H200"
+        assert run["device"] == "NVIDIA H200"
+        planned = plan(shape(run["model"]), 1, GPUS["h200"], Load(512, 512))
         assert planned["pages"]["total"] == pytest.approx(run["pages_total"], rel=0.001)
         held = planned["memory"]["weights"] + planned["memory"]["pool"]
-        assert 1 <= run["peak_memory_bytes"] / held < 1.05, "activations and staged copies come on top"
+        assert 1 <= run["peak_memory_bytes"] / held < 1.1, "activations and staged copies come on top"
 
 
 def test_the_floor_is_below_a_measured_step():
