@@ -302,16 +302,19 @@ def paper(experiments, simulated, model, scale, seed, pool_gigabytes, out, plot_
         raise click.UsageError("--pool-gigabytes is the engine's; simulated, the pool is what one H200 has room for")
     if plots:
         require_matplotlib()
+    compiled = 0
     if not plot_only:
         names = [name for name in EXPERIMENTS if name in experiments or not experiments]
-        _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out)
+        compiled = _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out)
     for result in read_results(plot_only or out):
         click.echo(f"\n{table(result)}")
         if plots:
             draw(result, (plot_only or out) / f"{result['experiment']}.png")
+    if compiled:
+        raise click.ClickException(f"{compiled} programs were compiled inside the timed parts")
 
 
-def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out):
+def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out) -> int:
     from slora_jax.bench.paper import SimulatedServer, check_folder, most_sequences, run_paper, scale_of
 
     chosen = scale_of(scale, seed, simulated)
@@ -330,7 +333,9 @@ def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out):
                 most = most_sequences(names, chosen)
                 server = EngineServer(str(shape.file), chosen, most, {"gigabytes": pool_gigabytes})
                 stack.enter_context(contextlib.closing(server))
-            run_paper(names, server, chosen, out, command_line(without=()), lambda line: click.echo(line, err=True))
+            return run_paper(
+                names, server, chosen, out, command_line(without=()), lambda line: click.echo(line, err=True)
+            )
     except SLoRAError as e:
         raise click.ClickException(str(e)) from None
 

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.service import Service, Times
 from slora_jax.bench.shares import SplitPages, SplitScheduler
-from slora_jax.bench.simulate import H200, Gpu, StepTime, simulate
+from slora_jax.bench.simulate import H200, StepSpeeds, StepTime, simulate
 from slora_jax.bench.workload import (
     CHAT_ADAPTERS,
     Case,
@@ -63,7 +63,7 @@ class Scale:
       slo_s: the objective, seconds to the first token.
       max_sequences, max_batch_tokens: of a step.
       saturated_batches: requests of the run that measures what the server can do, in batches: its ends, in which
-        batches fill and drain, do not count, and few batches leave little between them. Ten; 4 show it within 10 %.
+        batches fill and drain, do not count. Simulated, 4 batches and 20 differ by 1 %.
       saturated_requests: of the ablation, whose requests are all there at the start.
       adapters: of setting S2, where an experiment does not say.
       few_pages: of the small pool of the clustering experiment and the ablation: the paper's A10G held 14,500 tokens.
@@ -134,6 +134,7 @@ class Outcome:
       num_loads: copies of adapters to the device.
       num_prefetch_late: requests that had to wait for their adapter's copy.
       switch_seconds: of bringing another adapter into the weights, of a merging server.
+      num_compilations: programs compiled meanwhile; there should be none.
     """
 
     times: list[Times]
@@ -141,6 +142,7 @@ class Outcome:
     num_loads: int = 0
     num_prefetch_late: int = 0
     switch_seconds: list[float] = dataclasses.field(default_factory=list)
+    num_compilations: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class SimulatedServer:
 
     model: ModelConfig
     pool_pages: int
-    gpu: Gpu = H200
+    speeds: StepSpeeds = H200
     systems = ("unified", "split")
 
     @classmethod
@@ -205,14 +207,14 @@ class SimulatedServer:
 
     def run(self, point: Point) -> Outcome:
         pages, create = pages_of(point, self.pool_pages)
-        step_time = StepTime(self.gpu, self.model)
+        step_time = StepTime(self.speeds, self.model)
         run = simulate(point.case, point.workload, point.scheduler, pages, step_time, create)
         return Outcome(run.times, pages.num_pages, run.num_loads, run.num_prefetch_late)
 
     def describe(self) -> dict:
         return {
             "server": "simulated",
-            "gpu": dataclasses.asdict(self.gpu),
+            "speeds": dataclasses.asdict(self.speeds),
             "model": dataclasses.asdict(self.model),
         }
 
@@ -426,6 +428,7 @@ def run_experiment(
             "pool_pages": outcome.pool_pages,
             "loads": outcome.num_loads,
             "prefetch_late": outcome.num_prefetch_late,
+            "compilations": outcome.num_compilations,
         }
         if outcome.switch_seconds:
             row |= {
@@ -437,23 +440,29 @@ def run_experiment(
     return rows
 
 
-def saturated_rate(server: Server, scale: Scale, case: Case, max_sequences: int) -> float:
+def saturated_rate(server: Server, scale: Scale, case: Case, max_sequences: int) -> tuple[float, int]:
     """Requests a second that the server answers of a case, in batches of so many, when all are there at the start.
 
     Taken between a fifth and four fifths of the answers: the first batch fills and the last ones drain.
+
+    Returns:
+      The rate, and how many programs were compiled meanwhile.
     """
     count = scale.saturated_batches * max_sequences
     workload = draw_workload(count, case.num_adapters, _VOCABULARY, scale.seed, scale.longest)
     outcome = server.run(Point("saturated", 0, case, workload, scale.scheduler(max_sequences=max_sequences)))
     answered = sorted(t.last for t in outcome.times)
     first, last = count // 5, 4 * count // 5
-    return (last - first) / (answered[last] - answered[first])
+    return (last - first) / (answered[last] - answered[first]), outcome.num_compilations
 
 
 def run_paper(
     names: Sequence[str], server: Server, scale: Scale, folder: Path, command: str, note: Callable[[str], None]
-) -> None:
+) -> int:
     """Runs experiments and writes ``NAME.json`` of each into ``folder``, anew with every point: a run may be cut off.
+
+    Returns:
+      Programs that were compiled in what was timed: its times are of no use if there were any.
 
     Raises:
       KeyError: there is no such experiment.
@@ -461,6 +470,7 @@ def run_paper(
     folder.mkdir(parents=True, exist_ok=True)
 
     rates: dict[tuple[Case, int], float] = {}
+    num_compilations = 0
 
     for experiment in [EXPERIMENTS[name] for name in names]:
         if experiment.needs not in server.systems:
@@ -471,7 +481,9 @@ def run_paper(
         def saturated(case: Case, max_sequences: int | None = None, own_rates=own_rates) -> float:
             key = case, max_sequences or scale.max_sequences
             if key not in rates:
-                rates[key] = saturated_rate(server, scale, *key)
+                rates[key], compiled = saturated_rate(server, scale, *key)
+                nonlocal num_compilations
+                num_compilations += compiled
                 note(f"saturated, {case}, {key[1]} sequences: {rates[key]:.2f} requests a second")
             own_rates[key] = rates[key]
             return rates[key]
@@ -500,7 +512,10 @@ def run_paper(
             write(rows)
             note(f"{experiment.name}: {json.dumps(rows[-1])}")
 
-        write(run_experiment(experiment, server, scale, saturated, note_row), complete=True)
+        rows = run_experiment(experiment, server, scale, saturated, note_row)
+        write(rows, complete=True)
+        num_compilations += sum(row["compilations"] for row in rows)
+    return num_compilations
 
 
 def scale_of(name: str, seed: int, simulated: bool) -> Scale:

@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from engine_cases import FIXTURES, compiled_fast, greedy, run
+from engine_cases import Case as OracleCase
 
 from pallas_kernels import LoraSegments
+from slora_jax import Engine
+from slora_jax.adapters.peft import load_adapter
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights
@@ -27,7 +31,7 @@ from slora_jax.bench.paper import (
 from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.served import EngineServer
 from slora_jax.bench.workload import Case, draw_workload
-from slora_jax.config import read_yaml
+from slora_jax.config import build_config, read_yaml
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params
@@ -149,7 +153,10 @@ def test_the_simulation_has_no_pool_to_choose(tmp_path):
 def test_one_engine_serves_many_experiments(toy, tmp_path):
     pytest.importorskip("matplotlib")
     names = ("table3", "abort", "merged", "ablation")
-    invoke(*names, "--scale", "toy", "--model", toy, "--out", tmp_path / "out")
+    arguments = ["paper", *names, "--scale", "toy", "--model", str(toy), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, arguments)
+    # On a CPU nothing is compiled ahead, and that must not pass for a measurement.
+    assert done.exit_code == 1 and "programs were compiled inside the timed parts" in done.output, done.output
     check_results(tmp_path / "out", names, ["slora-jax", "fixed share", "padded products"])
     merged = json.loads((tmp_path / "out/merged.json").read_text())["rows"][1]
     assert merged["series"] == "merged" and merged["switches"] >= 2 and merged["switch_milliseconds"] > 0
@@ -231,6 +238,43 @@ def test_padded_products_are_gathered_lora():
                     a, b = weights[1, MODULES[m]]
                     out[first : first + count] = factor * x[first : first + count] @ a.T @ b.T
         np.testing.assert_allclose(got, np.concatenate(expected, axis=1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture
+def small_case():
+    with compiled_fast():
+        yield OracleCase(FIXTURES / "smollm_gqa3")
+
+
+def test_an_engine_refuses_an_adapter_of_a_higher_rank_than_its_padded_products():
+    config = build_config({"model": "grouped", "dummy": True, "compilation_cache": None, "pool": {"pages": 60}})
+    params = dummy_params(GROUPED, jnp.dtype(jnp.float32), 0)
+    engine = Engine(config, GROUPED, params, None, "base", lora_ops=padded_lora(4))
+    ranks = {"q": 4, "v": 8}
+    packed = adapter(np.random.default_rng(4), engine.pool_layout, ranks)[1]
+    engine.register_loaded_adapter("r8", ranks, packed)
+    generation = engine.submit(greedy((1, 2), "r8", 4))
+    with pytest.raises(ValueError, match="rank 8, but this engine was made with lora_ops for at most 4"):
+        run(engine, generation)
+
+
+def test_merged_weights_answer_as_the_adapter_on_the_fly(small_case):
+    engine = small_case.engine(scheduler={"prefix_cache": False})
+    (asked,) = [r for r in small_case.requests if r["adapter"] == "qv-r8"][:1]
+    base, on_the_fly = (
+        run(engine, engine.submit(greedy(asked["prompt"], adapter, 16)))[0].completions[0].token_ids
+        for adapter in (None, "qv-r8")
+    )
+    header = engine._store.get("qv-r8").header
+    packed = load_adapter(header, engine.dtype).packed
+    (scale,) = set(header.scales) - {0.0}
+    merged = MergedWeights(engine._runner.params, engine.pool_layout)
+    merged.merge(header.ranks, merged.stage(packed), scale)
+    (result,) = run(engine, engine.submit(greedy(asked["prompt"], None, 16)))
+    assert result.completions[0].token_ids == on_the_fly != base
+    merged.restore()
+    (result,) = run(engine, engine.submit(greedy(asked["prompt"], None, 16)))
+    assert result.completions[0].token_ids == base
 
 
 def test_merged_weights_are_the_base_plus_the_adapters_product():
