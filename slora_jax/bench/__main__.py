@@ -279,7 +279,7 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
               "(padded products, merged weights) is left out.")  # fmt: skip
 @_model_option("llama-7b")
 @click.option("--scale", type=click.Choice(["quick", "full", "toy"]), default="quick", show_default=True,
-              help="quick: all in nine minutes on an H200; full: the paper's lengths; toy: to try it.")  # fmt: skip
+              help="quick: minutes on an H200; full: the paper's lengths; toy: to try it.")  # fmt: skip
 @click.option("--seed", type=_SEED, default=42, show_default=True)
 @click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
 @click.option("--out", type=click.Path(path_type=Path), default="build/paper", show_default=True,

@@ -549,10 +549,11 @@ def check_folder(folder: Path, server: str, scale: Scale, model: ModelConfig) ->
             continue
         there = json.loads(path.read_text())
         for field, value in own.items():
-            if there[field] != value:
+            if there.get(field) != value:
+                difference = _difference(there.get(field, {}), value)
                 raise ValueError(
-                    f"{path} was made with another {field} ({_difference(there[field], value)}): these results and "
-                    "those would be taken for one run's; give another --out, or remove the folder"
+                    f"{path} was made with another {field} ({difference}): these results and those would be taken for "
+                    "one run's; give another --out, or remove the folder"
                 )
 
 
