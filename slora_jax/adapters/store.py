@@ -240,6 +240,21 @@ class AdapterStore:
         with self._changed:
             self._set_current(name, self.get(name), pinned=True)
 
+    def limit_pins(self, max_pages: int) -> None:
+        """Bounds the pool pages that pinned adapters may take together from now on.
+
+        Raises:
+          ValueError: those that are pinned take more; nothing changes then.
+        """
+        with self._changed:
+            used = sum(version.num_pages for version in self.pinned)
+            if used > max_pages:
+                raise ValueError(
+                    f"pinned adapters take {used} pages, more than the {max_pages} they may of this pool; "
+                    "unpin some, or take a larger pool"
+                )
+            self._max_pinned_pages = max_pages
+
     def _set_current(self, name: str, version: AdapterVersion, pinned: bool) -> None:
         """Needs the lock. Raises BadAdapter, changing nothing, if there is no room for the pin."""
         others = tuple(other for other in self.pinned if other.info.name != name)

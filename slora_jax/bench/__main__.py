@@ -3,10 +3,61 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
+from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.bench.timing import command_line
+from slora_jax.config import read_yaml
+from slora_jax.errors import SLoRAError
+from slora_jax.model.config import ModelConfig
+
+_COUNT = click.IntRange(1)
+_RANK = click.IntRange(1, MAX_RANK)
+_SEED = click.IntRange(0)
+_ABOVE_0 = click.FloatRange(0, min_open=True)
+_SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+
+
+class _Shape(NamedTuple):
+    """A base model's shape, and the file that it is in."""
+
+    file: Path
+    config: ModelConfig
+
+
+def _shape(model: str) -> _Shape:
+    """Reads a shape of configs/shapes by its name, or any YAML file.
+
+    Raises:
+      click.ClickException: there is none, or no model that can be served.
+    """
+    file = Path(model)
+    if file.suffix not in (".yaml", ".yml"):
+        file = _SHAPES / f"{model}.yaml"
+        if not file.is_file():
+            known = ", ".join(sorted(path.stem for path in _SHAPES.glob("*.yaml")))
+            raise click.ClickException(f"no such shape: {model}; known are {known}, or give a YAML file")
+    try:
+        return _Shape(file, ModelConfig.from_hf(read_yaml(file)))
+    except SLoRAError as e:
+        raise click.ClickException(f"{file} is no shape of a model: {e}") from None
+
+
+def _model_option(default: str | tuple[str, ...], *names: str, **more):
+    help_text = "A shape of configs/shapes, or a YAML file" + ("; may be repeated." if more else ".")
+    return click.option("--model", *names, default=default, show_default=True, help=help_text, **more)
+
+
+def _grid(context, parameter, text: str) -> dict[str, list[int]]:
+    try:
+        grid = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise click.BadParameter(f"not JSON: {e}") from None
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise click.BadParameter(f'not lists of values by name, such as {{"num_warps": [2, 4]}}: {text}')
+    return grid
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -15,9 +66,13 @@ def main():
 
 
 @main.command()
-@click.option("--requests", default=16, show_default=True, help="Requests, dealt to the demo adapters in turn.")
-@click.option("--tokens", default=64, show_default=True, help="Tokens generated for each request.")
-@click.option("--repeats", default=3, show_default=True, help="Timed runs of each side; the median counts.")
+@click.option(
+    "--requests", type=_COUNT, default=16, show_default=True, help="Requests, dealt to the demo adapters in turn."
+)
+@click.option("--tokens", type=_COUNT, default=64, show_default=True, help="Tokens generated for each request.")
+@click.option(
+    "--repeats", type=_COUNT, default=3, show_default=True, help="Timed runs of each side; the median counts."
+)
 @click.option(
     "--torch-python",
     type=click.Path(exists=True, dir_okay=False),
@@ -44,7 +99,9 @@ def demo(requests: int, tokens: int, repeats: int, torch_python: str | None, out
 
 @main.command()
 @click.option("--only", default="*", show_default=True, metavar="GLOB", help="Cases to measure, by name.")
-@click.option("--scale", default=1, show_default=True, help="Divide every size by this: to try the benchmark itself.")
+@click.option(
+    "--scale", type=_COUNT, default=1, show_default=True, help="Divide every size by this: to try the benchmark itself."
+)
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Time cuDNN's attention too.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def kernels(only: str, scale: int, peers: bool, out: Path | None):
@@ -58,32 +115,51 @@ def kernels(only: str, scale: int, peers: bool, out: Path | None):
 @main.command()
 @click.argument("op")
 @click.argument("key")
-@click.option("--grid", required=True, help='Values of each block size, as JSON: {"ranks": [1, 2], "num_warps": [4]}.')
+@click.option(
+    "--grid",
+    required=True,
+    callback=_grid,
+    help='Values of each block size, as JSON: {"ranks": [1, 2], "num_warps": [4]}.',
+)
 @click.option("--only", metavar="GLOB", help="Kernel cases to time; without it those that the op serves.")
-@click.option("--scale", default=1, show_default=True, help="As in `kernels`.")
-def tune(op: str, key: str, grid: str, only: str | None, scale: int):
+@click.option("--scale", type=_COUNT, default=1, show_default=True, help="As in `kernels`.")
+def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale: int):
     """Times an op of pallas_kernels/tuned for every combination of block sizes, e.g. `tune lora_shrink decode`."""
     from slora_jax.bench.kernels import run_tuning
 
-    if not run_tuning(op, key, json.loads(grid), only, scale):
+    if not run_tuning(op, key, grid, only, scale):
         raise click.ClickException("no combination worked; see above")
 
 
 @main.command()
 @click.argument("cases", nargs=-1, metavar="[CASE]...")
-@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
-@click.option("--requests", default=1000, show_default=True)
-@click.option("--seed", default=42, show_default=True)
-@click.option("--longest", default=512, show_default=True, help="Prompt and output lengths are in [8, this).")
-@click.option("--max-sequences", default=512, show_default=True)
-@click.option("--max-batch-tokens", default=1024, show_default=True)
+@_model_option("llama-7b")
+@click.option("--requests", type=_COUNT, default=1000, show_default=True)
+@click.option("--seed", type=_SEED, default=42, show_default=True)
+@click.option(
+    "--longest",
+    type=click.IntRange(9),
+    default=512,
+    show_default=True,
+    help="Prompt and output lengths are in [8, this).",
+)
+@click.option("--max-sequences", type=_COUNT, default=512, show_default=True)
+@click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
-@click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
-@click.option("--tp", default=1, show_default=True, help="Devices that share the model.")
+@click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
+@click.option("--tp", type=_COUNT, default=1, show_default=True, help="Devices that share the model.")
 @click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
-@click.option("--rate", default=2.0, show_default=True, help="Open trace: requests a second.")
-@click.option("--cv", default=1.0, show_default=True, help="Open trace: coefficient of variation of the intervals.")
-@click.option("--alpha", default=1.0, show_default=True, help="Open trace: exponent of the adapters' power law.")
+@click.option("--rate", type=_ABOVE_0, default=2.0, show_default=True, help="Open trace: requests a second.")
+@click.option(
+    "--cv", type=_ABOVE_0, default=1.0, show_default=True, help="Open trace: coefficient of variation of the intervals."
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Open trace: exponent of the adapters' power law.",
+)
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
 def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
@@ -99,11 +175,12 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
         parsed = [Case.parse(case) for case in cases or ("base",)]
     except ValueError as e:
         raise click.UsageError(str(e)) from None
+    shape = _shape(model)
     compiled = 0
     for case, result in zip(
         parsed,
         run_throughput(
-            model=model,
+            model=str(shape.file),
             cases=parsed,
             requests=requests,
             seed=seed,
@@ -134,23 +211,26 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
 
 
 @main.command()
-@click.option("--model", default="llama-70b", show_default=True, help="A shape of configs/shapes, or a YAML file.")
-@click.option("--tp", default=1, show_default=True, help="Devices that share it.")
+@_model_option("llama-70b")
+@click.option("--tp", type=_COUNT, default=1, show_default=True, help="Devices that share it.")
 @click.option("--gpu", default="h100-80g", show_default=True, help="a10g, a100-40g, a100-80g, h100-80g or h200.")
-@click.option("--sequences", default=128, show_default=True, help="Sequences of a step, a token each.")
-@click.option("--context", default=512, show_default=True, help="Tokens in the pool of each.")
-@click.option("--adapters", default=0, show_default=True, help="Distinct adapters of the step.")
-@click.option("--rank", default=16, show_default=True, help="Their rank.")
+@click.option("--sequences", type=_COUNT, default=128, show_default=True, help="Sequences of a step, a token each.")
+@click.option("--context", type=_COUNT, default=512, show_default=True, help="Tokens in the pool of each.")
+@click.option("--adapters", type=click.IntRange(0), default=0, show_default=True, help="Distinct adapters of the step.")
+@click.option("--rank", type=_RANK, default=16, show_default=True, help="Their rank.")
 @click.option("--modules", default="q,k,v,o", show_default=True, help="What they change.")
-@click.option("--memory-fraction", default=0.9, show_default=True, help="As the engine's.")
+@click.option(
+    "--memory-fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.9,
+    show_default=True,
+    help="As the engine's.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fraction, as_json):
     """What fits on GPUs of a kind, and the least time of a step; no GPU is needed."""
     from slora_jax.bench.plan import GPUS, Load, plan, table
-    from slora_jax.config import read_yaml
-    from slora_jax.errors import SLoRAError
     from slora_jax.memory.layout import MODULES
-    from slora_jax.model.config import ModelConfig
 
     if gpu not in GPUS:
         raise click.UsageError(f"no such GPU: {gpu}; known are {', '.join(GPUS)}")
@@ -158,37 +238,28 @@ def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fra
     if unknown := [name for name in names if name not in MODULES]:
         raise click.UsageError(f"no such module: {unknown[0]}; known are {', '.join(MODULES)}")
     load = Load(sequences, context, adapters, dict.fromkeys(names, rank))
+    shape = _shape(model).config
     try:
-        result = plan(ModelConfig.from_hf(read_yaml(_shape_file(model))), tp, GPUS[gpu], load, memory_fraction)
+        result = plan(shape, tp, GPUS[gpu], load, memory_fraction)
     except SLoRAError as e:
         raise click.ClickException(str(e)) from None
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
 
 
 @main.command()
-@click.option("--tp", default=2, show_default=True, help="Devices to use, at least 2.")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    default=("llama-7b", "llama-70b"),
-    show_default=True,
-    help="A shape of configs/shapes, or a YAML file; may be repeated.",
-)
-@click.option("--layers", default=8, show_default=True, help="Layers of each program that is timed.")
+@click.option("--tp", type=_COUNT, default=2, show_default=True, help="Devices to use, at least 2.")
+@_model_option(("llama-7b", "llama-70b"), "models", multiple=True)
+@click.option("--layers", type=_COUNT, default=8, show_default=True, help="Layers of each program that is timed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None):
     """The projections o and q, k, v on several devices: two ways to share adapters out, and what each sends."""
     from slora_jax.bench.collectives import TABLE_HEAD, measure, table_row
-    from slora_jax.config import read_yaml
-    from slora_jax.errors import SLoRAError
-    from slora_jax.model.config import ModelConfig
 
     if tp < 2:
         raise click.UsageError("one device sends nothing; give --tp 2 or more")
+    shapes = {name: _shape(name).config for name in models}
     results = []
     try:
-        shapes = {name: ModelConfig.from_hf(read_yaml(_shape_file(name))) for name in models}
         click.echo(TABLE_HEAD)
         for result in measure(shapes, tp, layers, command_line()):
             click.echo(table_row(result))
@@ -202,21 +273,17 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
         click.echo(text)
 
 
-def _shape_file(model: str) -> Path:
-    return Path(model) if model.endswith((".yaml", ".yml")) else Path("configs/shapes") / f"{model}.yaml"
-
-
 @main.command()
 @click.argument("experiments", nargs=-1, metavar="[EXPERIMENT]...")
 @click.option("--simulate", "simulated", is_flag=True, help="In simulated time, without a GPU; what that cannot show "
               "(padded products, merged weights) is left out.")  # fmt: skip
-@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
+@_model_option("llama-7b")
 @click.option("--scale", type=click.Choice(["quick", "full", "toy"]), default="quick", show_default=True,
-              help="quick: all in nine minutes on an H200; full: the paper's lengths; toy: to try it.")  # fmt: skip
-@click.option("--seed", default=42, show_default=True)
-@click.option("--pool-gigabytes", type=float, help="Size of the pool; without it the engine's own choice.")
-@click.option("--out", type=click.Path(path_type=Path), default="slora_jax/bench/results/paper", show_default=True,
-              help="Folder for NAME.json and NAME.png.")  # fmt: skip
+              help="quick: minutes on an H200; full: the paper's lengths; toy: to try it.")  # fmt: skip
+@click.option("--seed", type=_SEED, default=42, show_default=True)
+@click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
+@click.option("--out", type=click.Path(path_type=Path), default="build/paper", show_default=True,
+              help="Folder for NAME.json and NAME.png, of one server, scale and model.")  # fmt: skip
 @click.option("--plot-only", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Run nothing: draw "
               "this folder's results and print their tables.")  # fmt: skip
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw; needs slora-jax[plots].")
@@ -226,52 +293,70 @@ def paper(experiments, simulated, model, scale, seed, pool_gigabytes, out, plot_
     One engine serves them all. Each experiment's JSON is written anew with every point, so that a run that is cut off
     leaves what it has.
     """
-    import dataclasses
-
-    from slora_jax.bench.paper import EXPERIMENTS, SCALES, SimulatedServer, read_results, read_shape, run_paper, table
+    from slora_jax.bench.paper import EXPERIMENTS, read_results, table
     from slora_jax.bench.plots import draw, require_matplotlib
 
     if unknown := [name for name in experiments if name not in EXPERIMENTS]:
         raise click.UsageError(f"no such experiment: {unknown[0]}; known are {', '.join(EXPERIMENTS)}")
+    if simulated and pool_gigabytes is not None:
+        raise click.UsageError("--pool-gigabytes is the engine's; simulated, the pool is what one H200 has room for")
     if plots:
         require_matplotlib()
+    compiled = 0
     if not plot_only:
-        chosen = dataclasses.replace(SCALES[scale], seed=seed)
         names = [name for name in EXPERIMENTS if name in experiments or not experiments]
-        if "table3" not in names:
-            # No other has steps as large: fewer shapes are compiled.
-            chosen = dataclasses.replace(chosen, table_sequences=chosen.max_sequences)
+        compiled = _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out)
+    for result in read_results(plot_only or out):
+        click.echo(f"\n{table(result)}")
+        if plots:
+            draw(result, (plot_only or out) / f"{result['experiment']}.png")
+    if compiled:
+        raise click.ClickException(f"{compiled} programs were compiled inside the timed parts")
+
+
+def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out) -> int:
+    from slora_jax.bench.paper import SimulatedServer, check_folder, most_sequences, run_paper, scale_of
+
+    chosen = scale_of(scale, seed, simulated)
+    shape = _shape(model)
+    try:
+        check_folder(out, "simulated" if simulated else "engine", chosen, shape.config)
+    except ValueError as e:
+        raise click.ClickException(str(e)) from None
+    try:
         with contextlib.ExitStack() as stack:
             if simulated:
-                server = SimulatedServer(read_shape(model))
+                server = SimulatedServer.on_h200(shape.config)
             else:
                 from slora_jax.bench.served import EngineServer
 
-                server = stack.enter_context(
-                    contextlib.closing(EngineServer(model, chosen, {"gigabytes": pool_gigabytes}))
-                )
-            run_paper(names, server, chosen, out, command_line(), lambda line: click.echo(line, err=True))
-    for result in read_results(plot_only or out):
-        click.echo(f"\n{result['title']}\n{table(result)}")
-        if plots:
-            draw(result, (plot_only or out) / f"{result['experiment']}.png")
+                most = most_sequences(names, chosen)
+                server = EngineServer(str(shape.file), chosen, most, {"gigabytes": pool_gigabytes})
+                stack.enter_context(contextlib.closing(server))
+            return run_paper(
+                names, server, chosen, out, command_line(without=()), lambda line: click.echo(line, err=True)
+            )
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
 
 
 @main.command()
-@click.option("--requests", default=128, show_default=True)
-@click.option("--adapters", default=5, show_default=True)
-@click.option("--batch", default=64, show_default=True, help="Most requests of a batch, all of one adapter.")
-@click.option("--seed", default=42, show_default=True)
-@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
+@click.option("--requests", type=_COUNT, default=128, show_default=True)
+@click.option("--adapters", type=_COUNT, default=5, show_default=True)
+@click.option(
+    "--batch", type=_COUNT, default=64, show_default=True, help="Most requests of a batch, all of one adapter."
+)
+@click.option("--seed", type=_SEED, default=42, show_default=True)
+@_model_option("llama-7b")
 def peft(requests, adapters, batch, seed, model):
     """transformers + PEFT on table 3's requests (S2), one adapter a batch; needs torch, transformers and peft."""
     from slora_jax.bench.peft_table import run_peft
 
-    click.echo(json.dumps(run_peft(model, requests, adapters, batch, seed)))
+    click.echo(json.dumps(run_peft(str(_shape(model).file), requests, adapters, batch, seed)))
 
 
 @main.command()
-@click.option("--steps", default=200, show_default=True, help="Timed steps of each case.")
+@click.option("--steps", type=_COUNT, default=200, show_default=True, help="Timed steps of each case.")
 def host(steps: int):
     """The host's work for each step, without a device: it must stay well below a step of the GPU.
 
@@ -284,25 +369,30 @@ def host(steps: int):
 
 
 @main.command()
-@click.option("--count", default=10_000, show_default=True, help="Adapters to register.")
-@click.option("--kinds", default=(1, 100, 1000), show_default=True, multiple=True, help="Different scales among them.")
-@click.option("--model", default="configs/shapes/llama-7b.yaml", show_default=True, help="YAML file of a shape.")
-@click.option("--rank", default=8, show_default=True)
+@click.option("--count", type=_COUNT, default=10_000, show_default=True, help="Adapters to register.")
+@click.option(
+    "--kinds",
+    type=_COUNT,
+    default=(1, 100, 1000),
+    show_default=True,
+    multiple=True,
+    help="Different scales among them.",
+)
+@_model_option("llama-7b")
+@click.option("--rank", type=_RANK, default=8, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def adapters(count: int, kinds: tuple[int, ...], model: str, rank: int, out: Path | None):
     """Registration: adapters a second, and Python memory of each. Their weights are never read."""
     from slora_jax.bench.adapters import run_adapters
     from slora_jax.bench.demo import cpu
-    from slora_jax.config import read_yaml
-    from slora_jax.model.config import ModelConfig
 
-    shape = ModelConfig.from_hf(read_yaml(Path(model)))
+    shape = _shape(model)
     result = {
         "command": command_line(),
         "machine": cpu(),
-        "model": Path(model).stem,
+        "model": shape.file.stem,
         "rank": rank,
-        "cases": [run_adapters(count, kind, shape, rank) for kind in kinds],
+        "cases": [run_adapters(count, kind, shape.config, rank) for kind in kinds],
     }
     text = json.dumps(result, indent=2)
     click.echo(text)

@@ -39,8 +39,11 @@ class PaddedPlan:
 
 @lru_cache
 def padded_lora(rank: int) -> LoraOps:
-    """Padded products for adapters of at most this rank; equal for equal ranks, so that compiled steps are found."""
-    return LoraOps(partial(_plan, rank), _delta)
+    """Padded products for adapters of at most this rank: an engine refuses to run others on them.
+
+    Equal for equal ranks, so that compiled steps are found.
+    """
+    return LoraOps(partial(_plan, rank), _delta, rank)
 
 
 def _plan(padded_rank: int, segments: LoraSegments, *, num_tokens, row_width, widths, backend) -> PaddedPlan:

@@ -294,8 +294,7 @@ class StepBench:
     @property
     def read_bytes(self) -> int:
         """Weights that a step reads: all but the embedding table."""
-        config = self.config
-        return (config.num_params() - config.vocab_size * config.hidden_size) * self.dtype.itemsize
+        return self.config.num_step_params() * self.dtype.itemsize
 
     def batch(self, sequences: int, ranks: tuple[int, ...], seed: int = _SEED) -> TokenBatch:
         """A decode-only batch in which sequence i has an adapter of its own, of rank ``ranks[i mod len(ranks)]``."""

@@ -110,13 +110,12 @@ def plan(
     needed = load.sequences * layout.token_pages(load.context) + load.adapters * adapter_pages
 
     adapter_elements = model.num_layers * adapter.num_entries * layout.row_width
-    embedding = 0 if model.tie_word_embeddings else local.vocab_size * model.hidden_size
     read = {
-        "weights": weights - embedding * itemsize,
+        "weights": local.num_step_params() * itemsize,
         "kv": load.sequences * load.context * page / PAGE_SIZE,
         "adapters": load.adapters * adapter_elements * itemsize,
     }
-    operations = 2 * load.sequences * (local.num_params() - embedding)
+    operations = 2 * load.sequences * local.num_step_params()
     operations += 4 * load.sequences * load.context * model.num_layers * local.q_size
     operations += 2 * (load.sequences if load.adapters else 0) * adapter_elements
     ranks = load.ranks if load.adapters else {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from slora_jax.bench.paper import metric_label
+from slora_jax.bench.paper import metric_label, title
 
 _MARKERS = "osD^v<>P"
 
@@ -38,7 +38,7 @@ def draw(result: dict, path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     where = "simulated" if result["server"] == "simulated" else result["device"]
-    figure.suptitle(f"{result['title']} ({where})", fontsize="medium")
+    figure.suptitle(f"{title(result)} ({where})", fontsize="medium")
     figure.savefig(path, dpi=110)
 
 

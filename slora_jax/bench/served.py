@@ -12,10 +12,11 @@ from slora_jax import Engine
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights, run_merged
 from slora_jax.bench.paper import Outcome, Point, Scale, System, pages_of, settings_of
-from slora_jax.bench.throughput import MODULES, Weights, register_adapters, run_loop
+from slora_jax.bench.throughput import ADAPTED, Weights, compilations_counted, register_adapters, run_loop
 from slora_jax.bench.timing import machine
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, draw_workload
 from slora_jax.config import build_config, read_yaml
+from slora_jax.engine.engine import enable_compilation_cache
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import GATHERED
@@ -31,11 +32,12 @@ class EngineServer:
 
     systems: tuple[System, ...] = ("unified", "split", "padded", "merged")
 
-    def __init__(self, model: str, scale: Scale, pool: dict[str, int | float | None]):
+    def __init__(self, model: str, scale: Scale, max_sequences: int, pool: dict[str, int | float | None]):
         """
         Args:
           model: YAML file of a shape.
-          scale: of the experiments to come: the largest steps are its.
+          scale: of the experiments to come.
+          max_sequences: of their largest step.
           pool: fields of ``PoolConfig``.
 
         Raises:
@@ -48,7 +50,7 @@ class EngineServer:
                 "checkpoint_cache": None,
                 "pool": pool,
                 "scheduler": {
-                    "max_sequences": max(scale.max_sequences, scale.table_sequences),
+                    "max_sequences": max_sequences,
                     "max_batch_tokens": scale.max_batch_tokens,
                     "prefix_cache": False,
                 },
@@ -57,7 +59,7 @@ class EngineServer:
         self._scale = scale
         self._model = ModelConfig.from_hf(read_yaml(Path(model)))
         self.settings = settings_of(self._model)
-        _keep_compiled_steps(self._config.compilation_cache)
+        enable_compilation_cache(self._config.compilation_cache)
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         self._params = dummy_params(self._model, dtype, self._config.seed)
         self._weights = Weights(PoolLayout.for_model(self._model), dtype)
@@ -73,18 +75,20 @@ class EngineServer:
         pages, create = pages_of(point, self._pool_pages)
         engine.reschedule(point.scheduler, pages, create)
         if point.system == "merged":
-            times, switches = self._run_merged(engine, point)
-            return Outcome(times, 0, switches)
+            return self._run_merged(engine, point, pages.num_pages)
         self._register(engine, point.case)
-        before = engine.stats()["adapter_loads"]
-        _, _, times = run_loop(engine, point.case, point.workload)
-        return Outcome(times, engine.stats()["adapter_loads"] - before)
+        before = engine.stats()
+        with compilations_counted() as compilations:
+            _, _, times = run_loop(engine, point.case, point.workload)
+            compiled = compilations()
+        after = engine.stats()
+        loads, late = (after[name] - before[name] for name in ("adapter_loads", "adapter_prefetch_late"))
+        return Outcome(times, pages.num_pages, loads, late, num_compilations=compiled)
 
     def describe(self) -> dict:
         return {
             "server": "engine",
             "model": dataclasses.asdict(self._model),
-            "pool_pages": self._pool_pages,
             **machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
@@ -136,7 +140,7 @@ class EngineServer:
             register_adapters(engine, [case], self._weights)
             self._registered.add(case)
 
-    def _run_merged(self, engine: Engine, point: Point):
+    def _run_merged(self, engine: Engine, point: Point, pool_pages: int) -> Outcome:
         if self._merged is None:
             self._merged = MergedWeights(self._params, engine.pool_layout)
 
@@ -144,18 +148,15 @@ class EngineServer:
             rank = point.case.rank(adapter)
             if rank not in self._staged:
                 self._staged[rank] = self._merged.stage(self._weights[rank])
-            return self._merged.merge(dict.fromkeys(MODULES, rank), self._staged[rank])
+            return self._merged.merge(dict.fromkeys(ADAPTED, rank), self._staged[rank])
 
         for adapter in range(min(point.case.num_adapters, len(SETTINGS[point.case.setting]))):
             # Compiles what brings this rank into the weights.
             merge(adapter)
         try:
-            return run_merged(engine, merge, point.workload)
+            with compilations_counted() as compilations:
+                times, switches = run_merged(engine, merge, point.workload)
+                compiled = compilations()
         finally:
             self._merged.restore()
-
-
-def _keep_compiled_steps(folder: str | None) -> None:
-    if folder is not None and jax.default_backend() != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        return Outcome(times, pool_pages, switch_seconds=switches, num_compilations=compiled)

@@ -28,7 +28,7 @@ from slora_jax.engine.runner import StepInFlight
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.scheduler.scheduler import Scheduler
 
-MODULES = ("q", "k", "v", "o")
+ADAPTED = ("q", "k", "v", "o")
 """What adapters change."""
 
 _PROFILED_STEPS = range(100, 110)
@@ -45,7 +45,7 @@ class Weights:
 
     def __getitem__(self, rank: int) -> np.ndarray:
         if rank not in self._of_rank:
-            self._of_rank[rank] = synthetic_weights(rank, MODULES, self._layout, self._dtype, seed=rank)
+            self._of_rank[rank] = synthetic_weights(rank, ADAPTED, self._layout, self._dtype, seed=rank)
         return self._of_rank[rank]
 
 
@@ -55,7 +55,7 @@ def register_adapters(engine: Engine, cases: Sequence[Case], weights: Weights) -
         ranks = SETTINGS[case.setting]
         for i in range(case.num_adapters + case.num_spare):
             rank = ranks[i % len(ranks)]
-            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(MODULES, rank), weights[rank])
+            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(ADAPTED, rank), weights[rank])
 
 
 @dataclass

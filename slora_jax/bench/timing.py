@@ -123,13 +123,13 @@ def _driver() -> str | None:
         return None
 
 
-def command_line() -> str:
-    """The benchmark's command as typed, from click's context: only what was given, ``--out`` left away."""
+def command_line(without: tuple[str, ...] = ("out",)) -> str:
+    """The benchmark's command as typed, from click's context: only what was given, and nothing of ``without``."""
     context = click.get_current_context()
     words = ["python -m slora_jax.bench", context.info_name]
     for parameter in context.command.params:
         value = context.params[parameter.name]
-        if parameter.name == "out" or context.get_parameter_source(parameter.name).name != "COMMANDLINE":
+        if parameter.name in without or context.get_parameter_source(parameter.name).name != "COMMANDLINE":
             continue
         if isinstance(parameter, click.Option) and parameter.is_flag:
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])

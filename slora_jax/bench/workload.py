@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -14,6 +15,7 @@ _SHORTEST = 8
 
 CHAT_ADAPTERS = 26
 _CHAT_SIGMA = 1.0
+_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def draw_chat_workload(
 ) -> list[WorkItem]:
     """Like a chat service, as the paper describes its real trace: 26 adapters, some much more popular than others, and
     long-tailed lengths with means of 85 (prompt) and 165 (output) tokens, here log-normal and cut at ``longest``.
+
+    The means are those after the cut; where it leaves too little room for that, half of ``longest``.
     """
     rng = np.random.default_rng(seed)
     prompts = _log_normal(rng, 85, num_requests, longest)
@@ -121,8 +125,19 @@ def _popular_first(rng: np.random.Generator, num_requests: int, num_adapters: in
 
 
 def _log_normal(rng: np.random.Generator, mean: float, count: int, longest: int) -> np.ndarray:
-    lengths = rng.lognormal(math.log(mean) - _CHAT_SIGMA**2 / 2, _CHAT_SIGMA, count)
+    lengths = rng.lognormal(_log_median(min(mean, longest / 2), longest), _CHAT_SIGMA, count)
     return np.clip(np.rint(lengths), 1, longest).astype(int)
+
+
+def _log_median(mean: float, longest: int) -> float:
+    """Logarithm of the median that log-normal lengths have whose mean, all above ``longest`` cut to that, is this."""
+    low, high = 0.0, 2 * math.log(longest)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (math.log(longest) - middle) / _CHAT_SIGMA
+        uncut = math.exp(middle + _CHAT_SIGMA**2 / 2) * _NORMAL.cdf(below - _CHAT_SIGMA)
+        low, high = (middle, high) if uncut + longest * (1 - _NORMAL.cdf(below)) < mean else (low, middle)
+    return low
 
 
 def _items(rng, prompts, outputs, adapters, arrivals, vocab_size: int) -> list[WorkItem]:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ class Engine:
                 layout.shards.count,
                 model_config.num_kv_heads,
             )
+        self._max_rank = lora_ops.max_rank
         self._pages = PageAllocator(self._pool.num_pages)
         self._wake_event = threading.Event()
         self._store = AdapterStore(
@@ -132,6 +133,7 @@ class Engine:
         self._num_unadmitted = 0
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
+        self._counts_before: Counter[str] = Counter()
         self._counts = dict.fromkeys(
             (
                 "steps", "prefill_tokens", "decode_tokens", "adapter_loads", "adapter_load_bytes", "preemptions",
@@ -393,6 +395,11 @@ class Engine:
             self._pool.finish_copy(copy)
             self._scheduler.adapter_arrived(load)
             header = load.adapter.header
+            if self._max_rank is not None and max(header.layout.ranks) > self._max_rank:
+                raise ValueError(
+                    f"an adapter has rank {max(header.layout.ranks)}, but this engine was made with lora_ops for at "
+                    f"most {self._max_rank}; make them for the largest rank"
+                )
             self._slices[load.key] = AdapterSlice(
                 pages=load.pages,
                 ranks=header.layout.ranks,
@@ -496,6 +503,8 @@ class Engine:
     ) -> None:
         """Goes on under other scheduler settings, with an empty pool; compiled steps and adapters in host memory stay.
 
+        Counters of ``stats`` go on too. If it raises, nothing changes.
+
         For whoever runs the loop by calling ``step``, while nothing is under way.
 
         Args:
@@ -504,7 +513,7 @@ class Engine:
           create: makes the scheduler, of the arguments of ``Scheduler``.
 
         Raises:
-          ValueError: larger steps, or more pages than the pool has.
+          ValueError: larger steps, more pages than the pool has, or so few that pinned adapters take more than half.
           RuntimeError: something is under way.
         """
         built = self._built_for
@@ -519,12 +528,24 @@ class Engine:
         with self._lock:
             if self._submitted or self._answers or self._in_flight or self._copies or not self._scheduler.is_idle:
                 raise RuntimeError("the engine is not idle; call step until it returns False")
-            self.config = self.config.model_copy(update={"scheduler": config})
-            self._pages = pages
+            scheduler = create(config, pages, time.monotonic, costs=self._costs)
+            self._store.limit_pins(pages.total // 2)
+            self._counts_before.update(self._replaced_counts())
             self._scheduler.close()
-            self._scheduler = create(config, pages, time.monotonic, costs=self._costs)
+            self.config = self.config.model_copy(update={"scheduler": config})
+            self._pages, self._scheduler = pages, scheduler
+            self._pinned = self._store.pinned
             self._scheduler.pin(self._pinned)
             self._slices.clear()
+
+    def _replaced_counts(self) -> dict[str, int]:
+        """Of the scheduler and the pages, which ``reschedule`` replaces."""
+        return {
+            "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
+            "adapter_prefetch_late": self._scheduler.num_prefetch_late,
+            "adapter_prefetch_wasted": self._scheduler.num_prefetch_wasted,
+            "evictions": self._pages.num_evictions,
+        }
 
     def start(self) -> None:
         """Runs steps in a background thread until ``close``."""
@@ -590,16 +611,13 @@ class Engine:
         """Counters since the start, and the current load."""
         return {
             **self._counts,
-            "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
-            "adapter_prefetch_late": self._scheduler.num_prefetch_late,
-            "adapter_prefetch_wasted": self._scheduler.num_prefetch_wasted,
+            **{name: count + self._counts_before[name] for name, count in self._replaced_counts().items()},
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting + self._num_unadmitted,
             "pages_total": self._pages.total,
             "pages_used": self._pages.num_used,
             "pages_cached": self._pages.num_cached,
             "pages_free": self._pages.num_free,
-            "evictions": self._pages.num_evictions,
             "host_adapter_bytes": self._store.host_bytes_used,
             "host_adapter_loads": self._store.num_loads,
         }
@@ -654,7 +672,7 @@ class _Base:
 
 def _load_base(config: EngineConfig, progress: bool) -> _Base:
     join_hosts(config.mesh)
-    _enable_compilation_cache(config.compilation_cache)
+    enable_compilation_cache(config.compilation_cache)
     dtype = _dtype(config)
     if config.dummy:
         model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
@@ -692,7 +710,7 @@ def _make_pool(
     return UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None), max_len
 
 
-def _enable_compilation_cache(folder: str | None) -> None:
+def enable_compilation_cache(folder: str | None) -> None:
     """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))

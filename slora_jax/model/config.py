@@ -93,6 +93,10 @@ class ModelConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * self.hidden_size) + embeddings + self.hidden_size
 
+    def num_step_params(self) -> int:
+        """Parameters that a step reads: all but an embedding table that is not the output's too."""
+        return self.num_params() - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
+
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Reads ``config.json`` (and ``generation_config.json`` for more EOS ids).

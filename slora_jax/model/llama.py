@@ -87,11 +87,13 @@ class StepTables(NamedTuple):
 class LoraOps(NamedTuple):
     """What computes low-rank updates on one device: functions with the contracts of ``plan_lora`` and ``lora_delta``.
 
-    What ``plan`` returns is a pytree with a static ``active``, as that of its segments.
+    What ``plan`` returns is a pytree with a static ``active``, as that of its segments. ``max_rank`` is the
+    largest that it computes, None any.
     """
 
     plan: Callable
     delta: Callable
+    max_rank: int | None = None
 
 
 GATHERED = LoraOps(plan_lora, lora_delta)

@@ -354,7 +354,7 @@ class Scheduler:
             if not self._is_resident(adapter):
                 if not self._want(adapter) or adapter.status != "ready" or not self._can_copy(adapter):
                     continue
-                if adapter.num_pages > self._pages.num_available:
+                if not self._has_room(0, adapter.num_pages):
                     return False
                 self._start_copy(adapter, builder)
             key = self._pin_keys[adapter] = _key(adapter)
@@ -420,12 +420,10 @@ class Scheduler:
         adapter_resident = adapter is not None and self._is_resident(adapter)
         prefix = self._cached_prefix(sequence)
         kv_pages = PoolLayout.token_pages(sequence.num_tokens) - len(prefix)
-        new_pages = kv_pages + (adapter.num_pages if adapter and not adapter_resident else 0)
         # Acquiring cached blocks takes them from what is available, so count them in.
         revived = sum(self._pages.is_cached(key) for key in prefix)
-        if adapter_resident and self._pages.is_cached(adapter_key):
-            revived += adapter.num_pages
-        if new_pages + revived > self._pages.num_available:
+        takes_adapter = adapter is not None and (not adapter_resident or self._pages.is_cached(adapter_key))
+        if not self._has_room(kv_pages + revived, adapter.num_pages if takes_adapter else 0):
             return False
         for key in prefix:
             sequence.pages.extend(self._pages.acquire(key))
@@ -446,6 +444,16 @@ class Scheduler:
             sequence.was_admitted = True
             sequence.cached_tokens = sequence.num_done
         return True
+
+    # What a pool in shares has otherwise
+
+    def _has_room(self, kv_pages: int, adapter_pages: int) -> bool:
+        """Whether so many pages can be had now for a KV cache, and beside them so many for an adapter."""
+        return kv_pages + adapter_pages <= self._pages.num_available
+
+    def _spare_for_adapters(self) -> int:
+        """Pages that adapters copied ahead may take: running sequences keep a page each to grow."""
+        return self._pages.num_available - len(self._running)
 
     # Adapters on their way to the pool
 
@@ -518,7 +526,7 @@ class Scheduler:
         cached = [key for key in wanted if self._pages.is_cached(key)]
         for key in cached:
             self._pages.acquire(key)
-        spare = self._pages.num_available - len(self._running)
+        spare = self._spare_for_adapters()
         for key, adapter in wanted.items():
             if self._pages.lookup(key) is not None:
                 continue

@@ -4,19 +4,34 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from engine_cases import FIXTURES, compiled_fast, greedy, run
+from engine_cases import Case as OracleCase
 
 from pallas_kernels import LoraSegments
+from slora_jax import Engine
+from slora_jax.adapters.peft import load_adapter
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights
-from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point
+from slora_jax.bench.paper import (
+    EXPERIMENTS,
+    SCALES,
+    Point,
+    SimulatedServer,
+    read_results,
+    run_paper,
+    table,
+)
+from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.served import EngineServer
 from slora_jax.bench.workload import Case, draw_workload
+from slora_jax.config import build_config, read_yaml
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params
@@ -31,6 +46,7 @@ num_attention_heads: 4
 num_key_value_heads: 4
 max_position_embeddings: 64
 """
+LLAMA_7B = ModelConfig.from_hf(read_yaml(Path(__file__).parents[2] / "configs" / "shapes" / "llama-7b.yaml"))
 GROUPED = ModelConfig(
     vocab_size=64, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8
 )
@@ -63,17 +79,84 @@ def test_every_experiment_runs_in_simulated_time(tmp_path):
     pytest.importorskip("matplotlib")
     out = invoke("--simulate", "--scale", "toy", "--out", tmp_path)
     check_results(tmp_path, EXPERIMENTS.keys() - {"merged"}, ["slora-jax", "fixed share"])
-    assert "merged: left out" in out and "vLLM" in out
+    assert "merged: left out" in out and "vLLM" not in out, "the peers did other work"
     (tmp_path / "abort.png").unlink()
     invoke("--plot-only", tmp_path)
     assert (tmp_path / "abort.png").is_file()
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    assert result["complete"] and f"--out {tmp_path}" in result["command"]
+    planned = plan(LLAMA_7B, 1, GPUS["h200"], Load(1, 1))["pages"]["total"]
+    assert {row["pool_pages"] for row in result["rows"]} == {100}
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert {row["pool_pages"] for row in rates["rows"]} == {planned + 1}
+    assert {row["requests"] for row in rates["rows"]} == {row["num_requests"] for row in rates["rows"]}
+    fairness = json.loads((tmp_path / "fairness.json").read_text())["rows"]
+    assert fairness[1]["requests"] > fairness[1]["num_requests"] == fairness[0]["requests"]
+
+
+def test_a_run_that_is_cut_off_is_shown_as_incomplete(tmp_path):
+    class Broken(SimulatedServer):
+        def run(self, point):
+            if point.system == "split":
+                raise RuntimeError("cut off")
+            return super().run(point)
+
+    model = LLAMA_7B
+    with pytest.raises(RuntimeError, match="cut off"):
+        run_paper(["ablation"], Broken(model, 1000), SCALES["toy"], tmp_path, "", lambda line: None)
+    (result,) = read_results(tmp_path)
+    assert not result["complete"] and len(result["rows"]) == 1
+    assert "in a small pool (incomplete)" in table(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--simulate", "--seed", "7"], "another scale (seed 42 there, 7 here)"),
+        ([], "another server (simulated there, engine here)"),
+        (["--simulate", "--model", "llama-13b"], "another model"),
+    ],
+)
+def test_results_of_another_run_are_not_joined(tmp_path, change, message):
+    invoke("rates", "--simulate", "--scale", "toy", "--no-plots", "--out", tmp_path)
+    before = (tmp_path / "rates.json").read_text()
+    arguments = ["paper", "rates", "--scale", "toy", "--no-plots", "--out", str(tmp_path), *change]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and message in done.output and "give another --out" in done.output
+    assert (tmp_path / "rates.json").read_text() == before
+
+
+def test_the_peers_are_shown_beside_the_same_work_only(tmp_path):
+    model = dataclasses.asdict(LLAMA_7B)
+    row = {"series": "slora-jax, base", "x": 0, "throughput": 30.0}
+    same = {"server": "engine", "device": "NVIDIA H200", "model": model, "rows": [row],
+            "scale": {"table_requests": 1000, "table_longest": 512}}  # fmt: skip
+    others = (
+        {"server": "simulated"},
+        {"device": "NVIDIA H100 80GB HBM3"},
+        {"scale": same["scale"] | {"table_requests": 200}},
+        {"scale": same["scale"] | {"table_longest": 256}},
+        {"model": model | {"num_layers": 40}},
+    )
+    for change in ({}, *others):
+        (tmp_path / "table3.json").write_text(json.dumps(same | change))
+        (result,) = read_results(tmp_path)
+        assert (len(result["rows"]) > 1) == (not change), change
+
+
+def test_the_simulation_has_no_pool_to_choose(tmp_path):
+    done = CliRunner().invoke(main, ["paper", "--simulate", "--pool-gigabytes", "3", "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "--pool-gigabytes is the engine's" in done.output
 
 
 @pytest.mark.slow
 def test_one_engine_serves_many_experiments(toy, tmp_path):
     pytest.importorskip("matplotlib")
     names = ("table3", "abort", "merged", "ablation")
-    invoke(*names, "--scale", "toy", "--model", toy, "--out", tmp_path / "out")
+    arguments = ["paper", *names, "--scale", "toy", "--model", str(toy), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, arguments)
+    # On a CPU nothing is compiled ahead, and that must not pass for a measurement.
+    assert done.exit_code == 1 and "programs were compiled inside the timed parts" in done.output, done.output
     check_results(tmp_path / "out", names, ["slora-jax", "fixed share", "padded products"])
     merged = json.loads((tmp_path / "out/merged.json").read_text())["rows"][1]
     assert merged["series"] == "merged" and merged["switches"] >= 2 and merged["switch_milliseconds"] > 0
@@ -84,7 +167,7 @@ def test_a_small_pool_of_one_run_does_not_shrink_the_next(toy):
     scale = SCALES["toy"]
     workload = draw_workload(2, 2, 32000, seed=1, longest=12)
     point = Point("few", 0, Case("S1", 2), workload, scale.scheduler(), pool_pages=50)
-    with contextlib.closing(EngineServer(str(toy), scale, {"pages": 300})) as server:
+    with contextlib.closing(EngineServer(str(toy), scale, scale.max_sequences, {"pages": 300})) as server:
         totals = []
         for run in (point, dataclasses.replace(point, pool_pages=None)):
             outcome = server.run(run)
@@ -155,6 +238,43 @@ def test_padded_products_are_gathered_lora():
                     a, b = weights[1, MODULES[m]]
                     out[first : first + count] = factor * x[first : first + count] @ a.T @ b.T
         np.testing.assert_allclose(got, np.concatenate(expected, axis=1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture
+def small_case():
+    with compiled_fast():
+        yield OracleCase(FIXTURES / "smollm_gqa3")
+
+
+def test_an_engine_refuses_an_adapter_of_a_higher_rank_than_its_padded_products():
+    config = build_config({"model": "grouped", "dummy": True, "compilation_cache": None, "pool": {"pages": 60}})
+    params = dummy_params(GROUPED, jnp.dtype(jnp.float32), 0)
+    engine = Engine(config, GROUPED, params, None, "base", lora_ops=padded_lora(4))
+    ranks = {"q": 4, "v": 8}
+    packed = adapter(np.random.default_rng(4), engine.pool_layout, ranks)[1]
+    engine.register_loaded_adapter("r8", ranks, packed)
+    generation = engine.submit(greedy((1, 2), "r8", 4))
+    with pytest.raises(ValueError, match="rank 8, but this engine was made with lora_ops for at most 4"):
+        run(engine, generation)
+
+
+def test_merged_weights_answer_as_the_adapter_on_the_fly(small_case):
+    engine = small_case.engine(scheduler={"prefix_cache": False})
+    (asked,) = [r for r in small_case.requests if r["adapter"] == "qv-r8"][:1]
+    base, on_the_fly = (
+        run(engine, engine.submit(greedy(asked["prompt"], adapter, 16)))[0].completions[0].token_ids
+        for adapter in (None, "qv-r8")
+    )
+    header = engine._store.get("qv-r8").header
+    packed = load_adapter(header, engine.dtype).packed
+    (scale,) = set(header.scales) - {0.0}
+    merged = MergedWeights(engine._runner.params, engine.pool_layout)
+    merged.merge(header.ranks, merged.stage(packed), scale)
+    (result,) = run(engine, engine.submit(greedy(asked["prompt"], None, 16)))
+    assert result.completions[0].token_ids == on_the_fly != base
+    merged.restore()
+    (result,) = run(engine, engine.submit(greedy(asked["prompt"], None, 16)))
+    assert result.completions[0].token_ids == base
 
 
 def test_merged_weights_are_the_base_plus_the_adapters_product():

@@ -430,3 +430,39 @@ def test_an_idle_engine_goes_on_under_other_settings_with_an_empty_pool(tiny_cas
         engine.reschedule(config.model_copy(update={"max_sequences": config.max_sequences + 1}))
     with pytest.raises(ValueError, match="the pool's"):
         engine.reschedule(config, PageAllocator(10_000))
+
+
+def test_counters_go_on_when_an_engine_is_rescheduled(tiny_case):
+    counters = ("adapter_prefetch_hits", "adapter_prefetch_late", "adapter_prefetch_wasted", "evictions")
+    engine = tiny_case.engine()
+    config, adapters = engine.config.scheduler, list(engine.adapters())
+    few = 1 + sum(info.num_pages for info in engine.adapters().values())
+
+    def serve_all() -> None:
+        run(engine, *(engine.submit(greedy(PROMPT, name, 2)) for name in adapters for _ in range(3)))
+
+    engine.reschedule(config, PageAllocator(few))
+    serve_all()
+    first = {name: engine.stats()[name] for name in counters}
+    assert first["adapter_prefetch_late"] > 0 and first["evictions"] > 0
+    engine.reschedule(config, PageAllocator(few))
+    assert {name: engine.stats()[name] for name in counters} == first
+    serve_all()
+    assert engine.stats()["evictions"] > first["evictions"]
+    assert engine.stats()["adapter_prefetch_late"] > first["adapter_prefetch_late"]
+
+
+def test_pins_that_would_take_more_than_half_of_the_new_pages_are_refused_before_anything_changes(tiny_case):
+    name = "qv-r8"
+    engine = tiny_case.engine(pinned=[name])
+    pages = engine.adapters()[name].num_pages
+    config = engine.config.scheduler
+    scheduler, allocator = engine._scheduler, engine._pages
+    with pytest.raises(ValueError, match=f"pinned adapters take {pages} pages, more than the {pages - 1}"):
+        engine.reschedule(config.model_copy(update={"policy": "lcfs"}), PageAllocator(2 * pages))
+    assert engine._scheduler is scheduler and engine._pages is allocator and engine.config.scheduler is config
+    engine.reschedule(config, PageAllocator(2 * pages + 1))
+    with pytest.raises(BadAdapter, match=f"pinned ones may take {pages} together"):
+        engine.register_adapter("more", str(tiny_case.adapters / "mlp-r3"), pinned=True)
+    engine.reschedule(config)
+    engine.register_adapter("more", str(tiny_case.adapters / "mlp-r3"), pinned=True)

@@ -57,7 +57,8 @@ def wait_until_healthy(url: str, processes: list[subprocess.Popen]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_answer_mixed_adapters_like_the_oracle():
+@pytest.mark.parametrize(("host", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_two_processes_answer_mixed_adapters_like_the_oracle_and_stop_by_a_signal_to_either(host, number):
     port = free_port()
     flags = ["--model", str(CASE / "model"), "--adapter-dir", str(CASE / "adapters"), "--dtype", "float32"]
     flags += ["--tp", "4", "--num-hosts", "2", "--coordinator", f"127.0.0.1:{free_port()}", "--port", str(port)]
@@ -78,7 +79,7 @@ def test_two_processes_answer_mixed_adapters_like_the_oracle():
             texts = list(clients.map(ask, requests))
         assert texts == [tokenizer.decode(request["tokens"][:32]) for request in requests]
         assert len({request["adapter"] for request in requests}) > 2
-        processes[1].send_signal(signal.SIGTERM)  # it asks the first, which stops as by Ctrl-C and tells it to
+        processes[host].send_signal(number)  # the second asks the first, which stops as by Ctrl-C and tells it to
         for process in processes:
             output, _ = process.communicate(timeout=60)
             assert process.returncode == 0, output
