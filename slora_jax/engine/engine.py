@@ -758,11 +758,10 @@ def _host_adapter_bytes(config: EngineConfig) -> int:
     return _available_memory() // 2
 
 
-def _available_memory() -> int:
+def _available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes of host memory that this process may still take: the machine's, or its container's if that is less."""
     available = psutil.virtual_memory().available
     try:
-        group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
     except (OSError, ValueError):
         return available  # no limit, or not version 2 of control groups
