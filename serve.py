@@ -422,11 +422,12 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     # First the port: if it is taken, say so before the slow part.
     with contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock:
         click.echo(f"Loading {engine_config.model} ...", err=True)
-        from slora_jax.engine.engine import Engine
+        from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
         engine = Engine.create(engine_config)
         try:
             engine.warm_up()
+            leave_alone_what_exists()
             engine.start()
             # As if Ctrl-C were for this process.
             engine.watch_hosts(_thread.interrupt_main)

@@ -16,7 +16,7 @@ from slora_jax.bench.throughput import ADAPTED, Weights, compilations_counted, r
 from slora_jax.bench.timing import machine
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, draw_workload
 from slora_jax.config import build_config, read_yaml
-from slora_jax.engine.engine import enable_compilation_cache
+from slora_jax.engine.engine import enable_compilation_cache, leave_alone_what_exists
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import GATHERED
@@ -100,6 +100,7 @@ class EngineServer:
         self._engine = self._merged = None
         self._registered.clear()
         self._staged.clear()
+        gc.unfreeze()
         gc.collect()
 
     def _engine_for(self, point: Point) -> Engine:
@@ -133,6 +134,7 @@ class EngineServer:
             count = min(WARM_UP_REQUESTS, self._scale.saturated_requests)
             workload = draw_workload(count, case.num_adapters, self._model.vocab_size, 0, self._scale.longest)
             run_loop(engine, case, workload)
+        leave_alone_what_exists()
         return engine
 
     def _register(self, engine: Engine, case: Case) -> None:

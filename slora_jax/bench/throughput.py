@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import gc
 import re
 import time
 from collections import Counter, defaultdict
@@ -23,6 +24,7 @@ from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, r
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import build_config
 from slora_jax.engine import runner
+from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.engine.generation import Generation
 from slora_jax.engine.runner import StepInFlight
 from slora_jax.memory.layout import PoolLayout
@@ -242,6 +244,7 @@ def run_throughput(
         compiling = time.perf_counter()
         engine.warm_up()
         compiling = time.perf_counter() - compiling
+        leave_alone_what_exists()
         # Of the process, but for making up adapters: what a server makes its user wait.
         start_seconds = time.time() - psutil.Process().create_time() - making
         click.echo(f"ready after {start_seconds:.1f} s, {compiling:.1f} of them compiling", err=True)
@@ -268,6 +271,7 @@ def run_throughput(
             }
     finally:
         engine.close()
+        gc.unfreeze()
 
 
 def _run_case(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None) -> dict:

@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out. Owns the scheduler, the adapter store, the pool and the runner."""
 
+import gc
 import itertools
 import logging
 import threading
@@ -643,6 +644,16 @@ class Engine:
     def check_integrity(self) -> None:
         """Asserts that every page of the pool is owned exactly once."""
         self._pages.check_integrity()
+
+
+def leave_alone_what_exists() -> None:
+    """Tells Python's collector that whatever exists now stays: for a process that keeps its engine to its end.
+
+    A full collection otherwise looks at all objects of JAX and the engine, a quarter of a million for the smallest
+    model, and stops every request for 0.2 s and more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def follow(config: EngineConfig, progress: bool = True) -> None:

@@ -324,7 +324,7 @@ FAKE_LAUNCH = """
         @classmethod
         def create(cls, config):
             return cls(folder)
-    sys.modules["slora_jax.engine.engine"] = types.SimpleNamespace(Engine=Engine)
+    sys.modules["slora_jax.engine.engine"] = types.SimpleNamespace(Engine=Engine, leave_alone_what_exists=list)
     spec = importlib.util.spec_from_file_location("serve", root / "serve.py")
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
