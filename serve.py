@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -446,6 +447,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
             )
         finally:
             engine.close()
+            gc.unfreeze()  # or libraries complain at exit of what is left
     click.echo("Stopped.", err=True)
 
 
