@@ -60,6 +60,14 @@ def _grid(context, parameter, text: str) -> dict[str, list[int]]:
     return grid
 
 
+def _print_or_write(result: object, out: Path | None) -> None:
+    text = json.dumps(result, indent=2)
+    if out:
+        out.write_text(text + "\n")
+    else:
+        click.echo(text)
+
+
 @click.group(context_settings={"max_content_width": 100})
 def main():
     """Measure slora-jax. Each command prints a table for people and writes JSON."""
@@ -90,11 +98,7 @@ def demo(requests: int, tokens: int, repeats: int, torch_python: str | None, out
             click.echo(f"{side:10} {rates['median']:8.1f} tokens/s   (runs: {rates['runs']})")
     if "speedup" in result:
         click.echo(f"speedup    {result['speedup']:8.2f} x")
-    text = json.dumps(result, indent=2)
-    if out:
-        out.write_text(text + "\n")
-    else:
-        click.echo(text)
+    _print_or_write(result, out)
 
 
 @main.command()
@@ -266,11 +270,7 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
             results.append(result)
     except SLoRAError as e:
         raise click.ClickException(str(e)) from None
-    text = json.dumps(results, indent=2)
-    if out:
-        out.write_text(text + "\n")
-    else:
-        click.echo(text)
+    _print_or_write(results, out)
 
 
 @main.command()

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from slora_jax import Engine, Request, SamplingParams
+from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.config import build_config
 from slora_jax.engine import runner
 from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
@@ -54,6 +55,15 @@ def make_engine(
     with mock.patch("slora_jax.engine.engine._buckets", _few_buckets):
         engine = Engine.create(config, progress=False)
     engine._runner.all_shapes(range(len(MODULES)), max_rank=64)
+    return engine
+
+
+def make_dummy_engine(shape: Path, tp: int, *ranks: int) -> Engine:
+    """An engine with random weights on ``tp`` devices; for each rank ``r`` an adapter "r<rank>" of all modules."""
+    engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3)
+    for rank in ranks:
+        packed = synthetic_weights(rank, MODULES, engine.pool_layout, engine.dtype, seed=rank)
+        engine.register_loaded_adapter(f"r{rank}", dict.fromkeys(MODULES, rank), packed, scale=4.0)
     return engine
 
 

@@ -184,16 +184,18 @@ def test_one_start_in_eight_is_for_the_overdue_within_a_plan_too():
     assert [s for s in order if s in new] == new[::-1][:28]
 
 
-def run_step(scheduler):
-    """One step, with each sampled token read before the next; sequences end at 76 tokens."""
+def run_step(scheduler, is_done=lambda sequence: len(sequence.tokens) == 76):
+    """One step, with each sampled token read before the next; copies of adapters arrive at once."""
     plan = scheduler.plan()
+    for load in plan.loads:
+        scheduler.adapter_arrived(load)
     for entry in plan.entries:
         if entry.samples:
             entry.sequence.num_pending -= 1
             entry.sequence.tokens.append(1)
     scheduler.commit(plan)
     for entry in plan.entries:
-        if len(entry.sequence.tokens) == 76:
+        if is_done(entry.sequence):
             scheduler.finish(entry.sequence)
 
 
@@ -428,17 +430,7 @@ def test_a_tenant_whose_overdue_request_is_passed_is_not_forgotten_under_vtc():
         return sequence
 
     def step():
-        plan = scheduler.plan()
-        for load in plan.loads:
-            scheduler.adapter_arrived(load)
-        for entry in plan.entries:
-            if entry.samples:
-                entry.sequence.num_pending -= 1
-                entry.sequence.tokens.append(1)
-        scheduler.commit(plan)
-        for entry in plan.entries:
-            if entry.sequence.num_output >= entry.sequence.max_tokens:
-                scheduler.finish(entry.sequence)
+        run_step(scheduler, lambda sequence: sequence.num_output >= sequence.max_tokens)
 
     slow = Handle(None)
     slow.status = "loading"

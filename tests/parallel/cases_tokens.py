@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import FIXTURES, Case, greedy, make_engine, run
-
-from slora_jax.adapters.synthetic import synthetic_weights
-from slora_jax.memory.layout import MODULES
+from engine_cases import FIXTURES, Case, greedy, make_dummy_engine, run
 
 _LENGTH = 48
 
@@ -55,10 +52,7 @@ def test_eight_heads_on_eight_devices_sample_like_one(tmp_path):
     )
     answers = {}
     for tp in (1, 8):
-        engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3)
-        for rank in (5, 12):
-            packed = synthetic_weights(rank, MODULES, engine.pool_layout, engine.dtype, seed=rank)
-            engine.register_loaded_adapter(f"r{rank}", dict.fromkeys(MODULES, rank), packed, scale=4.0)
+        engine = make_dummy_engine(shape, tp, 5, 12)
         requests = [
             greedy(np.arange(1, 40) * (i + 1) % 97, adapter, 24, logprobs=1, **sampling)
             for i, adapter in enumerate((None, "r5", "r12"))

@@ -3,10 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from engine_cases import greedy, make_engine, run
-
-from slora_jax.adapters.synthetic import synthetic_weights
-from slora_jax.memory.layout import MODULES
+from engine_cases import greedy, make_dummy_engine, run
 
 pytestmark = pytest.mark.gpu
 
@@ -21,10 +18,7 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path):
     )
     tokens = {}
     for tp in (1, 2):
-        engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3)
-        for rank in (5, 16):
-            packed = synthetic_weights(rank, MODULES, engine.pool_layout, engine.dtype, seed=rank)
-            engine.register_loaded_adapter(f"r{rank}", dict.fromkeys(MODULES, rank), packed, scale=4.0)
+        engine = make_dummy_engine(shape, tp, 5, 16)
         requests = [
             greedy(np.arange(1, 40) * (i + 1) % 97, adapter, 24) for i, adapter in enumerate((None, "r5", "r16"))
         ]
