@@ -112,7 +112,16 @@ class Engine:
         on_gpu = jax.default_backend() != "cpu"
         self._costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
         self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=self._costs)
-        self._runner = Runner(model_config, params, self._pool, _buckets(config), self.max_model_len, mesh, lora_ops)
+        self._runner = Runner(
+            model_config,
+            params,
+            self._pool,
+            _buckets(config),
+            self.max_model_len,
+            mesh,
+            _program_folder(config),
+            lora_ops,
+        )
         self._followers = Followers()
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._answers: dict[int, _Answer] = {}
@@ -719,6 +728,13 @@ def enable_compilation_cache(folder: str | None) -> None:
         # Warming up compiles many shapes on a GPU: each counts, however short.
         least = 0.5 if jax.default_backend() == "cpu" else 0
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+def _program_folder(config: EngineConfig) -> Path | None:
+    """Beside what JAX keeps. Programs of several hosts cannot be kept."""
+    if config.compilation_cache is None or config.mesh.num_hosts > 1:
+        return None
+    return Path(config.compilation_cache).expanduser() / "programs"
 
 
 def _dtype(config: EngineConfig) -> jnp.dtype:

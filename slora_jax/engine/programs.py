@@ -1,34 +1,65 @@
-"""Compiled programs, by shape.
+"""Compiled programs, in memory and on disk.
 
-They are not kept on disk here, though JAX's compilation cache still needs each one traced and lowered, half a second of
-one thread: a program that this cache has loaded cannot be serialized again on a CPU (it then lacks functions when run).
+JAX's compilation cache saves XLA's part of a start only: to ask it, a program must be traced and lowered first, which
+takes half a second of one thread for each of a hundred programs. What is kept here is found by what a program was made
+of, and a restart does neither. Files hold pickles, of JAX's making: keep them where only their owner can write.
+
+A program is kept in one of the two caches only. One that JAX's has loaded loses functions when serialized again (seen
+on a CPU), so that cache is off while what is kept here is compiled.
 """
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 logger = logging.getLogger(__name__)
 
+_KEPT_MAKES = 4
+"""Folders of programs that are kept: those of other code, models or pools go, the longest unused first."""
+
 
 class Programs:
-    """Programs by *shape*, any hashable value; compiled when first asked for."""
+    """Programs by *shape*: any hashable value whose ``repr`` says all of it.
+
+    A shape that is asked for is taken from memory, else from disk, else compiled.
+    """
 
     def __init__(
         self,
         lower: Callable[[Hashable], jax.stages.Lowered],
         options: Callable[[Hashable], dict[str, str | bool]],
+        folder: Path | None,
+        made_of: object,
+        code: Iterable[Path],
+        devices: Sequence[jax.Device],
     ):
         """
         Args:
           lower: traces and lowers a shape's program; called by one thread at a time.
           options: a shape's compiler options.
+          folder: where to keep them, created if needed; None keeps none.
+          made_of: with its ``repr``, all that programs depend on besides their shape, the code, JAX and the devices.
+          code: folders of the source code that makes them, with its data.
+          devices: those that run them, all of this process.
         """
         self._lower = lower
         self._options = options
+        self._devices = devices
+        self._folder = (
+            None if folder is None else _claimed(folder / _digest(repr(made_of), *_environment(code, devices)))
+        )
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
 
     def __len__(self) -> int:
@@ -39,16 +70,121 @@ class Programs:
 
     def get(self, shape: Hashable) -> jax.stages.Compiled:
         """The shape's program."""
-        if shape not in self._programs:
-            logger.debug("first step of shape %s: compiling its program", shape)
+        program = self._programs.get(shape)
+        if program is None:
+            logger.debug("first step of shape %s: reading or compiling its program", shape)
             self.prepare([shape])
-        return self._programs[shape]
+            program = self._programs[shape]
+        return program
 
     def prepare(self, shapes: Iterable[Hashable]) -> None:
-        """Compiles these shapes' programs, using all cores."""
+        """Gets these shapes' programs into memory, using all cores."""
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self._programs]
-        # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
-        with ThreadPoolExecutor(os.cpu_count()) as workers:
-            compiling = [(shape, workers.submit(self._lower(shape).compile, self._options(shape))) for shape in missing]
-            for shape, future in compiling:
+        with (
+            nullcontext() if self._folder is None else _without_jax_cache(),
+            ThreadPoolExecutor(os.cpu_count()) as workers,
+        ):
+            getting = [(shape, workers.submit(self._read, shape)) for shape in missing]
+            for i, (shape, reading) in enumerate(getting):
+                if reading.result() is None:
+                    # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
+                    getting[i] = shape, workers.submit(self._compile, shape, self._lower(shape))
+            for shape, future in getting:
                 self._programs[shape] = future.result()
+
+    def _compile(self, shape: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        program = lowered.compile(self._options(shape))
+        if self._folder is not None:
+            self._write(shape, program)
+        return program
+
+    def _path(self, shape: Hashable) -> Path:
+        return self._folder / _digest(repr(shape))
+
+    def _read(self, shape: Hashable) -> jax.stages.Compiled | None:
+        if self._folder is None:
+            return None
+        try:
+            kept = pickle.loads(self._path(shape).read_bytes())
+            return deserialize_and_load(*kept, execution_devices=self._devices)
+        except FileNotFoundError:
+            return None
+        except Exception as e:
+            # A file cut short by a full disk, say: it costs a compilation, not the start.
+            logger.warning("compiled program %s cannot be read and is made anew: %s", self._path(shape), e)
+            return None
+
+    def _write(self, shape: Hashable, program: jax.stages.Compiled) -> None:
+        path, partial = self._path(shape), None
+        try:
+            # Under a name of its own: another server may be writing the same.
+            file, partial = tempfile.mkstemp(dir=self._folder)
+            with os.fdopen(file, "wb") as out:
+                out.write(pickle.dumps(serialize(program)))
+            os.replace(partial, path)
+        except Exception as e:
+            logger.warning("compiled program %s cannot be kept: %s", path, e)
+            if partial is not None:
+                Path(partial).unlink(missing_ok=True)
+
+
+@contextmanager
+def _without_jax_cache() -> Iterator[None]:
+    """Switches it off for this process, as JAX has it for no less: what other threads compile meanwhile is not kept."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX looks at the switch once only.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _environment(code: Iterable[Path], devices: Sequence[jax.Device]) -> Iterator[str]:
+    """All that a compiled program depends on besides what is asked of it."""
+    for root in code:
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".json"):
+                yield f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    for package in ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "flax", "jax-triton", "triton"):
+        yield f"{package} {_version(package)}"
+    yield f"{devices[0].client.platform_version} {[(d.id, d.device_kind) for d in devices]}"
+    if devices[0].platform == "cpu":
+        # Code is made for what the CPU can do, and a cache may be shared.
+        yield str(_cpu_flags())
+    yield f"{os.environ.get('XLA_FLAGS')} {jax.config.jax_enable_x64} {jax.config.jax_default_matmul_precision}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # no Triton where there is no NVIDIA GPU
+
+
+def _cpu_flags() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), None)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _claimed(folder: Path) -> Path | None:
+    """The folder, made and marked as used, while those unused for longest are removed; None if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        makes = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in makes[:-_KEPT_MAKES]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        logger.warning("compiled programs are not kept: %s", e)
+        return None
+    return folder

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+import pallas_kernels
 from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
@@ -22,6 +24,8 @@ from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
+_PACKAGE = Path(__file__).parents[1]
+_CODE = (Path(pallas_kernels.__file__).parent, *(_PACKAGE / name for name in ("engine", "model", "memory")))
 _FEW_ROWS = 16
 
 
@@ -91,6 +95,7 @@ class Runner:
         buckets: Buckets,
         max_len: int,
         mesh: ModelMesh | None = None,
+        program_folder: Path | None = None,
         lora_ops: LoraOps = GATHERED,
     ):
         """
@@ -101,6 +106,7 @@ class Runner:
           buckets: shapes that batches are padded to.
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
+          program_folder: see ``Programs``; for the model's own ``lora_ops`` only.
           lora_ops: what computes low-rank updates on one device.
         """
         dtype = pool.array.dtype
@@ -121,7 +127,14 @@ class Runner:
         self._active: tuple[int, ...] = ()
         # One device has no reason to count: its kernels work on real ranks.
         self._max_rank = padded_rank(1) if mesh else MAX_RANK
-        self._programs = Programs(self._lower, lambda shape: compiler_options(_num_rows(shape)))
+        self._programs = Programs(
+            self._lower,
+            lambda shape: compiler_options(_num_rows(shape)),
+            program_folder if lora_ops is GATHERED else None,
+            (config, backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
+            _CODE,
+            list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
+        )
 
     def all_shapes(self, active: Collection[int], max_rank: int = 1) -> list[BatchShape]:
         """Every shape that a step can have, but for steps with unusually large adapters.

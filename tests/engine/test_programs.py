@@ -1,21 +1,124 @@
-"""Programs are compiled once, ahead or when first asked for."""
+"""Compiled programs found again on disk, and made anew when they cannot be."""
+
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from engine_cases import FAST_TO_COMPILE
+from jax.experimental.compilation_cache import compilation_cache
 
 from slora_jax.engine.programs import Programs
 
 
-def test_programs_are_compiled_once():
-    lowered = []
+class Counting:
+    """Programs that add their shape to a vector they are given for good; counts how many were lowered."""
 
-    def lower(shape):
-        lowered.append(shape)
-        return jax.jit(lambda x: x + shape).lower(jax.ShapeDtypeStruct((3,), jnp.float32))
+    def __init__(self, folder, made_of="a model", code=Path(__file__).parent):
+        self.lowered = []
+        self.programs = Programs(self.lower, lambda shape: FAST_TO_COMPILE, folder, made_of, [code], jax.devices()[:1])
 
-    programs = Programs(lower, lambda shape: FAST_TO_COMPILE)
-    programs.prepare([1, 2, 2])
-    assert set(programs) == {1, 2} and len(programs) == 2
-    assert [programs.get(shape)(jnp.zeros(3)).tolist() for shape in (1, 2, 3, 3)] == [[s] * 3 for s in (1, 2, 3, 3)]
-    assert lowered == [1, 2, 3]
+    def lower(self, shape):
+        self.lowered.append(shape)
+        vector = jax.ShapeDtypeStruct((3,), jnp.float32)
+        return jax.jit(lambda x: {"sum": x["x"] + shape}, donate_argnums=0).lower({"x": vector})
+
+    def results(self, *shapes):
+        sums = []
+        for shape in shapes:
+            arguments = {"x": jnp.zeros(3)}
+            sums.append(self.programs.get(shape)(arguments)["sum"].tolist())
+            assert arguments["x"].is_deleted(), "what is donated is donated to a program from disk too"
+        return sums
+
+
+def test_programs_are_found_on_disk(tmp_path):
+    first = Counting(tmp_path)
+    first.programs.prepare([1, 2, 2])
+    assert first.results(1, 2, 1) == [[1.0] * 3, [2.0] * 3, [1.0] * 3]
+    assert sorted(first.lowered) == [1, 2] and set(first.programs) == {1, 2}
+    second = Counting(tmp_path)
+    second.programs.prepare([1])
+    assert second.results(1, 2, 3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+    assert second.lowered == [3]
+
+
+def test_programs_of_something_else_are_not_found(tmp_path, monkeypatch):
+    Counting(tmp_path).programs.prepare([1])
+    other = Counting(tmp_path, made_of="another model")
+    assert other.results(1) == [[1.0] * 3] and other.lowered == [1]
+    code = Counting(tmp_path, code=Path(__file__).parents[1] / "host")
+    assert code.results(1) == [[1.0] * 3] and code.lowered == [1]
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} ")
+    flags = Counting(tmp_path)
+    assert flags.results(1) == [[1.0] * 3] and flags.lowered == [1]
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        programs = Counting(None)
+        assert programs.results(1) == [[1.0] * 3] and programs.lowered == [1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"no pickle"])
+def test_a_damaged_file_costs_a_compilation(tmp_path, damage, caplog):
+    Counting(tmp_path).programs.prepare([1])
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    file.write_bytes(damage)
+    again = Counting(tmp_path)
+    assert again.results(1) == [[1.0] * 3] and again.lowered == [1]
+    assert str(file) in caplog.text
+    assert file.stat().st_size > 1000, "mended"
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    programs = Counting(tmp_path / "file")
+    assert programs.results(1) == [[1.0] * 3]
+    assert "not kept" in caplog.text
+
+
+def test_makes_unused_for_longest_are_removed(tmp_path):
+    for i in range(6):
+        Counting(tmp_path, made_of=i).programs.prepare([1])
+        for age, make in enumerate(sorted(tmp_path.iterdir(), key=lambda path: -path.stat().st_mtime)):
+            os.utime(make, (1000 - age, 1000 - age))
+        if i == 3:
+            assert Counting(tmp_path, made_of=0).results(1) and len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+    kept = Counting(tmp_path, made_of=0)
+    assert kept.results(1) == [[1.0] * 3] and not kept.lowered, "used again later than 1 and 2"
+
+
+def test_what_jax_keeps_is_not_kept_again(tmp_path):
+    """A program that JAX's cache has loaded cannot be serialized whole: it is compiled anew, JAX's cache goes on."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path / "jax"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            Counting(None).programs.prepare([1])
+        (entry,) = kept_by_jax(tmp_path / "jax")
+        entry.write_bytes(b"what would fail if JAX looked at it")
+        assert Counting(tmp_path / "programs").results(1) == [[1.0] * 3]
+        Counting(tmp_path / "programs").programs.prepare([2])
+        assert kept_by_jax(tmp_path / "jax") == [entry]
+        Counting(None).programs.prepare([3])
+        assert len(kept_by_jax(tmp_path / "jax")) == 2
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def kept_by_jax(folder):
+    return [path for path in folder.iterdir() if path.name.endswith("-cache") and "lambda" in path.name]

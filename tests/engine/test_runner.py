@@ -60,6 +60,22 @@ def test_a_warm_engine_compiles_no_more():
     assert len(engine._runner._programs) == 6, "what was not foreseen is compiled when needed"
 
 
+def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
+    case = FIXTURES / "llama3_gqa"
+    monkeypatch.setattr("slora_jax.engine.engine._program_folder", lambda config: tmp_path)
+
+    def tokens():
+        engine = make_engine(case / "model", case / "adapters", warm_up=True)
+        engine.warm_up()
+        adapters = [None, *engine.adapters()]
+        results = run(engine, *(engine.submit(greedy((1, 2, 3), adapter, 6)) for adapter in adapters))
+        return [result.completions[0].token_ids for result in results]
+
+    first = tokens()
+    monkeypatch.setattr("slora_jax.engine.runner.Runner._lower", lambda self, shape: pytest.fail(f"lowered {shape}"))
+    assert tokens() == first
+
+
 def test_warming_up_is_off_on_a_cpu_unless_asked_for():
     engine = make_engine(FIXTURES / "llama3_gqa" / "model")
     engine.warm_up()
