@@ -43,6 +43,8 @@ ITEM_LEVELS = tuple(2**i for i in range(5, 12))
 """Numbers of chunks the decoding contexts can be cut into; each layer takes one by its number of KV heads."""
 
 _CHUNK_UNIT = 64
+_FEW_ROWS = 16
+"""Up to so many decoding rows all run at once, and putting them in order costs more than it saves."""
 _DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"), jnp.dtype("float32"))
 
 
@@ -112,6 +114,10 @@ def plan(
 def _decode_items(token, sequence, length, level, min_chunk) -> DecodeItems:
     """Cuts contexts of ``length [R]`` into at most ``level + R`` chunks, those of one context of about one size."""
     num_rows = token.shape[0]
+    if num_rows > _FEW_ROWS:
+        # The longest first, so that what ends last is short.
+        order = jnp.argsort(-length)
+        token, sequence, length = token[order], sequence[order], length[order]
     chunk = jnp.maximum(_round_up(triton.cdiv(jnp.sum(length), level), _CHUNK_UNIT), min_chunk)
     parts = -(-length // chunk)
     first = jnp.cumulative_sum(parts, include_initial=True).astype(jnp.int32)

@@ -478,7 +478,7 @@ class Engine:
         self._answers.pop(sequence.sequence_id, None)
 
     def warm_up(self) -> None:
-        """Compiles the steps' shapes, so that no request waits for it, if the configuration asks for that.
+        """Compiles the steps' shapes and runs each once, so that no request waits for it, if the configuration says so.
 
         Call it before the first step. Shapes with adapters are compiled for the
         modules that the adapters registered so far change.
@@ -491,10 +491,10 @@ class Engine:
         changed = {module for info in adapters for module in info.ranks}
         largest = max((info.rank for info in adapters), default=1)
         active = [MODULES.index(module) for module in changed]
-        self._followers.compile(active, largest)
+        self._followers.warm_up(active, largest)
         shapes = self._runner.all_shapes(active, largest)
-        self._runner.compile(shapes)
-        logger.info("compiled %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
+        self._runner.warm_up(shapes)
+        logger.info("warmed up %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
 
     def reschedule(
         self,

@@ -89,8 +89,18 @@ class Programs:
                 if reading.result() is None:
                     # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
                     getting[i] = shape, workers.submit(self._compile, shape, self._lower(shape))
+            crowded = []
             for shape, future in getting:
-                self._programs[shape] = future.result()
+                try:
+                    self._programs[shape] = future.result()
+                except jax.errors.JaxRuntimeError as e:
+                    if "RESOURCE_EXHAUSTED" not in str(e):
+                        raise
+                    crowded.append(shape)
+            workers.shutdown()
+            # Compiling tries products on the device: several at a time can want more memory than a pool leaves.
+            for shape in crowded:
+                self._programs[shape] = self._compile(shape, self._lower(shape))
 
     def _compile(self, shape: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         program = lowered.compile(self._options(shape))

@@ -48,7 +48,7 @@ class RunnerStub:
     def all_shapes(self, active, max_rank):
         return [(active, max_rank)]
 
-    def compile(self, shapes):
+    def warm_up(self, shapes):
         self.calls.append(shapes)
 
 
@@ -75,10 +75,10 @@ def test_steps_arrive_as_they_were(store):
     sequence = Sequence(0, [5, 6], 2, 8, SamplingParams(temperature=0.7, repetition_penalty=1.5), seed=2**63 + 1)
     sampler, inputs = build_sampler_inputs([ScheduledSequence(sequence, 0, 2, True, 0)], {}, 4, 97)
     followers = Followers()
-    followers.compile([3, 0], 33)
+    followers.warm_up([3, 0], 33)
     followers.run(shape, packed, sampler, inputs)
     followers.stop()
-    followers.compile([1], 1)  # nobody is told any more
+    followers.warm_up([1], 1)  # nobody is told any more
     follower, runner, _ = make_follower()
     follower.follow()
     assert not store

@@ -122,3 +122,19 @@ def test_what_jax_keeps_is_not_kept_again(tmp_path):
 
 def kept_by_jax(folder):
     return [path for path in folder.iterdir() if path.name.endswith("-cache") and "lambda" in path.name]
+
+
+def test_what_finds_no_memory_beside_others_is_compiled_alone():
+    class Crowded:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    class OnceCrowded(Counting):
+        def lower(self, shape):
+            lowered = super().lower(shape)
+            return Crowded() if self.lowered.count(shape) == 1 and shape > 1 else lowered
+
+    crowded = OnceCrowded(None)
+    crowded.programs.prepare([1, 2, 3])
+    assert crowded.lowered == [1, 2, 3, 2, 3]
+    assert crowded.results(1, 2, 3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
