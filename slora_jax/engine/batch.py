@@ -4,7 +4,7 @@ One buffer, because each further argument of a jitted call costs host time, and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -46,6 +46,29 @@ class AdapterSlice:
         """``[4, len(MODULES)]`` int32, for joining: ranks, start_a, start_b, and the bits of the float32 scales."""
         ints = np.array([self.ranks, self.start_a, self.start_b], np.int32)
         return ints.tobytes() + np.array(self.scales, np.float32).tobytes()
+
+
+@dataclass(frozen=True)
+class AdapterRoom:
+    """What a step has room for in its adapters, wanted or not. It only grows, so that the shapes of steps settle.
+
+    Attributes:
+      active: modules that the adapters may change, increasing.
+      max_rank: the largest rank, padded.
+      pages: of each sequence's adapter, padded.
+    """
+
+    active: tuple[int, ...] = ()
+    max_rank: int = MAX_RANK
+    pages: int = 16
+
+    def including(self, active: Iterable[int], max_rank: int, pages: int) -> "AdapterRoom":
+        """Room for adapters that change these modules, of up to this rank and so many pages each, too."""
+        return AdapterRoom(
+            tuple(sorted({*self.active, *active})),
+            max(self.max_rank, padded_rank(max_rank)),
+            max(self.pages, _next_power_of_two(pages)),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,27 +130,22 @@ class Buckets:
         num_sequences: int,
         table_width: int,
         total_rank: int = 0,
-        adapter_pages: int = 0,
-        active: tuple[int, ...] = (),
-        max_rank: int = MAX_RANK,
+        room: AdapterRoom = AdapterRoom(),
     ) -> "BatchShape":
-        """The smallest shape that holds a batch; see ``BatchShape`` for the arguments, here without padding."""
+        """The smallest shape that holds a batch.
+
+        Args:
+          num_tokens, num_sequences, table_width, total_rank: as in ``BatchShape``, without padding.
+          room: what the shape has room for if there are adapters.
+        """
         decode_only = num_tokens == num_sequences
         sequences = _first_at_least(self.decode if decode_only else self.sequences, num_sequences)
         tokens = sequences if decode_only else _first_at_least(self.tokens, num_tokens)
-        if not total_rank:
-            return BatchShape(tokens, sequences, table_width, 0, 0, (), decode_only, 0)
-        total_rank = _first_at_least(self.total_ranks, total_rank)
-        pages = _adapter_pages(sequences, adapter_pages)
-        return BatchShape(tokens, sequences, table_width, total_rank, pages, active, decode_only, max_rank)
+        total_rank = _first_at_least(self.total_ranks, total_rank) if total_rank else 0
+        return BatchShape.with_room(tokens, sequences, table_width, decode_only, total_rank, room)
 
-    def all_shapes(self, table_width: int, active: tuple[int, ...], max_rank: int = MAX_RANK) -> "list[BatchShape]":
-        """Every shape that ``shape`` gives, but for adapters of more than 16 pages a sequence.
-
-        Args:
-          active: the modules that adapters change; without any, shapes of steps without adapters only.
-          max_rank: of every shape with adapters.
-        """
+    def all_shapes(self, table_width: int, room: AdapterRoom) -> "list[BatchShape]":
+        """Every shape that ``shape`` gives with this room; without active modules, those of steps without adapters."""
         sizes = [(n, n) for n in self.decode]
         # A step that is not of this kind has at least one token more than sequences.
         fewest = (0, *self.sequences)
@@ -136,10 +154,8 @@ class Buckets:
         ]
         num_decode = len(self.decode)
         return [
-            BatchShape(t, s, table_width, rank, _adapter_pages(s, 0), active, i < num_decode, max_rank)
-            if rank
-            else BatchShape(t, s, table_width, 0, 0, (), i < num_decode, 0)
-            for rank in ((0, *self.total_ranks) if active else (0,))
+            BatchShape.with_room(t, s, table_width, i < num_decode, total_rank, room)
+            for total_rank in ((0, *self.total_ranks) if room.active else (0,))
             for i, (t, s) in enumerate(sizes)
         ]
 
@@ -153,15 +169,11 @@ def _first_at_least(values: Sequence[int], needed: int) -> int:
 
 def padded_rank(rank: int) -> int:
     """The next power of two, at least 8: few shapes of steps, and room for what is registered later."""
-    return max(8, 1 << (rank - 1).bit_length())
+    return max(8, _next_power_of_two(rank))
 
 
-def _adapter_pages(num_sequences: int, needed: int) -> int:
-    """Padded pages of a step's adapters: room for 16 a sequence, or four times, sixteen times, ... as many."""
-    size = 1 << (16 * num_sequences - 1).bit_length()
-    while size < needed:
-        size *= 4
-    return size
+def _next_power_of_two(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,16 @@ class BatchShape:
     active: tuple[int, ...]
     decode_only: bool
     max_rank: int
+
+    @classmethod
+    def with_room(
+        cls, tokens: int, sequences: int, table_width: int, decode_only: bool, total_rank: int, room: AdapterRoom
+    ) -> "BatchShape":
+        """The shape of these sizes, which are padded, with room for adapters unless the sum of ranks is 0."""
+        if not total_rank:
+            return cls(tokens, sequences, table_width, 0, 0, (), decode_only, 0)
+        pages = _next_power_of_two(room.pages * sequences)
+        return cls(tokens, sequences, table_width, total_rank, pages, room.active, decode_only, room.max_rank)
 
     @property
     def _fields(self) -> dict[str, tuple[slice, tuple[int, ...], np.dtype]]:
@@ -279,11 +301,13 @@ class HostBatch:
       shape: the static shape.
       packed: as of ``shape.zeros``, filled.
       entries: the plan's entries in row order: row i of every per-sequence array.
+      room: what there was room for, with what this batch's adapters need.
     """
 
     shape: BatchShape
     packed: np.ndarray
     entries: tuple[ScheduledSequence, ...]
+    room: AdapterRoom
 
 
 def build_batch(
@@ -292,8 +316,7 @@ def build_batch(
     pending_rows: dict[int, int],
     buckets: Buckets,
     table_width: int,
-    active: tuple[int, ...] = (),
-    max_rank: int = MAX_RANK,
+    room: AdapterRoom = AdapterRoom(),
 ) -> HostBatch:
     """Pads a plan's entries to a bucket, ordered so that each adapter's tokens are contiguous.
 
@@ -303,8 +326,7 @@ def build_batch(
       pending_rows: by ``sequence_id``: the row that sampled the sequence's pending token in the previous step.
       buckets: allowed sizes.
       table_width: pages of the longest sequence allowed.
-      active: modules to compute updates of in any case, so that steps whose adapters change fewer share their shape.
-      max_rank: room for this rank in any case, for the same reason.
+      room: what to have room for in any case.
     """
     num_adapters = len(adapters)
     # Sequences without an adapter come last, behind every segment.
@@ -323,16 +345,15 @@ def build_batch(
         modules = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
         modules = modules.reshape(num_adapters, 4, len(MODULES))
         total_rank = int(modules[:, 0].sum(axis=0).max())
-        max_rank = max(max_rank, padded_rank(int(modules[:, 0].max())))
-        active = tuple(sorted({*active, *np.flatnonzero(modules[:, 0].any(axis=0)).tolist()}))
+        changed = np.flatnonzero(modules[:, 0].any(axis=0)).tolist()
+        most_pages = max([len(a.pages) for a in adapters.values()])
+        room = room.including(changed, int(modules[:, 0].max()), most_pages)
     shape = buckets.shape(
         num_tokens=num_real_tokens,
         num_sequences=len(entries),
         table_width=table_width,
         total_rank=total_rank,
-        adapter_pages=sum([len(a.pages) for a in adapters.values()]),
-        active=active,
-        max_rank=max_rank,
+        room=room,
     )
     packed, arrays = shape.zeros()
     arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
@@ -348,7 +369,7 @@ def build_batch(
         place += table_width
     if adapters:
         _fill_segments(arrays, adapters, modules, np.bincount(segment_of, counts, num_adapters + 1)[:num_adapters])
-    return HostBatch(shape, packed, entries)
+    return HostBatch(shape, packed, entries, room)
 
 
 def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int]) -> list[int]:

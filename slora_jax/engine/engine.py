@@ -480,8 +480,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles the steps' shapes and runs each once, so that no request waits for it, if the configuration says so.
 
-        Call it before the first step. Shapes with adapters are compiled for the
-        modules that the adapters registered so far change.
+        Call it before the first step. Shapes with adapters are those for the
+        modules, ranks and pages of the adapters registered so far.
         """
         on_gpu = jax.default_backend() != "cpu"
         if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
@@ -489,10 +489,11 @@ class Engine:
         start = time.perf_counter()
         adapters = self.adapters().values()
         changed = {module for info in adapters for module in info.ranks}
-        largest = max((info.rank for info in adapters), default=1)
         active = [MODULES.index(module) for module in changed]
-        self._followers.warm_up(active, largest)
-        shapes = self._runner.all_shapes(active, largest)
+        max_rank = max((info.rank for info in adapters), default=1)
+        pages = max((info.num_pages for info in adapters), default=1)
+        self._followers.warm_up(active, max_rank, pages)
+        shapes = self._runner.all_shapes(active, max_rank, pages)
         self._runner.warm_up(shapes)
         logger.info("warmed up %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
 

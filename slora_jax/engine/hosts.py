@@ -112,9 +112,9 @@ class Followers:
             inputs={field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)},
         )
 
-    def warm_up(self, active: Sequence[int], max_rank: int) -> None:
+    def warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
         """They compile and run what ``Runner.all_shapes`` gives."""
-        self._tell("warm_up", active=[*active], max_rank=max_rank)
+        self._tell("warm_up", active=[*active], max_rank=max_rank, pages=pages)
 
     def start_copy(self, folder: Path, content_hash: str, pages: Sequence[int]) -> None:
         """They bring the adapter of that folder to their devices."""
@@ -186,8 +186,8 @@ class Follower:
         packed[places] = values
         self._runner.launch(batch_shape, packed, SamplerShape(**sampler), SamplerInputs(**inputs))
 
-    def _warm_up(self, active: Sequence[int], max_rank: int) -> None:
-        self._runner.warm_up(self._runner.all_shapes(tuple(active), max_rank))
+    def _warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
+        self._runner.warm_up(self._runner.all_shapes(tuple(active), max_rank, pages))
 
     def _start_copy(self, folder: str, content_hash: str, pages: Sequence[int]) -> None:
         self._copies.append(self._loader.submit(self._copied, Path(folder), content_hash, tuple(pages)))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
-from slora_jax.engine.batch import AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
+from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
 from slora_jax.engine.programs import Programs
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
@@ -124,10 +124,8 @@ class Runner:
         self._table_width = PoolLayout.token_pages(max_len)
         self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows: dict[int, int] = {}
-        # These only grow, so that shapes settle.
-        self._active: tuple[int, ...] = ()
-        # One device has no reason to count: its kernels work on real ranks.
-        self._max_rank = padded_rank(1) if mesh else MAX_RANK
+        # One device has no reason to count ranks: its kernels work on real ones.
+        self._room = AdapterRoom(max_rank=padded_rank(1) if mesh else MAX_RANK)
         self._programs = Programs(
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
@@ -137,16 +135,16 @@ class Runner:
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )
 
-    def all_shapes(self, active: Collection[int], max_rank: int = 1) -> list[BatchShape]:
-        """Every shape that a step can have, but for steps with unusually large adapters.
+    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
+        """Every shape that a step can have, until adapters come that need more room.
 
         Args:
           active: the modules that adapters change, which steps will count on from now on; none without adapters.
           max_rank: their largest rank, likewise.
+          pages: the most that one of them takes, likewise.
         """
-        self._active = tuple(sorted({*self._active, *active}))
-        self._max_rank = max(self._max_rank, padded_rank(max_rank))
-        return self._buckets.all_shapes(self._table_width, self._active, self._max_rank)
+        self._room = self._room.including(active, max_rank, pages)
+        return self._buckets.all_shapes(self._table_width, self._room)
 
     def warm_up(self, shapes: Sequence[BatchShape]) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling, and runs it.
@@ -205,11 +203,8 @@ class Runner:
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
           on_launch: is given the arguments of ``launch``, before that.
         """
-        batch = build_batch(
-            entries, dict(adapters), self._rows, self._buckets, self._table_width, self._active, self._max_rank
-        )
-        self._active = batch.shape.active or self._active
-        self._max_rank = batch.shape.max_rank or self._max_rank
+        batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._room)
+        self._room = batch.room
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
         on_launch(batch.shape, batch.packed, sampler, inputs)

@@ -14,7 +14,7 @@ from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.config import build_config
 from slora_jax.engine import runner
-from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
+from slora_jax.engine.batch import AdapterRoom, AdapterSlice, Buckets, build_batch
 from slora_jax.memory.layout import MODULES
 from slora_jax.model.llama import Llama
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
@@ -123,7 +123,9 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
         slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"
     entry = ScheduledSequence(sequence, 0, len(tokens), True, 0)
-    batch = build_batch([entry], slices, {}, Buckets((1,), (64, 320), (1,), (64,)), 64, tuple(range(len(MODULES))))
+    batch = build_batch(
+        [entry], slices, {}, Buckets((1,), (64, 320), (1,), (64,)), 64, AdapterRoom(tuple(range(len(MODULES))))
+    )
     model = engine._runner.model
     hidden, engine._pool.array = _forced_hidden(
         engine._runner.params, batch.packed, engine._pool.array, model=model, shape=batch.shape

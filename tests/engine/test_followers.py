@@ -45,8 +45,8 @@ class RunnerStub:
     def launch(self, *arguments):
         self.calls.append(arguments)
 
-    def all_shapes(self, active, max_rank):
-        return [(active, max_rank)]
+    def all_shapes(self, active, max_rank, pages):
+        return [(active, max_rank, pages)]
 
     def warm_up(self, shapes):
         self.calls.append(shapes)
@@ -75,15 +75,15 @@ def test_steps_arrive_as_they_were(store):
     sequence = Sequence(0, [5, 6], 2, 8, SamplingParams(temperature=0.7, repetition_penalty=1.5), seed=2**63 + 1)
     sampler, inputs = build_sampler_inputs([ScheduledSequence(sequence, 0, 2, True, 0)], {}, 4, 97)
     followers = Followers()
-    followers.warm_up([3, 0], 33)
+    followers.warm_up([3, 0], 33, 5)
     followers.run(shape, packed, sampler, inputs)
     followers.stop()
-    followers.warm_up([1], 1)  # nobody is told any more
+    followers.warm_up([1], 1, 1)  # nobody is told any more
     follower, runner, _ = make_follower()
     follower.follow()
     assert not store
     (shapes, (got_shape, got_packed, got_sampler, got_inputs)) = runner.calls
-    assert shapes == [((3, 0), 33)]
+    assert shapes == [((3, 0), 33, 5)]
     assert (got_shape, got_sampler) == (shape, sampler)
     assert isinstance(got_sampler, SamplerShape)
     np.testing.assert_array_equal(got_packed, packed)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
-from slora_jax.engine.batch import BatchShape, Buckets
+from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets
+from slora_jax.memory.layout import MODULES
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
 
@@ -31,18 +33,35 @@ def test_all_shapes_are_all_shapes(buckets):
             shape = buckets.shape(num_tokens, num_sequences, 7)
             assert shape.tokens >= num_tokens and shape.sequences >= num_sequences
             seen.add(shape)
-    assert set(buckets.all_shapes(7, ())) == seen
+    assert set(buckets.all_shapes(7, AdapterRoom())) == seen
+    room = AdapterRoom((0, 2), 8, 32)
     for rank in buckets.total_ranks:
-        seen |= {buckets.shape(n, m, 7, rank, 3, (0, 2)) for n, m in ((1, 1), (200, 200), (201, 2))}
-    both = buckets.all_shapes(7, (0, 2))
+        seen |= {buckets.shape(n, m, 7, rank, room) for n, m in ((1, 1), (200, 200), (201, 2))}
+    both = buckets.all_shapes(7, room)
     assert seen <= set(both) and len(both) == len(set(both))
     assert {s.total_rank for s in both} == {0, *buckets.total_ranks}
 
 
-def test_pages_of_adapters():
-    assert FINE.shape(20, 20, 7).adapter_pages == 0
-    for needed, padded in ((1, 512), (512, 512), (513, 2048), (9000, 32768)):
-        assert FINE.shape(20, 20, 7, total_rank=8, adapter_pages=needed).adapter_pages == padded
+def test_room_for_adapters_only_grows():
+    room = AdapterRoom(max_rank=8)
+    assert FINE.shape(20, 20, 7, room=room).adapter_pages == 0
+    shape = FINE.shape(20, 20, 7, 8, room.including((3, 1), 5, 16))
+    assert (shape.active, shape.max_rank, shape.adapter_pages) == ((1, 3), 8, 16 * 32)
+    room = room.including((3, 1), 33, 17).including((0,), 1, 1)
+    shape = FINE.shape(20, 20, 7, 8, room)
+    assert (shape.active, shape.max_rank, shape.adapter_pages) == ((0, 1, 3), 64, 32 * 32)
+
+
+def test_an_adapter_of_many_pages_is_foreseen():
+    limits = {"max_batch_tokens": 16, "max_sequences": 4}
+    engine = make_engine(FIXTURES / "llama3_gqa" / "model", warm_up=True, scheduler=limits, max_model_len=64)
+    packed = synthetic_weights(64, MODULES, engine.pool_layout, engine.dtype, seed=1)
+    engine.register_loaded_adapter("large", dict.fromkeys(MODULES, 64), packed)
+    assert engine.adapters()["large"].num_pages > 16
+    engine.warm_up()
+    compiled = set(engine._runner._programs)
+    run(engine, engine.submit(greedy((1, 2, 3), "large", 4)))
+    assert set(engine._runner._programs) == compiled
 
 
 def test_a_warm_engine_compiles_no_more():
