@@ -28,8 +28,8 @@ class StepSpeeds:
     Fitted: ``weight_bandwidth`` and ``products`` to the dense part of steps of 1 to 1,024 tokens, which they give
     within 10 %; ``step_seconds`` to the whole steps of that file, which all then give within 5 %.
 
-    Not modelled: the host, and adapters in steps of many prompt tokens. Of 150 requests, S2 with 100 adapters in
-    batches of 64, 51.8 a second are answered in simulated time, where the engine answered 36.7.
+    Not modelled: the host, and adapters in steps of many prompt tokens. Full batches of 64, S2 with 100 adapters at the
+    quick scale, answer 64.2 requests a second in simulated time, where the engine answered 49.5.
 
     Attributes:
       weight_bandwidth: bytes a second at which a step of few tokens reads the weights.
