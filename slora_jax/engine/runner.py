@@ -166,7 +166,8 @@ class Runner:
                 packed, _ = shape.zeros()
                 _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
                 self.launch(shape, packed, sampler, inputs)
-        self._tokens.block_until_ready()
+                # One at a time: many at once, on CPU devices of two hosts, wait for each other's collectives for ever.
+                self._tokens.block_until_ready()
 
     def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
         if isinstance(shape, BatchShape):
