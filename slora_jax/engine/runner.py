@@ -154,20 +154,20 @@ class Runner:
         first needs them.
         """
         samplers = {
-            shape: [
-                SamplerShape(shape.sequences, random=random, filtered=False, history=0, logprobs=False)
-                for random in (False, True)
-            ]
-            for shape in shapes
+            n: [SamplerShape(n, random=random, filtered=False, history=0, logprobs=False) for random in (False, True)]
+            for n in dict.fromkeys(shape.sequences for shape in shapes)
         }
         self._programs.prepare((*itertools.chain(*samplers.values()), *shapes))
         for shape in shapes:
-            for sampler in samplers[shape]:
+            its_samplers = samplers[shape.sequences]
+            for sampler in its_samplers:
                 packed, _ = shape.zeros()
                 _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
                 self.launch(shape, packed, sampler, inputs)
                 # One at a time: many at once, on CPU devices of two hosts, wait for each other's collectives for ever.
                 self._tokens.block_until_ready()
+            # Both have run: other shapes of as many sequences need only one to go with.
+            del its_samplers[1:]
 
     def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
         if isinstance(shape, BatchShape):
