@@ -10,7 +10,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from peft_folders import (
+from safetensors.numpy import load_file, save_file
+
+from slora_jax.adapters.lora_config import parse_lora_config
+from slora_jax.adapters.peft import load_adapter, read_header, resolve_adapter_path
+from slora_jax.errors import BadAdapter
+from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.model.config import ModelConfig
+from tests.helpers.peft_folders import (
     MODEL,
     POOL,
     expected_delta,
@@ -20,13 +27,6 @@ from peft_folders import (
     unpack_delta,
     write_adapter,
 )
-from safetensors.numpy import load_file, save_file
-
-from slora_jax.adapters.lora_config import parse_lora_config
-from slora_jax.adapters.peft import load_adapter, read_header, resolve_adapter_path
-from slora_jax.errors import BadAdapter
-from slora_jax.memory.layout import MODULES, PoolLayout
-from slora_jax.model.config import ModelConfig
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "fixtures"
 

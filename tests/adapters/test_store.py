@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from peft_folders import MODEL, POOL, make_tensors, tensor_name, write_adapter
 
 import slora_jax.adapters.store as store_module
 from slora_jax.adapters.peft import read_header
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.errors import BadAdapter, UnknownAdapter
+from tests.helpers.peft_folders import MODEL, POOL, make_tensors, tensor_name, write_adapter
 
 WAIT = 20
 

@@ -1,7 +1,7 @@
 import pytest
-from fake_engine import FakeEngine
 
 from slora_jax.api.app import create_app
+from tests.helpers.fake_engine import FakeEngine
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@ import json
 import time
 
 import pytest
-from fake_engine import FAILS, LATE, WAITS, FakeEngine
 from werkzeug.test import EnvironBuilder
 
 from slora_jax.api.app import create_app
+from tests.helpers.fake_engine import FAILS, LATE, WAITS, FakeEngine
 
 
 def post(client, path, **body):

@@ -3,13 +3,13 @@ import threading
 
 import numpy as np
 import pytest
-from fake_engine import FAILS, LATE, WAITS, FakeEngine
 
 import slora_jax
 from slora_jax.api import notebook
 from slora_jax.api.notebook import generate
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, UnknownAdapter
 from slora_jax.request import SamplingParams
+from tests.helpers.fake_engine import FAILS, LATE, WAITS, FakeEngine
 
 SHORT = {"max_tokens": 24}
 

@@ -16,13 +16,13 @@ import click.testing
 import pydantic
 import pytest
 import yaml
-from fake_engine import FakeEngine
 
 from slora_jax.api.server import ServerConfig, listen
 from slora_jax.config import EngineConfig, build_config
 from slora_jax.demo import demo_adapters
 from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
+from tests.helpers.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -317,9 +317,9 @@ def test_greeting_names_a_few_of_many_adapters(tmp_path):
 FAKE_LAUNCH = """
     import importlib.util, sys, types
     from pathlib import Path
-    root, tests, folder = map(Path, sys.argv[1:4])
-    sys.path.insert(0, str(tests))
-    from fake_engine import FakeEngine
+    root, folder = map(Path, sys.argv[1:3])
+    sys.path.insert(0, str(root))
+    from tests.helpers.fake_engine import FakeEngine
     class Engine(FakeEngine):
         @classmethod
         def create(cls, config):
@@ -335,7 +335,7 @@ FAKE_LAUNCH = """
 def test_a_launch_from_start_to_ctrl_c(tmp_path):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(FAKE_LAUNCH)]
     with subprocess.Popen(
-        [*command, str(ROOT), str(Path(__file__).parent), str(tmp_path)],
+        [*command, str(ROOT), str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_engine import FAILS, WAITS, FakeEngine
 
 from slora_jax.api.app import create_app
 from slora_jax.api.server import Server, ServerConfig, listen, run_server
+from tests.helpers.fake_engine import FAILS, WAITS, FakeEngine
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ SERVE_FAKE = """
     import sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from fake_engine import FakeEngine
+    from tests.helpers.fake_engine import FakeEngine
     from slora_jax.api.app import create_app
     from slora_jax.api.server import run_server
     engine = FakeEngine(Path(sys.argv[2]))
@@ -253,7 +253,7 @@ SERVE_FAKE = """
 def test_signals_end_the_process_cleanly(tmp_path, number):
     code = textwrap.dedent(SERVE_FAKE)
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, str(Path(__file__).parent), str(tmp_path)],
+        [sys.executable, "-W", "error", "-c", code, str(Path(__file__).parents[2]), str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from engine_cases import FIXTURES, compiled_fast, greedy, run
-from engine_cases import Case as OracleCase
 
 from pallas_kernels import LoraSegments
 from slora_jax import Engine
@@ -35,6 +33,8 @@ from slora_jax.config import build_config, read_yaml
 from slora_jax.memory.layout import MODULES, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.weights import dummy_params
+from tests.helpers.engine_cases import FIXTURES, compiled_fast, greedy, run
+from tests.helpers.engine_cases import Case as OracleCase
 
 TOY = """
 model_type: llama

@@ -1,7 +1,8 @@
 """The oracle's cases as fixtures; steps compiled fast rather than to fast code."""
 
 import pytest
-from engine_cases import CASES, FIXTURES, Case, compiled_fast
+
+from tests.helpers.engine_cases import CASES, FIXTURES, Case, compiled_fast
 
 
 @pytest.fixture(scope="module", autouse=True)

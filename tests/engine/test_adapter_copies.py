@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-from engine_cases import greedy, run
 
 from slora_jax.adapters.peft import load_adapter
 from slora_jax.errors import BadAdapter, InvalidRequest
 from slora_jax.scheduler import scheduler
 from slora_jax.scheduler.capacity import Capacity
+from tests.helpers.engine_cases import greedy, run
 
 NUM_TOKENS = 12
 PAGES = 19

@@ -9,7 +9,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from engine_cases import forced_logits, greedy, make_engine, run
 from safetensors.numpy import load_file, save_file
 
 from slora_jax import Request, SamplingParams
@@ -18,6 +17,7 @@ from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.engine.engine import _available_memory
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.memory.pages import PageAllocator
+from tests.helpers.engine_cases import forced_logits, greedy, make_engine, run
 
 PROMPT = tuple(range(20, 60))
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_cases import CASES, Case, forced_logits, greedy, make_engine, run
 from safetensors.numpy import load_file
+
+from tests.helpers.engine_cases import CASES, Case, forced_logits, greedy, make_engine, run
 
 ORACLE = Path(__file__).parent.parent / "oracle" / "make_oracle.py"
 

@@ -8,9 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-import reference_numpy
-from engine_cases import FIXTURES, Case, forced_logits, greedy, make_engine, run
 from safetensors.numpy import load_file, save_file
+
+from tests.helpers.engine_cases import FIXTURES, Case, forced_logits, greedy, make_engine, run
+from tests.oracle import reference_numpy
 
 
 def relative_error(ours, theirs):

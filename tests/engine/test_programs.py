@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from engine_cases import FAST_TO_COMPILE
 from jax.experimental.compilation_cache import compilation_cache
 
 from slora_jax.engine.programs import Programs
+from tests.helpers.engine_cases import FAST_TO_COMPILE
 
 
 class Counting:

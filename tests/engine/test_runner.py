@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets
 from slora_jax.memory.layout import MODULES
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
+from tests.helpers.engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
 FINE = Buckets.fine(1100, 200)
 COARSE = Buckets.geometric(512, 200, ratio=4)

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_references import BFLOAT16, Attention, assert_close
-from triton_on_cpu import compiled
 
 from pallas_kernels import choose_backend, paged_attention, plan_attention
 from pallas_kernels.paged_attention import mosaic, triton
 from pallas_kernels.paged_attention.mosaic import Sizes
 from pallas_kernels.pool import PAGE_SIZE
+from tests.helpers import oracles
+from tests.helpers.triton_on_cpu import compiled
+from tests.kernels.test_references import BFLOAT16, Attention, assert_close
 
 HALF = np.dtype(np.float16)
 

@@ -5,14 +5,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from test_attention_mosaic import in_tiles
-from test_attention_triton_gpu import MIXTURE, moved_far, poison
-from test_references import BFLOAT16, Attention, assert_close
 
 from pallas_kernels.paged_attention import mosaic, triton
 from pallas_kernels.paged_attention.mosaic import Sizes
+from tests.helpers import oracles
+from tests.kernels.test_attention_mosaic import in_tiles
+from tests.kernels.test_attention_triton_gpu import MIXTURE, moved_far, poison
+from tests.kernels.test_references import BFLOAT16, Attention, assert_close
 
 pytestmark = pytest.mark.gpu
 

@@ -9,15 +9,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from test_references import ATTENTION, BFLOAT16, COMPILER_OPTIONS, ROTARY, Attention, assert_close
-from triton_on_cpu import compiled, interpreted
 
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention import rotary_triton
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
+from tests.helpers import oracles
+from tests.helpers.triton_on_cpu import compiled, interpreted
+from tests.kernels.test_references import ATTENTION, BFLOAT16, COMPILER_OPTIONS, ROTARY, Attention, assert_close
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = np.dtype(np.float16)

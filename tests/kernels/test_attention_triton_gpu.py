@@ -5,13 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from test_references import BFLOAT16, ROTARY, Attention, Rotary, assert_close
 
 from pallas_kernels.paged_attention import rotary_triton
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
+from tests.helpers import oracles
+from tests.kernels.test_references import BFLOAT16, ROTARY, Attention, Rotary, assert_close
 
 pytestmark = pytest.mark.gpu
 

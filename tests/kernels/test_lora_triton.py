@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_references import BFLOAT16, LORA, Adapters, check_lora, update
-from triton_on_cpu import compiled, interpreted
 
 from pallas_kernels import tuning
 from pallas_kernels.lora import triton as lora
 from pallas_kernels.lora.api import LoraSegments
+from tests.helpers.triton_on_cpu import compiled, interpreted
+from tests.kernels.test_references import BFLOAT16, LORA, Adapters, check_lora, update
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = np.dtype(np.float16)

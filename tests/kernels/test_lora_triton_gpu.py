@@ -5,10 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_references import BFLOAT16, LORA, Adapters, check_lora, jitted_update
 
 from pallas_kernels.lora.api import LoraSegments
 from pallas_kernels.pool import PAGE_SIZE
+from tests.kernels.test_references import BFLOAT16, LORA, Adapters, check_lora, jitted_update
 
 pytestmark = pytest.mark.gpu
 

@@ -3,8 +3,9 @@
 import cmath
 
 import numpy as np
-import oracles
-from test_references import Adapters, Attention, Rotary
+
+from tests.helpers import oracles
+from tests.kernels.test_references import Adapters, Attention, Rotary
 
 
 def test_attention():

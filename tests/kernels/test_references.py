@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracles
 import pytest
 
 from pallas_kernels import (
@@ -21,6 +20,7 @@ from pallas_kernels import (
     plan_lora,
     rotary_write_kv,
 )
+from tests.helpers import oracles
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BACKENDS = ("reference", pytest.param("triton", marks=pytest.mark.gpu))

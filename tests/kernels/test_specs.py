@@ -4,11 +4,11 @@ from functools import partial
 
 import jax
 import numpy as np
-import oracles
 import pytest
 
 from pallas_kernels import PAGE_SIZE, lora_delta, paged_attention, plan_attention, plan_lora
 from pallas_kernels.specs import ATTENTION, LORA, AttentionSpec, LoraSpec
+from tests.helpers import oracles
 
 
 def test_bytes_and_operations():

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ALL_SEVEN, CASES, MAX_NEW_TOKENS
-from reference_numpy import load_adapter, load_model, logits
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
+
+from tests.oracle.cases import ALL_SEVEN, CASES, MAX_NEW_TOKENS
+from tests.oracle.reference_numpy import load_adapter, load_model, logits
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MIN_GAP = 0.01

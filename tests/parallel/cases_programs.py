@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from engine_cases import FIXTURES, make_engine
 from jax.sharding import PartitionSpec
-from triton_on_cpu import compiled
 
 from pallas_kernels.lora import triton as lora_kernels
 from pallas_kernels.paged_attention import rotary_triton
@@ -29,6 +27,8 @@ from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama
 from slora_jax.model.mesh import TP, ModelMesh
 from slora_jax.model.weights import sharded_abstract_params
+from tests.helpers.engine_cases import FIXTURES, make_engine
+from tests.helpers.triton_on_cpu import compiled
 
 _COLLECTIVE = re.compile(r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(")
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from engine_cases import FIXTURES, Case, greedy, make_dummy_engine, run
+
+from tests.helpers.engine_cases import FIXTURES, Case, greedy, make_dummy_engine, run
 
 _LENGTH = 48
 

@@ -1,7 +1,8 @@
 """For the files that ``test_devices.py`` runs in a process with eight CPU devices."""
 
 import pytest
-from engine_cases import compiled_fast
+
+from tests.helpers.engine_cases import compiled_fast
 
 
 @pytest.fixture(scope="session", autouse=True)

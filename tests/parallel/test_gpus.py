@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from engine_cases import greedy, make_dummy_engine, run
+
+from tests.helpers.engine_cases import greedy, make_dummy_engine, run
 
 pytestmark = pytest.mark.gpu
 

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engine_cases import FIXTURES
 
 from slora_jax.text.tokenizer import Tokenizer
+from tests.helpers.engine_cases import FIXTURES
 
 ROOT = Path(__file__).parents[2]
 DEVICES = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"

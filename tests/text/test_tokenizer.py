@@ -2,11 +2,11 @@ import json
 import random
 
 import pytest
-from small_tokenizers import CHAT_TEMPLATE, byte_level, byte_level_folder, sentencepiece, write_folder
 from tokenizers import decoders, processors
 
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
+from tests.helpers.small_tokenizers import CHAT_TEMPLATE, byte_level, byte_level_folder, sentencepiece, write_folder
 
 TEXTS = [
     "hello world",

@@ -5,7 +5,6 @@ the base model is named ``base``. One thread takes a step for every running requ
 """
 
 import queue
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,7 @@ from slora_jax.request import Completion, Delta, Request, RequestOutput, TokenLo
 from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
-from small_tokenizers import byte_level_folder
+from tests.helpers.small_tokenizers import byte_level_folder
 
 WAITS = "W"
 """A prompt that begins with this produces nothing until ``FakeEngine.go`` is set."""

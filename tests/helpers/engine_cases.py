@@ -19,7 +19,7 @@ from slora_jax.memory.layout import MODULES
 from slora_jax.model.llama import Llama
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
-FIXTURES = Path(__file__).parent.parent / "oracle" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "oracle" / "fixtures"
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
