@@ -454,7 +454,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
 def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Lends this host's devices to the first host's server until that stops, which Ctrl-C or SIGTERM asks it to do."""
     logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from slora_jax.engine.engine import follow
+    from slora_jax.engine.build import follow
 
     mesh = engine_config.mesh
     click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)

@@ -16,7 +16,8 @@ from slora_jax.bench.throughput import ADAPTED, Weights, compilations_counted, r
 from slora_jax.bench.timing import machine
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, draw_workload
 from slora_jax.config import build_config, read_yaml
-from slora_jax.engine.engine import enable_compilation_cache, leave_alone_what_exists
+from slora_jax.engine.build import enable_compilation_cache
+from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import GATHERED

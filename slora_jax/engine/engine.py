@@ -11,28 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import psutil
 
 from slora_jax.adapters.peft import resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
-from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, SchedulerConfig, read_yaml
-from slora_jax.engine.batch import AdapterSlice, Buckets
+from slora_jax.config import EngineConfig, SchedulerConfig
+from slora_jax.engine.batch import AdapterSlice
+from slora_jax.engine.build import (
+    host_adapter_bytes,
+    load_base,
+    make_buckets,
+    make_pool,
+    pool_layout_of,
+    program_folder,
+)
 from slora_jax.engine.generation import Generation, OutputText
-from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
+from slora_jax.engine.hosts import Followers
 from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.costs import PageCosts
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import MODULES
 from slora_jax.memory.pages import PageAllocator
-from slora_jax.memory.pool import AdapterCopy, UnifiedPool
-from slora_jax.model.checkpoint import load_or_restore
+from slora_jax.memory.pool import AdapterCopy
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import GATHERED, LoraOps
 from slora_jax.model.mesh import ModelMesh
-from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.request import Request
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
@@ -41,7 +45,6 @@ from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_MAX_CPU_POOL_BYTES = 2 * 2**30
 _IDLE_WAIT_SECONDS = 1.0
 
 
@@ -83,8 +86,8 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.dtype = dtype
-        self.pool_layout = layout = _pool_layout(model_config, mesh)
-        self._pool, self.max_model_len = _make_pool(config, model_config, layout, dtype, mesh)
+        self.pool_layout = layout = pool_layout_of(model_config, mesh)
+        self._pool, self.max_model_len = make_pool(config, model_config, layout, dtype, mesh)
         if layout.shards.num_idle:
             logger.warning(
                 "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
@@ -101,7 +104,7 @@ class Engine:
             dtype,
             on_change=self._wake,
             stage=self._pool.stage,
-            capacity=_host_adapter_bytes(config),
+            capacity=host_adapter_bytes(config),
             host_bytes=self._pool.staged_bytes,
             max_pinned_pages=self._pages.total // 2,
         )
@@ -116,10 +119,10 @@ class Engine:
             model_config,
             params,
             self._pool,
-            _buckets(config),
+            make_buckets(config),
             self.max_model_len,
             mesh,
-            _program_folder(config),
+            program_folder(config),
             lora_ops,
         )
         self._followers = Followers()
@@ -150,7 +153,7 @@ class Engine:
         Raises:
           UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
-        base = _load_base(config, progress)
+        base = load_base(config, progress)
         engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh)
         try:
             for adapter, path in config.adapters.items():
@@ -655,134 +658,3 @@ def leave_alone_what_exists() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def follow(config: EngineConfig, progress: bool = True) -> None:
-    """What the other hosts do in place of an engine: follows the first one's until that is closed.
-
-    Raises:
-      UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
-    """
-    base = _load_base(config, progress)
-    model, mesh = base.model_config, base.mesh
-    layout = _pool_layout(model, mesh)
-    pool, max_len = _make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
-    runner = Runner(model, base.params, pool, _buckets(config), max_len, mesh)
-    Follower(model, layout, pool, runner, _host_adapter_bytes(config)).follow()
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The base model, loaded."""
-
-    model_config: ModelConfig
-    params: dict
-    tokenizer: Tokenizer | None
-    name: str
-    mesh: ModelMesh | None
-
-
-def _load_base(config: EngineConfig, progress: bool) -> _Base:
-    join_hosts(config.mesh)
-    enable_compilation_cache(config.compilation_cache)
-    dtype = _dtype(config)
-    if config.dummy:
-        model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
-        mesh = ModelMesh.create(model_config, config.mesh.tp)
-        params = dummy_params(model_config, dtype, config.seed, mesh)
-        return _Base(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
-    folder = resolve_model(config.model)
-    model_config = ModelConfig.from_folder(folder)
-    mesh = ModelMesh.create(model_config, config.mesh.tp)
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_folder(folder)
-    else:
-        logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
-    # Several hosts each read their slices of the safetensors.
-    cached = config.checkpoint_cache is not None and config.mesh.num_hosts == 1
-    cache = Path(config.checkpoint_cache).expanduser() if cached else None
-    params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
-    logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
-    name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
-    return _Base(model_config, params, tokenizer, config.served_name or name, mesh)
-
-
-def _pool_layout(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
-    return PoolLayout.for_model(model, mesh.size if mesh else 1)
-
-
-def _make_pool(
-    config: EngineConfig, model: ModelConfig, layout: PoolLayout, dtype: jnp.dtype, mesh: ModelMesh | None
-) -> tuple[UnifiedPool, int]:
-    """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow."""
-    num_pages = agreed_minimum(_num_pages(config.pool, layout.page_bytes(dtype.itemsize), layout.shards.count))
-    limit = config.max_model_len or model.max_position_embeddings
-    max_len = min(limit, model.max_position_embeddings, (num_pages - 1) * PAGE_SIZE)
-    return UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None), max_len
-
-
-def enable_compilation_cache(folder: str | None) -> None:
-    """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
-    if folder is not None and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        # Warming up compiles many shapes on a GPU: each counts, however short.
-        least = 0.5 if jax.default_backend() == "cpu" else 0
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-
-
-def _program_folder(config: EngineConfig) -> Path | None:
-    """Beside what JAX keeps. Programs of several hosts cannot be kept."""
-    if config.compilation_cache is None or config.mesh.num_hosts > 1:
-        return None
-    return Path(config.compilation_cache).expanduser() / "programs"
-
-
-def _dtype(config: EngineConfig) -> jnp.dtype:
-    if config.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.dtype)
-
-
-def _num_pages(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
-    """Pages that the configured share of memory holds; ``page_bytes`` of each on every device."""
-    if config.pages is not None:
-        return config.pages
-    if config.gigabytes is not None:
-        budget = config.gigabytes * 2**30
-    elif jax.default_backend() == "cpu":
-        budget = min(config.memory_fraction * _available_memory(), _MAX_CPU_POOL_BYTES) / num_devices
-    else:
-        memory = [device.memory_stats() for device in jax.local_devices()[:num_devices]]
-        budget = config.memory_fraction * min(m["bytes_limit"] - m["bytes_in_use"] for m in memory)
-    pages = int(budget // page_bytes)
-    if pages < 2:
-        raise InvalidRequest(
-            f"the pool's {budget / 2**30:.2f} GiB a device hold {pages} pages of {page_bytes} bytes, at least 2 are "
-            "needed; raise pool.gigabytes"
-        )
-    return pages
-
-
-def _host_adapter_bytes(config: EngineConfig) -> int:
-    if config.host_adapter_gigabytes is not None:
-        return int(config.host_adapter_gigabytes * 2**30)
-    return _available_memory() // 2
-
-
-def _available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of host memory that this process may still take: the machine's, or its container's if that is less."""
-    available = psutil.virtual_memory().available
-    try:
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return available  # no limit, or not version 2 of control groups
-    return max(0, min(available, limit))
-
-
-def _buckets(config: EngineConfig) -> Buckets:
-    limits = config.scheduler
-    if jax.default_backend() == "cpu":
-        # Compiling takes seconds a shape there, and a padded step costs little for the small models it can run.
-        return Buckets.geometric(limits.max_batch_tokens, limits.max_sequences, ratio=4)
-    return Buckets.fine(limits.max_batch_tokens, limits.max_sequences)

@@ -178,7 +178,7 @@ def test_an_interrupt_cancels_what_was_submitted(ask, engine, monkeypatch):
     def interrupted(self, timeout=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fake_engine.FakeGeneration.result", interrupted)
+    monkeypatch.setattr("tests.helpers.fake_engine.FakeGeneration.result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask([WAITS] * 3, progress=False)
     assert [g.cancelled for g in engine.generations] == [True] * 3

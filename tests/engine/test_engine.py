@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from slora_jax import Request, SamplingParams
 from slora_jax.adapters.peft import load_adapter
 from slora_jax.adapters.synthetic import synthetic_weights
-from slora_jax.engine.engine import _available_memory
+from slora_jax.engine.build import available_memory
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.memory.pages import PageAllocator
 from tests.helpers.engine_cases import forced_logits, greedy, make_engine, run
@@ -470,9 +470,9 @@ def test_pins_that_would_take_more_than_half_of_the_new_pages_are_refused_before
 
 
 def test_a_containers_limit_bounds_the_host_memory(tmp_path):
-    free = _available_memory(tmp_path)
+    free = available_memory(tmp_path)
     assert free > 2**20
     (tmp_path / "memory.current").write_text("1000\n")
     for limit, available in (("max\n", 2**20), ("1500\n", 500), ("900\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
-        assert min(2**20, _available_memory(tmp_path)) == available
+        assert min(2**20, available_memory(tmp_path)) == available

@@ -81,7 +81,7 @@ def test_a_warm_engine_compiles_no_more():
 
 def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
     case = FIXTURES / "llama3_gqa"
-    monkeypatch.setattr("slora_jax.engine.engine._program_folder", lambda config: tmp_path)
+    monkeypatch.setattr("slora_jax.engine.engine.program_folder", lambda config: tmp_path)
 
     def tokens():
         engine = make_engine(case / "model", case / "adapters", warm_up=True)

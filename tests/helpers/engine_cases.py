@@ -52,7 +52,7 @@ def make_engine(
     config = build_config(fields | options)
     if not few_shapes:
         return Engine.create(config, progress=False)
-    with mock.patch("slora_jax.engine.engine._buckets", _few_buckets):
+    with mock.patch("slora_jax.engine.engine.make_buckets", _few_buckets):
         engine = Engine.create(config, progress=False)
     engine._runner.all_shapes(range(len(MODULES)), max_rank=64)
     return engine
