@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import signal
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 POOL_SIZES = ("memory_fraction", "gigabytes", "pages")
 SHOWN_ADAPTERS = 8
+ANSWER_SECONDS = 1.0
+"""How long clients may take to hear that their requests failed, before a process that lost its devices ends."""
 COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 
 
@@ -419,19 +422,32 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from slora_jax.api.app import create_app
     from slora_jax.api.server import listen, run_server
+    from slora_jax.engine.meeting import together
 
     # First the port: if it is taken, say so before the slow part.
-    with contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock:
+    with (
+        contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock,
+        together(engine_config.mesh) as meeting,
+    ):
         click.echo(f"Loading {engine_config.model} ...", err=True)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
-        engine = Engine.create(engine_config)
+        engine = Engine.create(engine_config, meeting=meeting)
         try:
             engine.warm_up()
             leave_alone_what_exists()
             engine.start()
-            # As if Ctrl-C were for this process.
-            engine.watch_hosts(_thread.interrupt_main)
+
+            def abandon(reason: str) -> None:
+                engine.abandon(reason)
+                time.sleep(ANSWER_SECONDS)
+
+            def ready(url: str) -> None:
+                if meeting is not None:
+                    # Another host that is asked to stop: as if Ctrl-C were for this process.
+                    meeting.serve(_thread.interrupt_main, abandon)
+                click.echo(greeting(engine, url))
+
             app = create_app(
                 engine,
                 allow_adapter_loading=server_config.allow_adapter_loading,
@@ -443,7 +459,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 max_streams=server_config.max_streams,
                 sock=sock,
                 on_stop=engine.close,
-                on_ready=lambda url: click.echo(greeting(engine, url)),
+                on_ready=ready,
             )
         finally:
             engine.close()
@@ -454,11 +470,14 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
 def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Lends this host's devices to the first host's server until that stops, which Ctrl-C or SIGTERM asks it to do."""
     logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from slora_jax.engine.build import follow
+    from slora_jax.engine.meeting import together
 
     mesh = engine_config.mesh
     click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)
-    follow(engine_config)
+    with together(mesh) as meeting:
+        from slora_jax.engine.build import follow
+
+        follow(engine_config, meeting)
     click.echo("Stopped.", err=True)
 
 

@@ -165,6 +165,7 @@ class AdapterStore:
         capacity: int | None = None,
         host_bytes: Callable[[int], int] | None = None,
         max_pinned_pages: int | None = None,
+        confirm: Callable[[HostAdapter], None] | None = None,
     ):
         """
         Args:
@@ -179,12 +180,15 @@ class AdapterStore:
             their weights, which never leave, and what the threads work on.
           max_pinned_pages: pool pages that pinned adapters may take together; None for no bound.
           host_bytes: bytes that ``stage`` keeps of an adapter of so many pages; by default those of its pages.
+          confirm: asked about each adapter read from disk after it was staged, by the thread that loaded it, which it
+            may keep waiting: raises BadAdapter if the adapter cannot be served after all.
         """
         self._model = model
         self._pool_layout = pool_layout
         self._dtype = np.dtype(dtype)
         self._on_change = on_change
         self._stage = stage or (lambda packed: packed)
+        self._confirm = confirm or (lambda host: None)
         self._versions: dict[str, AdapterVersion] = {}
         # Checks done before: adapters trained alike share theirs.
         self._known_shapes: dict[bytes, AdapterShape] = {}
@@ -440,12 +444,15 @@ class AdapterStore:
                 failure = (
                     f"adapter {version.info.path}: its weights changed since they were first loaded; register it again"
                 )
+            else:
+                self._confirm(host)
         except BadAdapter as e:
-            failure = str(e)
+            host, failure = None, str(e)
             logger.warning("adapter %s failed to load: %s", version.info.name, failure)
         except Exception as e:
             # Whatever it was, one adapter must not leave its requests waiting for ever.
             logger.exception("loading adapter %s failed", version.info.name)
+            host = None
             failure = f"adapter {version.info.path}: loading failed: {type(e).__name__}: {e}"
         with self._changed:
             self._finish(version, host, failure)

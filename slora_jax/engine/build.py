@@ -1,6 +1,9 @@
 """Building an engine: the base model loaded, memory divided, caches opened, shapes of steps chosen; and following."""
 
+import dataclasses
+import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,34 +13,42 @@ import psutil
 
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import Buckets
-from slora_jax.engine.hosts import Follower, agreed_minimum, join_hosts
-from slora_jax.engine.runner import Runner
+from slora_jax.engine.hosts import Follower
+from slora_jax.engine.meeting import Meeting
+from slora_jax.engine.runner import Runner, code_digest
 from slora_jax.errors import InvalidRequest
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import ModelMesh
-from slora_jax.model.weights import dummy_params, resolve_model
+from slora_jax.model.weights import dummy_params, resolve_model, weight_files
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _MAX_CPU_POOL_BYTES = 2 * 2**30
+_COMPARED_BYTES = 2**20
 
 
-def follow(config: EngineConfig, progress: bool = True) -> None:
+def follow(config: EngineConfig, meeting: Meeting, progress: bool = True) -> None:
     """What the other hosts do in place of an engine: follows the first one's until that is closed.
+
+    Args:
+      meeting: with the first host; see ``together``.
+      progress: show bars.
 
     Raises:
       UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
     """
-    base = load_base(config, progress)
+    base = load_base(config, progress, meeting)
     model, mesh = base.model_config, base.mesh
     layout = pool_layout_of(model, mesh)
-    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
+    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh, meeting)
+    host_adapter_bytes(config, meeting)
     runner = Runner(model, base.params, pool, make_buckets(config), max_len, mesh)
-    Follower(model, layout, pool, runner, host_adapter_bytes(config)).follow()
+    meeting.follow()
+    Follower(meeting, model, layout, pool, runner).follow()
 
 
 @dataclass(frozen=True)
@@ -51,17 +62,24 @@ class BaseModel:
     mesh: ModelMesh | None
 
 
-def load_base(config: EngineConfig, progress: bool) -> BaseModel:
-    join_hosts(config.mesh)
+def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = None) -> BaseModel:
+    if config.mesh.num_hosts > 1:
+        if meeting is None:
+            raise InvalidRequest(
+                "several hosts are started with serve.py, or inside of slora_jax.engine.meeting.together"
+            )
+        meeting.agree("flags", _fields_that_must_agree(config))
     enable_compilation_cache(config.compilation_cache)
     dtype = dtype_of(config)
     if config.dummy:
         model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
         mesh = ModelMesh.create(model_config, config.mesh.tp)
         params = dummy_params(model_config, dtype, config.seed, mesh)
+        _agree_on_model(meeting, model_config, ())
         return BaseModel(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
     folder = resolve_model(config.model)
     model_config = ModelConfig.from_folder(folder)
+    _agree_on_model(meeting, model_config, weight_files(folder))
     mesh = ModelMesh.create(model_config, config.mesh.tp)
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
@@ -82,10 +100,16 @@ def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
 
 
 def make_pool(
-    config: EngineConfig, model: ModelConfig, layout: PoolLayout, dtype: jnp.dtype, mesh: ModelMesh | None
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: PoolLayout,
+    dtype: jnp.dtype,
+    mesh: ModelMesh | None,
+    meeting: Meeting | None = None,
 ) -> tuple[UnifiedPool, int]:
     """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow."""
-    num_pages = agreed_minimum(num_pages_of(config.pool, layout.page_bytes(dtype.itemsize), layout.shards.count))
+    num_pages = num_pages_of(config.pool, layout.page_bytes(dtype.itemsize), layout.shards.count)
+    num_pages = _least(meeting, "pool pages", num_pages)
     limit = config.max_model_len or model.max_position_embeddings
     max_len = min(limit, model.max_position_embeddings, (num_pages - 1) * PAGE_SIZE)
     return UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None), max_len
@@ -133,10 +157,53 @@ def num_pages_of(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
     return pages
 
 
-def host_adapter_bytes(config: EngineConfig) -> int:
+def host_adapter_bytes(config: EngineConfig, meeting: Meeting | None = None) -> int:
+    """Of host memory, for adapters. Every host keeps what host 0 keeps, so the one with the least memory decides."""
     if config.host_adapter_gigabytes is not None:
-        return int(config.host_adapter_gigabytes * 2**30)
-    return available_memory() // 2
+        least = int(config.host_adapter_gigabytes * 2**30)
+    else:
+        least = available_memory() // 2
+    return _least(meeting, "adapter memory", least)
+
+
+def _least(meeting: Meeting | None, name: str, value: int) -> int:
+    return value if meeting is None else min(meeting.exchange(name, value))
+
+
+def _fields_that_must_agree(config: EngineConfig) -> dict[str, str | None]:
+    """By the names that a person knows them by; those that may differ, such as paths, are left out."""
+    limits, pool = config.scheduler, config.pool
+    fields = {
+        "--tp": config.mesh.tp,
+        "--dummy": config.dummy,
+        "--dtype": config.dtype,
+        "--max-model-len": config.max_model_len,
+        "--seed": config.seed if config.dummy else None,
+        "--max-batch-tokens": limits.max_batch_tokens,
+        "--max-sequences": limits.max_sequences,
+        "--pool-memory-fraction": pool.memory_fraction,
+        "--pool-gigabytes": pool.gigabytes,
+        "--pool-pages": pool.pages,
+        "JAX version": jax.__version__,
+        "kind of device": jax.devices()[0].platform,
+        "version of slora-jax's code": code_digest(),
+    }
+    return {name: None if value is None else str(value) for name, value in fields.items()}
+
+
+def _agree_on_model(meeting: Meeting | None, model: ModelConfig, files: Sequence[Path]) -> None:
+    """A part of the weights stands for all of them: whoever trains a model changes every tensor."""
+    if meeting is None:
+        return
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            digest.update(stream.read(_COMPARED_BYTES))
+            stream.seek(max(0, file.stat().st_size - _COMPARED_BYTES))
+            digest.update(stream.read(_COMPARED_BYTES))
+    fields = {f"model ({field.name})": str(getattr(model, field.name)) for field in dataclasses.fields(model)}
+    meeting.agree("model", fields | {"weights": digest.hexdigest()[:12]})
 
 
 def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:

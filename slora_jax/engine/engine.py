@@ -28,6 +28,7 @@ from slora_jax.engine.build import (
 )
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.hosts import Followers
+from slora_jax.engine.meeting import Meeting
 from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.costs import PageCosts
@@ -78,6 +79,7 @@ class Engine:
         model_name: str,
         mesh: ModelMesh | None = None,
         lora_ops: LoraOps = GATHERED,
+        meeting: Meeting | None = None,
     ):
         dtype = jax.tree.leaves(params)[0].dtype
         self.config = config
@@ -87,7 +89,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.pool_layout = layout = pool_layout_of(model_config, mesh)
-        self._pool, self.max_model_len = make_pool(config, model_config, layout, dtype, mesh)
+        self._pool, self.max_model_len = make_pool(config, model_config, layout, dtype, mesh, meeting)
         if layout.shards.num_idle:
             logger.warning(
                 "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
@@ -104,9 +106,10 @@ class Engine:
             dtype,
             on_change=self._wake,
             stage=self._pool.stage,
-            capacity=host_adapter_bytes(config),
+            capacity=host_adapter_bytes(config, meeting),
             host_bytes=self._pool.staged_bytes,
             max_pinned_pages=self._pages.total // 2,
+            confirm=lambda host: self._followers.confirm(host),
         )
         self._pinned: tuple[AdapterVersion, ...] = ()
         self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
@@ -125,7 +128,7 @@ class Engine:
             program_folder(config),
             lora_ops,
         )
-        self._followers = Followers()
+        self._followers = Followers(meeting, self._runner)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
@@ -147,14 +150,18 @@ class Engine:
         )  # fmt: skip
 
     @classmethod
-    def create(cls, config: EngineConfig, progress: bool = True) -> "Engine":
+    def create(cls, config: EngineConfig, progress: bool = True, meeting: Meeting | None = None) -> "Engine":
         """Loads the base model and registers the configured adapters.
+
+        Args:
+          progress: show bars.
+          meeting: with the other hosts of ``config.mesh``; see ``together``.
 
         Raises:
           UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
-        base = load_base(config, progress)
-        engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh)
+        base = load_base(config, progress, meeting)
+        engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh, meeting=meeting)
         try:
             for adapter, path in config.adapters.items():
                 engine.register_adapter(adapter, path)
@@ -370,7 +377,7 @@ class Engine:
         for load in plan.loads:
             host = load.adapter.host()
             staged = host.packed
-            self._followers.start_copy(host.header.path, host.content_hash, load.pages)
+            self._followers.start_copy(staged, load.pages)
             self._copies.append((load, self._pool.start_copy(staged, load.pages)))
             self._counts["adapter_loads"] += 1
             self._counts["adapter_load_bytes"] += staged.nbytes
@@ -497,7 +504,7 @@ class Engine:
         pages = max((info.num_pages for info in adapters), default=1)
         self._followers.warm_up(active, max_rank, pages)
         shapes = self._runner.all_shapes(active, max_rank, pages)
-        self._runner.warm_up(shapes)
+        self._runner.warm_up(shapes, self._followers.compiled)
         logger.info("warmed up %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
 
     def reschedule(
@@ -559,15 +566,19 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
         self._thread.start()
 
-    def watch_hosts(self, on_stop: Callable[[], None]) -> None:
-        """Calls ``on_stop`` once, in a thread of its own, if another host's process is asked to stop."""
-        self._followers.watch(on_stop)
+    def abandon(self, reason: str) -> None:
+        """Ends all requests with an error, and takes no more, without waiting for the loop.
+
+        For a process that is about to end because the devices will not come back. Thread-safe.
+        """
+        with self._lock:
+            self._closed = self._closed or reason
+        self._end_all("error", reason)
 
     def close(self) -> None:
         """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent."""
         with self._lock:
             self._closed = self._closed or "the engine was closed"
-        self._followers.unwatch()
         self._wake()
         # Two threads may close: whoever returns may end the process, under which the other must not be inside of JAX.
         with self._closing:
@@ -586,6 +597,7 @@ class Engine:
                     # The timeout is a safety net only: submit, cancel, close and adapters that get ready all wake.
                     self.wait_for_work(_IDLE_WAIT_SECONDS)
         except Exception as e:
+            self._followers.explain(e)
             logger.exception("the engine loop failed")
             with self._lock:
                 self._closed = f"the engine failed: {type(e).__name__}: {e}"

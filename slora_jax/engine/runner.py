@@ -15,7 +15,7 @@ import pallas_kernels
 from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
-from slora_jax.engine.programs import Programs
+from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
@@ -28,6 +28,11 @@ from slora_jax.scheduler.sequence import ScheduledSequence
 _PACKAGE = Path(__file__).parents[1]
 _CODE = (Path(pallas_kernels.__file__).parent, *(_PACKAGE / name for name in ("engine", "model", "memory")))
 _FEW_ROWS = 16
+
+
+def code_digest() -> str:
+    """Of the code that decides what devices run: hosts that share a model need the same."""
+    return source_digest(_CODE)
 
 
 def _num_rows(shape: BatchShape | SamplerShape) -> int:
@@ -146,18 +151,30 @@ class Runner:
         self._room = self._room.including(active, max_rank, pages)
         return self._buckets.all_shapes(self._table_width, self._room)
 
-    def warm_up(self, shapes: Sequence[BatchShape]) -> None:
+    def missing(self, shapes: Sequence[BatchShape | SamplerShape]) -> list[BatchShape | SamplerShape]:
+        """Those whose programs are not in memory."""
+        return [shape for shape in shapes if shape not in self._programs]
+
+    def prepare(self, shapes: Sequence[BatchShape | SamplerShape]) -> None:
+        """Gets the programs of these shapes into memory, from disk or by compiling them."""
+        self._programs.prepare(shapes)
+
+    def warm_up(self, shapes: Sequence[BatchShape], when_compiled: Callable[[], None] = lambda: None) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling, and runs it.
 
         It runs on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms (7B, H200) that
         all of a step's requests would wait. Other ways of sampling, and shapes not given here, are compiled when a step
         first needs them.
+
+        Args:
+          when_compiled: called between compiling and running, to wait for other hosts.
         """
         samplers = {
             n: [SamplerShape(n, random=random, filtered=False, history=0, logprobs=False) for random in (False, True)]
             for n in dict.fromkeys(shape.sequences for shape in shapes)
         }
         self._programs.prepare((*itertools.chain(*samplers.values()), *shapes))
+        when_compiled()
         for shape in shapes:
             its_samplers = samplers[shape.sequences]
             for sampler in its_samplers:
