@@ -426,10 +426,12 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
 
     # First the port: if it is taken, say so before the slow part.
     with (
-        contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock,
         together(engine_config.mesh) as meeting,
+        contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock,
     ):
         click.echo(f"Loading {engine_config.model} ...", err=True)
+        if meeting is not None:
+            meeting.join(engine_config.mesh)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
         engine = Engine.create(engine_config, meeting=meeting)
@@ -475,6 +477,7 @@ def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None
     mesh = engine_config.mesh
     click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)
     with together(mesh) as meeting:
+        meeting.join(mesh)
         from slora_jax.engine.build import follow
 
         follow(engine_config, meeting)

@@ -20,9 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from types import ModuleType
 from typing import Any, NoReturn
-
-from flax import serialization
 
 from slora_jax.config import MeshConfig
 from slora_jax.errors import EngineStopped, SLoRAError
@@ -83,7 +82,7 @@ class Connection:
         Raises:
           OSError: the connection is gone.
         """
-        body = serialization.msgpack_serialize(dict(message))
+        body = _serialization().msgpack_serialize(dict(message))
         with self._sending:
             self._sock.sendall(struct.pack(">Q", len(body)) + body)
 
@@ -101,7 +100,7 @@ class Connection:
         if max_bytes is not None and size > max_bytes:
             raise ValueError(f"a message of {size} bytes")
         try:
-            return serialization.msgpack_restore(self._exactly(size))
+            return _serialization().msgpack_restore(self._exactly(size))
         except (EOFError, OSError):
             raise
         except Exception as e:
@@ -194,7 +193,7 @@ class Meeting:
             server = _listening(port)
         except OSError as e:
             self.end(
-                f"host 0 cannot listen on port {port}, where the other hosts look for it ({e.strerror}); "
+                f"host 0 cannot listen on port {port}, where the other hosts look for it ({os.strerror(e.errno)}); "
                 "end what has that port, or give all hosts a --coordinator with another one",
                 BAD_START,
             )
@@ -500,9 +499,9 @@ def signals_heard(on_signal: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together(config: MeshConfig) -> Iterator[Meeting | None]:
-    """Meets the other hosts; None where there are none. Whatever ends this host's part ends the others with the reason.
+    """A meeting to ``join``, or None for one host. Whatever ends the block ends the other hosts with the reason.
 
-    For the main thread of a process that does nothing else. It ends the process by itself unless the block ends well.
+    For the main thread of a process that does nothing else: with several hosts, it ends with the block.
     """
     if config.num_hosts == 1:
         yield None
@@ -510,7 +509,6 @@ def together(config: MeshConfig) -> Iterator[Meeting | None]:
     meeting = Meeting(config.host_id)
     with signals_heard(meeting.ask_to_stop):
         try:
-            meeting.join(config)
             yield meeting
         except (SLoRAError, OSError, ModuleNotFoundError) as e:
             meeting.end(f"host {config.host_id}: {' '.join(str(e).split()) or type(e).__name__}", BAD_START)
@@ -520,6 +518,15 @@ def together(config: MeshConfig) -> Iterator[Meeting | None]:
             what = (str(e).splitlines() or [""])[0]
             meeting.end(f"host {config.host_id} failed: {type(e).__name__}: {what}", LOST)
         meeting.part()
+        # Not by the interpreter's own end: in it, JAX waits for the others, and ends the process if one does not come.
+        end_process(Ending("", ASKED))
+
+
+def _serialization() -> ModuleType:
+    """Imported late: it brings JAX along, and signals should be heard before that."""
+    from flax import serialization
+
+    return serialization
 
 
 def _initialize_jax(config: MeshConfig, address: str) -> None:
