@@ -72,7 +72,6 @@ class Connection:
     """Messages to and from one other host, over a socket. ``send`` is thread-safe."""
 
     def __init__(self, sock: socket.socket):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._sending = threading.Lock()
 
@@ -213,7 +212,7 @@ class Meeting:
         return jax_port
 
     def _meet(self, sock: socket.socket, config: MeshConfig) -> None:
-        connection = Connection(sock)
+        connection = Connection(_without_delay(sock))
         try:
             hello = connection.receive(_HELLO_SECONDS, _MAX_HELLO_BYTES)
             other, num_hosts = hello["slora_jax"], hello["num_hosts"]
@@ -254,7 +253,7 @@ class Meeting:
                         LOST,
                     )
             time.sleep(_POLL_SECONDS)
-        connection = Connection(sock)
+        connection = Connection(_without_delay(sock))
         with contextlib.suppress(OSError):  # the reader finds out
             connection.send({"slora_jax": self.host, "num_hosts": config.num_hosts})
         self._add(0, connection)
@@ -426,7 +425,7 @@ class Meeting:
             self._connections[other].send(message)
 
     def _beat(self) -> None:
-        while self._ending is None:
+        while self._ending is None and not self._parting:
             self.send({"kind": "beat"})
             time.sleep(_BEAT_SECONDS)
 
@@ -552,6 +551,12 @@ def _listening(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
+def _without_delay(sock: socket.socket) -> socket.socket:
+    """So that the network sends small messages at once."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 def _free_port() -> int:
     with contextlib.closing(_listening(0)) as sock:
         return sock.getsockname()[1]
@@ -571,8 +576,7 @@ def _relay(address: str, port: int, meeting: Meeting) -> int:
                 except OSError:  # not up yet
                     time.sleep(0.1)
             for sock in (here, there):
-                sock.settimeout(None)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _without_delay(sock).settimeout(None)
             threading.Thread(target=_pass_on, args=(here, there, True), daemon=True).start()
             threading.Thread(target=_pass_on, args=(there, here, False), daemon=True).start()
 
