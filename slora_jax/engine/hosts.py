@@ -139,7 +139,6 @@ class Followers:
             self._stopped = True
             self._answered.notify_all()
         if self._meeting is not None:
-            self._meeting.part()
             self._tell("stop")
             self._meeting = None
 
@@ -183,7 +182,6 @@ class Follower:
             for message in self._meeting.messages():
                 what = message.pop("what")
                 if what == "stop":
-                    self._meeting.part()
                     return
                 getattr(self, f"_{what}")(**message)
         finally:

@@ -154,7 +154,7 @@ class Meeting:
         self._asked_at: float | None = None
         self._ending: Ending | None = None
         self._ended = threading.Event()
-        self._parting = False
+        self._closed = False
         self._said: dict[str, dict[int, Any]] = {}
         self._agreed: dict[str, list[Any]] = {}
         self._welcome: int | None = None
@@ -355,16 +355,36 @@ class Meeting:
         with self._changed:
             self._signal_means_asking = True
 
-    def part(self) -> None:
-        """From now on, others may end as they please."""
+    def leave(self) -> NoReturn:
+        """Ends all hosts when host 0 has done its work; the others wait for its word, which may be an error.
+
+        Raises:
+          EngineStopped: where ``end_process`` did not end this process.
+        """
+        if self.host == 0:
+            self.end("", ASKED)
         with self._changed:
-            self._parting = True
+            while True:
+                self._check()
+                self._changed.wait(_POLL_SECONDS)
+
+    def close(self) -> None:
+        """From now on, nothing that others do or say ends this process; for one that goes on without them."""
+        with self._changed:
+            self._closed = True
+        for connection in self._connections.values():
+            connection.finish()
+        for reader in self._readers:
+            if reader is not threading.current_thread():
+                reader.join(_FAREWELL_SECONDS)
+        for connection in self._connections.values():
+            connection.close()
 
     def ask_to_stop(self) -> None:
         """What a signal does: ends all hosts with code 0, in the way that fits what they are doing."""
         now = time.monotonic()
         with self._changed:
-            if self._on_stop is not None or self._parting:
+            if self._on_stop is not None or self._closed:
                 return
             asks = self._signal_means_asking and self._asked_at is None
             # One Ctrl-C can come twice, from the terminal and from a launcher.
@@ -395,7 +415,7 @@ class Meeting:
 
     def _end(self, ending: Ending) -> None:
         with self._changed:
-            if self._ending is not None or self._parting:
+            if self._ending is not None or self._closed:
                 return
             self._ending = ending
             self._changed.notify_all()
@@ -425,7 +445,7 @@ class Meeting:
             self._connections[other].send(message)
 
     def _beat(self) -> None:
-        while self._ending is None and not self._parting:
+        while self._ending is None and not self._closed:
             self.send({"kind": "beat"})
             time.sleep(_BEAT_SECONDS)
 
@@ -516,9 +536,8 @@ def together(config: MeshConfig) -> Iterator[Meeting | None]:
             logger.debug("this host failed", exc_info=True)
             what = (str(e).splitlines() or [""])[0]
             meeting.end(f"host {config.host_id} failed: {type(e).__name__}: {what}", LOST)
-        meeting.part()
         # Not by the interpreter's own end: in it, JAX waits for the others, and ends the process if one does not come.
-        end_process(Ending("", ASKED))
+        meeting.leave()
 
 
 def _serialization() -> ModuleType:

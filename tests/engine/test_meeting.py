@@ -73,13 +73,24 @@ def test_a_lost_host_is_named_to_all_and_the_server_hears_it_first():
     with hosts_that_met(3) as hosts:
         heard = []
         hosts[0].serve(on_stop=lambda: None, on_fail=lambda reason: heard.append((reason, list(hosts[0].endings))))
-        hosts[2].part()
-        hosts[2]._connections[0].finish()
+        hosts[2].close()
         sentence = "host 2 was lost (its process ended); start all hosts again"
         for host in hosts[:2]:
             wait_for(lambda host=host: host.endings)
             assert host.endings == [Ending(sentence, LOST)]
         assert heard == [(sentence, [])]
+
+
+def test_the_others_wait_for_host_0s_last_word():
+    with hosts_that_met(2) as hosts, ThreadPoolExecutor(1) as threads:
+        leaving = threads.submit(hosts[1].leave)
+        time.sleep(0.2)
+        assert not leaving.done()
+        with pytest.raises(EngineStopped, match="host 0: no such adapter"):
+            hosts[0].end("host 0: no such adapter", BAD_START)
+        with pytest.raises(EngineStopped, match="host 0: no such adapter"):
+            leaving.result(10)
+        assert hosts[1].endings == hosts[0].endings == [Ending("host 0: no such adapter", BAD_START)]
 
 
 def test_a_silent_host_is_lost(monkeypatch):
@@ -89,9 +100,8 @@ def test_a_silent_host_is_lost(monkeypatch):
     meeting = Meeting(0, {1: Connection(here)}, endings.append)
     wait_for(lambda: endings)
     assert endings == [Ending("host 1 was lost (no sign of it for 0.5 s); start all hosts again", LOST)]
-    meeting.part()
     there.close()
-    here.close()
+    meeting.close()
 
 
 def test_a_signal_to_a_host_that_loads_ends_all_and_to_one_that_follows_asks_the_server():

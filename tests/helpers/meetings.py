@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import threading
 from collections.abc import Iterator
 
 from slora_jax.engine.meeting import Connection, Ending, Meeting
@@ -27,11 +26,4 @@ def hosts_that_met(count: int) -> Iterator[list[Host]]:
         yield hosts
     finally:
         for host in hosts:
-            host.part()
-        for connection in (connection for pair in pairs for connection in pair):
-            connection.finish()
-        for thread in threading.enumerate():
-            if thread.name.startswith("slora-host-"):
-                thread.join(5)
-        for connection in (connection for pair in pairs for connection in pair):
-            connection.close()
+            host.close()
