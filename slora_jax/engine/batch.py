@@ -301,12 +301,14 @@ class HostBatch:
       shape: the static shape.
       packed: as of ``shape.zeros``, filled.
       entries: the plan's entries in row order: row i of every per-sequence array.
+      entry_of_row: the place of each row's entry in the plan, ``[len(entries)]``.
       room: what there was room for, with what this batch's adapters need.
     """
 
     shape: BatchShape
     packed: np.ndarray
     entries: tuple[ScheduledSequence, ...]
+    entry_of_row: np.ndarray
     room: AdapterRoom
 
 
@@ -369,7 +371,7 @@ def build_batch(
         place += table_width
     if adapters:
         _fill_segments(arrays, adapters, modules, np.bincount(segment_of, counts, num_adapters + 1)[:num_adapters])
-    return HostBatch(shape, packed, entries, room)
+    return HostBatch(shape, packed, entries, np.array(rows), room)
 
 
 def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int]) -> list[int]:

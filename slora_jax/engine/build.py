@@ -1,6 +1,7 @@
 """Building an engine: the base model loaded, memory divided, caches opened, shapes of steps chosen; and following."""
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from slora_jax.adapters.store import AdapterStore
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import Buckets
-from slora_jax.engine.hosts import Follower, agreed_minimum, join_hosts
+from slora_jax.engine.device import ModelDevice
+from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
 from slora_jax.engine.runner import Runner
 from slora_jax.errors import InvalidRequest
+from slora_jax.memory.costs import PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.llama import GATHERED, LoraOps
 from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.text.tokenizer import Tokenizer
@@ -24,20 +29,6 @@ from slora_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MAX_CPU_POOL_BYTES = 2 * 2**30
-
-
-def follow(config: EngineConfig, progress: bool = True) -> None:
-    """What the other hosts do in place of an engine: follows the first one's until that is closed.
-
-    Raises:
-      UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
-    """
-    base = load_base(config, progress)
-    model, mesh = base.model_config, base.mesh
-    layout = pool_layout_of(model, mesh)
-    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
-    runner = Runner(model, base.params, pool, make_buckets(config), max_len, mesh)
-    Follower(model, layout, pool, runner, host_adapter_bytes(config)).follow()
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,128 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
     name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
     return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh)
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is made of. Engines may follow each other over the same parts, one at a time.
+
+    Attributes:
+      config: what they were built for.
+      model_name, model_config, tokenizer: see ``Engine``.
+      pool_layout, dtype: of the pool.
+      max_model_len: longest sequence, prompt and output, in tokens.
+      device: the model and its pool on the devices, with the other hosts.
+      store: the adapters.
+      costs: which pages go first when room is needed.
+      max_rank: the largest rank of adapters; None for any that an adapter may have.
+      wake_event: set whenever an adapter got ready, to wake the engine's loop.
+    """
+
+    config: EngineConfig
+    model_name: str
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    pool_layout: PoolLayout
+    dtype: jnp.dtype
+    max_model_len: int
+    device: ModelDevice
+    store: AdapterStore
+    costs: PageCosts
+    max_rank: int | None
+    wake_event: threading.Event
+
+    def close(self) -> None:
+        """Ends the other hosts and the threads that load adapters. Idempotent."""
+        try:
+            self.device.followers.stop()
+        finally:
+            self.store.close()
+
+
+def build_parts(config: EngineConfig, progress: bool = True) -> EngineParts:
+    """Loads the base model and divides the memory that is left.
+
+    Raises:
+      UnsupportedModel, InvalidRequest: what cannot be loaded, and why.
+    """
+    return make_parts(config, load_base(config, progress))
+
+
+def make_parts(
+    config: EngineConfig, base: BaseModel, lora_ops: LoraOps = GATHERED, buckets: Buckets | None = None
+) -> EngineParts:
+    """Divides the memory beside a loaded base model.
+
+    Args:
+      config: of the engine.
+      base: its model, loaded.
+      lora_ops: what computes low-rank updates, for comparisons.
+      buckets: shapes that steps are padded to; None for those that suit the device.
+
+    Raises:
+      InvalidRequest: the memory does not suffice.
+    """
+    model, mesh = base.model_config, base.mesh
+    dtype = jax.tree.leaves(base.params)[0].dtype
+    layout = pool_layout_of(model, mesh)
+    pool, max_len = make_pool(config, model, layout, dtype, mesh)
+    if layout.shards.num_idle:
+        logger.warning(
+            "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
+            layout.shards.num_idle,
+            layout.shards.count,
+            model.num_kv_heads,
+        )
+    wake_event = threading.Event()
+    store = AdapterStore(
+        model,
+        layout,
+        dtype,
+        on_change=wake_event.set,
+        stage=pool.stage,
+        capacity=host_adapter_bytes(config),
+        host_bytes=pool.staged_bytes,
+    )
+    runner = Runner(
+        model,
+        base.params,
+        pool,
+        buckets or make_buckets(config),
+        max_len,
+        mesh,
+        program_folder(config),
+        lora_ops,
+    )
+    page_bytes = layout.page_bytes(dtype.itemsize)
+    return EngineParts(
+        config=config,
+        model_name=base.name,
+        model_config=model,
+        tokenizer=base.tokenizer,
+        pool_layout=layout,
+        dtype=dtype,
+        max_model_len=max_len,
+        device=ModelDevice(runner, pool, Followers()),
+        store=store,
+        costs=PageCosts.estimate(model, page_bytes, layout.shards.count, jax.default_backend() != "cpu"),
+        max_rank=lora_ops.max_rank,
+        wake_event=wake_event,
+    )
+
+
+def follow(config: EngineConfig, progress: bool = True) -> None:
+    """What the other hosts do in place of an engine: follows the first one's until that is closed.
+
+    Raises:
+      UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
+    """
+    base = load_base(config, progress)
+    model, mesh = base.model_config, base.mesh
+    layout = pool_layout_of(model, mesh)
+    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
+    runner = Runner(model, base.params, pool, make_buckets(config), max_len, mesh)
+    Follower(model, layout, pool, runner, host_adapter_bytes(config)).follow()
 
 
 def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:

@@ -124,6 +124,14 @@ class Followers:
         """They write the adapter that was started first into its pages."""
         self._tell("finish_copy")
 
+    def check_alone(self) -> None:
+        """
+        Raises:
+          RuntimeError: there are other hosts, whose devices cannot be known to be in the state of this one's.
+        """
+        if self._hosts:
+            raise RuntimeError("several hosts cannot start anew together; start them all again")
+
     def stop(self) -> None:
         """They end. Nothing can be told afterwards."""
         self._tell("stop")

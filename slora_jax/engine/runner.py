@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
-from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
+from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
+from slora_jax.engine.core import StepResult
 from slora_jax.engine.programs import Programs
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
@@ -50,32 +52,60 @@ def compiler_options(num_rows: int) -> dict[str, str | bool]:
     }
 
 
+class LaunchArguments(NamedTuple):
+    """What starts the programs of a step, on every host alike."""
+
+    shape: BatchShape
+    packed: np.ndarray
+    sampler: SamplerShape
+    inputs: SamplerInputs
+
+
 @dataclass(frozen=True, slots=True)
-class StepInFlight:
-    """A step the device is working on: its entries in row order, and its outputs when they are read."""
+class LaidOut:
+    """A step ready to be started.
+
+    Attributes:
+      entries: the plan's, in its order.
+      batch: the same as arrays.
+      arguments: of the launch.
+    """
 
     entries: tuple[ScheduledSequence, ...]
+    batch: HostBatch
+    arguments: LaunchArguments
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that the device is working on.
+
+    Attributes:
+      entries: the plan's, in its order.
+      entry_of_row: the place in ``entries`` of each row of the outputs.
+      sampled: the outputs, when they are read.
+    """
+
+    entries: tuple[ScheduledSequence, ...]
+    entry_of_row: np.ndarray
     sampled: Sampled
 
-    def read(self) -> tuple[np.ndarray, list[TokenLogprob | None]]:
-        """Waits for the step.
-
-        Returns:
-          Sampled tokens ``[len(entries)]`` int32 (of no meaning where the entry does not sample), and for each entry
-          its log-probabilities, or None where it asked for none.
-        """
-        tokens = np.asarray(self.sampled.tokens)[: len(self.entries)]
-        logprobs: list[TokenLogprob | None] = [None] * len(self.entries)
+    def read(self) -> StepResult:
+        """Waits for the step."""
+        order = self.entry_of_row
+        tokens = np.empty(len(order), np.int32)
+        tokens[order] = np.asarray(self.sampled.tokens)[: len(order)]
+        logprobs: dict[int, TokenLogprob] = {}
         if self.sampled.logprob is not None:
             chosen, top_ids, top_values = (
                 np.asarray(a) for a in (self.sampled.logprob, self.sampled.top_tokens, self.sampled.top_logprobs)
             )
-            for row, entry in enumerate(self.entries):
-                count = entry.sequence.sampling.logprobs
+            for row, place in enumerate(order.tolist()):
+                count = self.entries[place].sequence.sampling.logprobs
                 if count is not None:
                     top = zip(top_ids[row, :count].tolist(), top_values[row, :count].tolist(), strict=True)
-                    logprobs[row] = TokenLogprob(int(tokens[row]), float(chosen[row]), tuple(top))
-        return tokens, logprobs
+                    logprobs[place] = TokenLogprob(int(tokens[place]), float(chosen[row]), tuple(top))
+        return StepResult(tokens.tolist(), logprobs)
 
 
 class Runner:
@@ -86,6 +116,7 @@ class Runner:
 
     Attributes:
       model, params: the base model.
+      programs: the compiled ones.
     """
 
     def __init__(
@@ -122,11 +153,11 @@ class Runner:
         self._buckets = buckets
         self._vocab_size = config.vocab_size
         self._table_width = PoolLayout.token_pages(max_len)
-        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows: dict[int, int] = {}
+        self.reset()
         # One device has no reason to count ranks: its kernels work on real ones.
         self._room = AdapterRoom(max_rank=padded_rank(1) if mesh else MAX_RANK)
-        self._programs = Programs(
+        self.programs = Programs(
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
             program_folder if lora_ops is GATHERED else None,
@@ -157,7 +188,7 @@ class Runner:
             n: [SamplerShape(n, random=random, filtered=False, history=0, logprobs=False) for random in (False, True)]
             for n in dict.fromkeys(shape.sequences for shape in shapes)
         }
-        self._programs.prepare((*itertools.chain(*samplers.values()), *shapes))
+        self.programs.prepare((*itertools.chain(*samplers.values()), *shapes))
         for shape in shapes:
             its_samplers = samplers[shape.sequences]
             for sampler in its_samplers:
@@ -191,33 +222,36 @@ class Runner:
     def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
-    def run(
-        self,
-        entries: tuple[ScheduledSequence, ...],
-        adapters: Mapping[object, AdapterSlice],
-        on_launch: Callable[[BatchShape, np.ndarray, SamplerShape, SamplerInputs], None],
-    ) -> StepInFlight:
-        """Starts a step and returns at once.
+    def lay_out(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> LaidOut:
+        """Lays a plan's entries out as arrays. Changes nothing.
 
         Args:
-          entries: at least one; each of another sequence. Pending tokens are those of the previous ``run``.
+          entries: at least one; each of another sequence. Pending tokens are those of the step started last.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
-          on_launch: is given the arguments of ``launch``, before that.
         """
         batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._room)
-        self._room = batch.room
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
+        return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs))
+
+    def start(self, step: LaidOut) -> StepInFlight:
+        """Starts a step and returns at once. It must be the one that was laid out last."""
+        batch = step.batch
+        sampled = self.launch(*step.arguments)
+        self._room = batch.room
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
-        on_launch(batch.shape, batch.packed, sampler, inputs)
-        sampled = self.launch(batch.shape, batch.packed, sampler, inputs)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
-        return StepInFlight(batch.entries, sampled)
+        return StepInFlight(step.entries, batch.entry_of_row, sampled)
+
+    def reset(self) -> None:
+        """Forgets the tokens of the step started last: the next step's sequences have none pending."""
+        self._tokens = jnp.zeros(self._buckets.max_sequences, jnp.int32, device=self._everywhere)
+        self._rows = {}
 
     def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        hidden, self._pool.array = self._programs.get(shape)(self.params, packed, self._tokens, self._pool.array)
-        sampled = self._programs.get(sampler)(self._head, hidden, inputs, self._tokens)
+        hidden, self._pool.array = self.programs.get(shape)(self.params, packed, self._tokens, self._pool.array)
+        sampled = self.programs.get(sampler)(self._head, hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
 

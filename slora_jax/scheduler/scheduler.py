@@ -17,19 +17,30 @@ is there starts unless pages lack, and pages lack only while others run; and as 
 but for sequences near the front and parked ones, whose loads thus find room.
 """
 
+from array import array
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
-from slora_jax.scheduler.sequence import AdapterHandle, AdapterLoad, ScheduledSequence, Sequence, State, StepPlan
+from slora_jax.scheduler.sequence import (
+    NOT_FINITE,
+    AdapterHandle,
+    AdapterLoad,
+    Emitted,
+    ScheduledSequence,
+    Sequence,
+    State,
+    StepPlan,
+)
 
 MAX_HELD_ADAPTERS = 2 * LOOK_AHEAD
 """Adapters held in host memory, or on their way there, for waiting sequences."""
@@ -47,13 +58,14 @@ _COPY_SHARE = 32
 class Scheduler:
     """Plans steps and owns the pages' accounting.
 
-    Call ``plan``, start its ``loads``, run its entries, call ``commit`` with what was sampled, and ``adapter_arrived``
-    once a load's copy is ordered before all steps to come. A plan may be made before the previous one is committed,
-    but no further ahead.
+    ``slora_jax.engine.core`` is the loop that drives it: call ``plan``, start the plan's ``loads``, run its entries,
+    call ``commit`` with what they sampled, and ``adapter_arrived`` once a load's copy is ordered before all steps to
+    come. A plan may be made before the previous one is committed, but no further ahead.
 
     Args:
       clock: seconds; the same that ``Sequence.arrival`` is read from.
       costs: which of the pages that nobody uses go first.
+      budget: who may take how many of the pages; None for the unified pool.
 
     Attributes:
       num_prefetch_hits: adapters copied ahead that were there when their first sequence started.
@@ -68,10 +80,12 @@ class Scheduler:
         clock: Callable[[], float],
         *,
         costs: PageCosts = EQUAL_COSTS,
+        budget: PageBudget | None = None,
     ):
         self._costs = costs
         self._config = config
         self._pages = pages
+        self._budget = budget or PageBudget(pages)
         self._clock = clock
         self._policy = create_policy(config)
         # In order of standing, so that the last one is the one to preempt.
@@ -109,17 +123,12 @@ class Scheduler:
 
     def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
         """Why a sequence of this length can never run, however little else does; None if it can."""
-        pages = PoolLayout.token_pages(num_tokens)
         pinned_pages = self._pages_by_pin()
-        if adapter is not None and _content(adapter) not in pinned_pages:
-            pages += adapter.num_pages
-        taken = sum(pinned_pages.values())
-        if pages <= self._pages.total - taken:
-            return None
-        pinned = f", {taken} of them for pinned adapters" if taken else ""
-        return (
-            f"the request needs {pages} pages (prompt, output and adapter), but the pool has {self._pages.total}"
-            f"{pinned}; lower max_tokens or start the server with a larger pool"
+        takes_pages = adapter is not None and _content(adapter) not in pinned_pages
+        return self._budget.refusal(
+            PoolLayout.token_pages(num_tokens),
+            adapter.num_pages if takes_pages else 0,
+            sum(pinned_pages.values()),
         )
 
     def capacity(self, num_tokens: int, adapter: AdapterHandle | None) -> Capacity:
@@ -140,12 +149,12 @@ class Scheduler:
         return capacity(num_tokens, adapter_pages, pages, sequences)
 
     def pin(self, adapters: tuple[AdapterHandle, ...]) -> None:
-        """Says which adapters are to be brought to the pool and to stay there, at most half of it; all others are not.
+        """Says which adapters are to be brought to the pool and to stay there; all others are not.
 
         They come with the next plans.
         """
         self._pinned = adapters
-        assert sum(self._pages_by_pin().values()) <= self._pages.total // 2, "pins of more than half of the pool"
+        assert sum(self._pages_by_pin().values()) <= self._budget.max_pinned_pages, "too many pinned pages"
         for adapter in [a for a in self._pin_keys if a not in adapters]:
             self._release_adapter(self._pin_keys.pop(adapter), adapter)
 
@@ -178,11 +187,44 @@ class Scheduler:
         sequence.state = State.FINISHED
         self._release_followers(sequence)
 
-    def close(self) -> None:
-        """Lets all adapters in host memory go, when idle. Nothing can be planned afterwards."""
-        assert self.is_idle, "sequences are left"
-        while self._held:
-            self._held.popitem()[0].let_go()
+    def forsake(self, sequence: Sequence) -> None:
+        """Ends a sequence and leaves its pages as they are: for a scheduler that is about to be abandoned."""
+        sequence.state = State.FINISHED
+
+    def abandon(self) -> None:
+        """Lets all adapters in host memory go: this scheduler will not plan again.
+
+        Its pages are left as they are, whatever state they are in. ``take_over`` gives the sequences that are to go on
+        to another scheduler, with pages of its own.
+        """
+        held = (*self._held, *(load.adapter for load in self._arriving.values()))
+        self._held.clear()
+        self._arriving.clear()
+        for adapter in held:
+            adapter.let_go()
+
+    def counts(self) -> dict[str, int]:
+        """What happened to adapters and pages since this scheduler was made."""
+        return {
+            "adapter_prefetch_hits": self.num_prefetch_hits,
+            "adapter_prefetch_late": self.num_prefetch_late,
+            "adapter_prefetch_wasted": self.num_prefetch_wasted,
+            "evictions": self._pages.num_evictions,
+        }
+
+    def take_over(self, sequence: Sequence) -> None:
+        """Queues an unfinished sequence of a scheduler that was abandoned. Its known tokens are computed again.
+
+        Leaders go before those that follow them.
+        """
+        sequence.state = State.WAITING
+        sequence.num_scheduled = sequence.num_done = sequence.num_pending = 0
+        sequence.epoch += 1
+        sequence.pages = array("i")
+        sequence.page_keys = []
+        sequence.adapter_key = None
+        sequence.followers = []
+        self.add(sequence)
 
     def plan(self) -> StepPlan:
         """Decides the next step. Empty when nothing can run now."""
@@ -210,20 +252,42 @@ class Scheduler:
         self._release_adapter(load.key, load.adapter)
         load.adapter.let_go()
 
-    def commit(self, plan: StepPlan) -> None:
-        """Notes that a plan's step has run: full pages become prefix-cache blocks, prompts done free followers."""
-        prefix_cache = self._config.prefix_cache
+    def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[Emitted]:
+        """Takes in what a plan's step gave. Sequences that end with it give their pages back.
+
+        Full pages become blocks of the prefix cache, and sequences that waited for a prompt to be computed are queued.
+
+        Args:
+          plan: each is committed once, in the order in which they were made.
+          tokens: for each entry of the plan the token it sampled, or ``NOT_FINITE``; anything where it samples none.
+
+        Returns:
+          The tokens of the sequences that were not finished before, in the order of the plan's entries.
+        """
         self._policy.computed(plan.entries, self._clock())
-        for sequence, start, count, _, epoch in plan.entries:
-            if sequence.state is not State.RUNNING or epoch != sequence.epoch:
-                continue
-            before, done = sequence.num_done, start + count
-            if done > before:
-                sequence.num_done = done
-                if prefix_cache and done // PAGE_SIZE > before // PAGE_SIZE:
-                    self._publish_full_pages(sequence)
-            if sequence.followers and sequence.num_done >= sequence.num_prompt:
-                self._release_followers(sequence)
+        emitted = []
+        for place, (entry, token) in enumerate(zip(plan.entries, tokens, strict=True)):
+            sequence = entry.sequence
+            if entry.samples:
+                sequence.num_pending -= 1
+                if sequence.state is not State.FINISHED:
+                    emitted.append(_take_token(sequence, token, place))
+            if sequence.state is State.RUNNING and entry.epoch == sequence.epoch:
+                self._note_computed(sequence, entry.start + entry.count)
+        for token in emitted:
+            if token.reason is not None:
+                self.finish(token.sequence)
+        return emitted
+
+    def _note_computed(self, sequence: Sequence, done: int) -> None:
+        """Notes that the KV of the sequence's first ``done`` tokens is in the pool."""
+        before = sequence.num_done
+        if done > before:
+            sequence.num_done = done
+            if self._config.prefix_cache and done // PAGE_SIZE > before // PAGE_SIZE:
+                self._publish_full_pages(sequence)
+        if sequence.followers and sequence.num_done >= sequence.num_prompt:
+            self._release_followers(sequence)
 
     # Running sequences
 
@@ -262,7 +326,7 @@ class Scheduler:
         """Adds ``count`` tokens of a running sequence, preempting those after it (or itself) if pages run out."""
         needed = PoolLayout.token_pages(sequence.num_scheduled + count) - len(sequence.pages)
         while needed > 0:
-            pages = self._pages.allocate(needed)
+            pages = self._budget.allocate_kv(needed)
             if pages is not None:
                 sequence.pages.extend(pages)
                 sequence.page_keys.extend([None] * needed)
@@ -354,7 +418,7 @@ class Scheduler:
             if not self._is_resident(adapter):
                 if not self._want(adapter) or adapter.status != "ready" or not self._can_copy(adapter):
                     continue
-                if not self._has_room(0, adapter.num_pages):
+                if not self._budget.has_room(0, adapter.num_pages):
                     return False
                 self._start_copy(adapter, builder)
             key = self._pin_keys[adapter] = _key(adapter)
@@ -423,7 +487,7 @@ class Scheduler:
         # Acquiring cached blocks takes them from what is available, so count them in.
         revived = sum(self._pages.is_cached(key) for key in prefix)
         takes_adapter = adapter is not None and (not adapter_resident or self._pages.is_cached(adapter_key))
-        if not self._has_room(kv_pages + revived, adapter.num_pages if takes_adapter else 0):
+        if not self._budget.has_room(kv_pages + revived, adapter.num_pages if takes_adapter else 0):
             return False
         for key in prefix:
             sequence.pages.extend(self._pages.acquire(key))
@@ -436,7 +500,7 @@ class Scheduler:
                 self.num_prefetch_hits += adapter_key not in self._arriving
             self._pages.acquire(adapter_key)
         sequence.adapter_key = adapter_key
-        sequence.pages.extend(self._pages.allocate(kv_pages))
+        sequence.pages.extend(self._budget.allocate_kv(kv_pages))
         sequence.page_keys.extend([None] * kv_pages)
         sequence.num_scheduled = sequence.num_done = len(prefix) * PAGE_SIZE
         sequence.state = State.RUNNING
@@ -444,16 +508,6 @@ class Scheduler:
             sequence.was_admitted = True
             sequence.cached_tokens = sequence.num_done
         return True
-
-    # What a pool in shares has otherwise
-
-    def _has_room(self, kv_pages: int, adapter_pages: int) -> bool:
-        """Whether so many pages can be had now for a KV cache, and beside them so many for an adapter."""
-        return kv_pages + adapter_pages <= self._pages.num_available
-
-    def _spare_for_adapters(self) -> int:
-        """Pages that adapters copied ahead may take: running sequences keep a page each to grow."""
-        return self._pages.num_available - len(self._running)
 
     # Adapters on their way to the pool
 
@@ -485,7 +539,9 @@ class Scheduler:
 
     def _can_copy(self, adapter: AdapterHandle) -> bool:
         """Whether the copies under way leave room for this one; one may always be."""
-        return not self._arriving or self._arriving_pages + adapter.num_pages <= self._pages.total // _COPY_SHARE
+        num_pages = adapter.num_pages
+        fits_beside = not self._arriving or self._arriving_pages + num_pages <= self._pages.total // _COPY_SHARE
+        return fits_beside and self._budget.may_copy(num_pages)
 
     def _start_copy(self, adapter: AdapterHandle, builder: "_PlanBuilder") -> None:
         """Takes an adapter's pages, which must be available; the copy owns them until it has arrived."""
@@ -494,7 +550,7 @@ class Scheduler:
         # Held until the copy has arrived, though the weights are in use no longer than that.
         if self._held.pop(adapter, None) is None:
             adapter.hold()
-        pages = self._pages.allocate(adapter.num_pages)
+        pages = self._budget.allocate_adapter(adapter.num_pages)
         self._pages.publish(key, pages)
         load = AdapterLoad(adapter, tuple(pages), key)
         self._arriving[key] = load
@@ -526,7 +582,7 @@ class Scheduler:
         cached = [key for key in wanted if self._pages.is_cached(key)]
         for key in cached:
             self._pages.acquire(key)
-        spare = self._spare_for_adapters()
+        spare = self._budget.spare_for_adapters(len(self._running))
         for key, adapter in wanted.items():
             if self._pages.lookup(key) is not None:
                 continue
@@ -564,6 +620,18 @@ def _content(adapter: AdapterHandle) -> Hashable:
 def _key(adapter: AdapterHandle) -> Hashable:
     """Of the block of an adapter whose content is known: equal weights share it."""
     return ("adapter", adapter.content_hash)
+
+
+def _take_token(sequence: Sequence, token: int, place: int) -> Emitted:
+    """Appends a sampled token, and says whether the sequence ends with it."""
+    if token == NOT_FINITE:
+        return Emitted(sequence, token, place, "error")
+    sequence.tokens.append(token)
+    if token in sequence.end_token_ids:
+        return Emitted(sequence, token, place, "stop")
+    if len(sequence.tokens) - sequence.num_prompt >= sequence.max_tokens:
+        return Emitted(sequence, token, place, "length")
+    return Emitted(sequence, token, place, None)
 
 
 class _PlanBuilder:

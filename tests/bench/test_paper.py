@@ -265,10 +265,10 @@ def test_merged_weights_answer_as_the_adapter_on_the_fly(small_case):
         run(engine, engine.submit(greedy(asked["prompt"], adapter, 16)))[0].completions[0].token_ids
         for adapter in (None, "qv-r8")
     )
-    header = engine._store.get("qv-r8").header
+    header = engine.parts.store.get("qv-r8").header
     packed = load_adapter(header, engine.dtype).packed
     (scale,) = set(header.scales) - {0.0}
-    merged = MergedWeights(engine._runner.params, engine.pool_layout)
+    merged = MergedWeights(engine.device.runner.params, engine.pool_layout)
     merged.merge(header.ranks, merged.stage(packed), scale)
     (result,) = run(engine, engine.submit(greedy(asked["prompt"], None, 16)))
     assert result.completions[0].token_ids == on_the_fly != base

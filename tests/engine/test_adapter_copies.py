@@ -36,8 +36,8 @@ class SlowCopy:
 
 def slow_engine(case, polls: int, **options):
     engine = case.engine(pages=PAGES, **options)
-    start_copy = engine._pool.start_copy
-    engine._pool.start_copy = lambda staged, pages: SlowCopy(start_copy(staged, pages), polls)
+    start_copy = engine.device.pool.start_copy
+    engine.device.pool.start_copy = lambda staged, pages: SlowCopy(start_copy(staged, pages), polls)
     return engine
 
 
@@ -118,14 +118,14 @@ def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case, mon
     limit = engine.stats()["pages_total"] // 9
     assert {info.num_pages for info in engine.adapters().values()} == {limit, limit + 1}
     asked = Asked(tiny_case, engine)
-    start_copy = engine._pool.start_copy
+    start_copy = engine.device.pool.start_copy
     in_flight = []
 
     def counted(staged, pages):
         in_flight.append(len(engine._copies))
         return start_copy(staged, pages)
 
-    engine._pool.start_copy = counted
+    engine.device.pool.start_copy = counted
     for adapter in ("mlp-r3", "qv-r8", None, "all7-r1", "qv-r8"):
         asked.submit(adapter)
     asked.check()
@@ -137,7 +137,7 @@ def test_fifty_adapters_take_turns_in_a_pool_of_three(tiny_case, polls, prefix_c
     loaded = {}
     source = tiny_case.engine()
     for adapter in source.adapters():
-        header = source._store.get(adapter).header
+        header = source.parts.store.get(adapter).header
         (scale,) = set(header.scales) - {0.0}
         loaded[adapter] = header.ranks, load_adapter(header, source.dtype).packed, scale
     engine = slow_engine(tiny_case, polls, scheduler={"prefix_cache": prefix_cache})
@@ -178,10 +178,10 @@ def test_six_adapters_in_use_and_host_memory_for_two(tiny_case, tmp_path):
     # Each byte travels once for each time that the pool lacks it.
     assert 6 <= loads <= engine.stats()["adapter_loads"]
     assert engine.stats()["host_adapter_bytes"] <= _two_adapters(tiny_case)
-    assert not any(version._holds for version in engine._store._versions.values())
+    assert not any(version._holds for version in engine.parts.store._versions.values())
     lost = next(
         name
-        for name, version in engine._store._versions.items()
+        for name, version in engine.parts.store._versions.items()
         if version.status == "registered" and engine._pages.lookup(("adapter", version.content_hash)) is None
     )
     shutil.rmtree(tmp_path / lost)
@@ -223,4 +223,4 @@ def test_a_pinned_adapter_is_there_before_its_first_request(tiny_case):
 
 def _two_adapters(case) -> int:
     engine = case.engine(pages=PAGES)
-    return 2 * engine._pool.staged_bytes(max(info.num_pages for info in engine.adapters().values()))
+    return 2 * engine.device.pool.staged_bytes(max(info.num_pages for info in engine.adapters().values()))

@@ -306,7 +306,7 @@ def test_requests_outlive_their_adapters_name(engine):
 
 def test_weights_from_memory_answer_like_the_same_weights_from_disk(tiny_case):
     engine = tiny_case.engine()
-    header = engine._store.get("qv-r8").header
+    header = engine.parts.store.get("qv-r8").header
     packed = load_adapter(header, engine.dtype).packed
     (scale,) = set(header.scales) - {0.0}
     start = time.perf_counter()
@@ -320,7 +320,7 @@ def test_weights_from_memory_answer_like_the_same_weights_from_disk(tiny_case):
     assert engine.stats()["adapter_loads"] == 7, "equal weights, but other adapters"
     assert engine.stats()["adapter_load_bytes"] == 7 * packed.nbytes
     assert engine.stats()["cached_tokens"] == 0
-    staged = {id(engine._store.get(name).host().packed) for name in names[1:]}
+    staged = {id(engine.parts.store.get(name).host().packed) for name in names[1:]}
     assert len(staged) == 1, "host memory is shared"
 
 
@@ -396,7 +396,7 @@ def test_a_failing_step_ends_every_request_with_the_reason(tiny_case, monkeypatc
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine._runner, "run", fail)
+    monkeypatch.setattr(engine.device.runner, "run", fail)
     engine.start()
     result = engine.submit(greedy(PROMPT)).result(timeout=10)
     assert result.completions[0].finish_reason == "error"

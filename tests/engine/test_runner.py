@@ -59,9 +59,9 @@ def test_an_adapter_of_many_pages_is_foreseen():
     engine.register_loaded_adapter("large", dict.fromkeys(MODULES, 64), packed)
     assert engine.adapters()["large"].num_pages > 16
     engine.warm_up()
-    compiled = set(engine._runner._programs)
+    compiled = set(engine.device.runner.programs)
     run(engine, engine.submit(greedy((1, 2, 3), "large", 4)))
-    assert set(engine._runner._programs) == compiled
+    assert set(engine.device.runner.programs) == compiled
 
 
 def test_a_warm_engine_compiles_no_more():
@@ -69,19 +69,19 @@ def test_a_warm_engine_compiles_no_more():
     limits = {"max_batch_tokens": 16, "max_sequences": 4}
     engine = make_engine(case / "model", warm_up=True, scheduler=limits, max_model_len=64, few_shapes=False)
     engine.warm_up()
-    compiled = set(engine._runner._programs)
+    compiled = set(engine.device.runner.programs)
     assert len(compiled) == 5  # (4, 4), (4, 4) decoding and (16, 4); two samplers
     random = {"temperature": 1.0, "seed": 3}
     for changes in ({}, random):
         run(engine, *(engine.submit(greedy((1, 2, 3), None, 4, **changes)) for _ in range(3)))
-    assert set(engine._runner._programs) == compiled
+    assert set(engine.device.runner.programs) == compiled
     run(engine, engine.submit(greedy((1, 2, 3), None, 4, temperature=1.0, seed=3, top_k=2)))
-    assert len(engine._runner._programs) == 6, "what was not foreseen is compiled when needed"
+    assert len(engine.device.runner.programs) == 6, "what was not foreseen is compiled when needed"
 
 
 def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
     case = FIXTURES / "llama3_gqa"
-    monkeypatch.setattr("slora_jax.engine.engine.program_folder", lambda config: tmp_path)
+    monkeypatch.setattr("slora_jax.engine.build.program_folder", lambda config: tmp_path)
 
     def tokens():
         engine = make_engine(case / "model", case / "adapters", warm_up=True)
@@ -98,7 +98,7 @@ def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
 def test_warming_up_is_off_on_a_cpu_unless_asked_for():
     engine = make_engine(FIXTURES / "llama3_gqa" / "model")
     engine.warm_up()
-    assert not len(engine._runner._programs)
+    assert not len(engine.device.runner.programs)
 
 
 @pytest.mark.parametrize("total_rank", [0, 64])

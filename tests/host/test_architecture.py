@@ -14,7 +14,7 @@ LEAVES = {"errors", "config", "request"}
 ALLOWED = {
     "text": {"errors"},
     "memory": {"model.config", "model.shards"},
-    "scheduler": {"memory.costs", "memory.layout", "memory.pages"},
+    "scheduler": {"memory.budget", "memory.costs", "memory.layout", "memory.pages"},
     "adapters": {"memory.layout", "model.config"},
     "model": {"memory.layout", "demo"},
     "engine": {"scheduler", "adapters", "model", "memory", "text"},
@@ -26,6 +26,7 @@ NO_JAX = (
     "slora_jax",
     "slora_jax.config",
     "slora_jax.request",
+    "slora_jax.memory.budget",
     "slora_jax.memory.costs",
     "slora_jax.memory.layout",
     "slora_jax.memory.pages",

@@ -63,7 +63,7 @@ def shape_file(tmp_path_factory):
 def compiled_step(engine, modules: str, rank: int) -> jax.stages.Compiled:
     active = tuple(i for i, module in enumerate(MODULES) if module in modules.split())
     shape = BatchShape(24, 8, 4, 64 if active else 0, 32 if active else 0, active, False, rank if active else 0)
-    return engine._runner._lower(shape).compile({"xla_backend_optimization_level": 0})
+    return engine.device.runner._lower(shape).compile({"xla_backend_optimization_level": 0})
 
 
 @pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
@@ -93,7 +93,7 @@ def test_a_steps_collectives_are_the_papers(shape_file, tp):
     assert planned["lora"] == sent * 4
     assert planned["base"] == len(base) * sent_elements(*base[0][::2], tp) * 4
     # And no device copies its part of the pool.
-    memory, pool = program.memory_analysis(), engine._pool.array.addressable_shards[0].data
+    memory, pool = program.memory_analysis(), engine.device.pool.array.addressable_shards[0].data
     assert memory.alias_size_in_bytes == pool.nbytes
     assert memory.temp_size_in_bytes < pool.nbytes / 4
 
@@ -108,13 +108,13 @@ def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
 def test_sampling_sends_the_logits_once(shape_file):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
     sampler = SamplerShape(16, random=True, filtered=False, history=0, logprobs=False)
-    program = engine._runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
+    program = engine.device.runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
     assert collectives(program) == [("all-gather", "f32", (16, 100))], "97 tokens, in four equal parts"
 
 
 def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
     engine = make_engine(shape_file, dummy=True)
-    text = engine._runner._lower(BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
+    text = engine.device.runner._lower(BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
     assert "manual_computation" not in text and "all_reduce" not in text and "all_gather" not in text
 
 
@@ -173,16 +173,16 @@ def test_the_benchmark_of_collectives_runs(shape_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_each_device_has_its_part_of_pool_and_weights(shape_file, tp):
     one, several = (make_engine(shape_file, dummy=True, mesh={"tp": n}) for n in (1, tp))
-    shards = several._pool.array.addressable_shards
+    shards = several.device.pool.array.addressable_shards
     assert len(shards) == tp
-    assert {shard.data.nbytes * tp for shard in shards} == {one._pool.array.nbytes}
+    assert {shard.data.nbytes * tp for shard in shards} == {one.device.pool.array.nbytes}
     assert several.pool_layout.page_bytes(4) * tp == one.pool_layout.page_bytes(4)
     for ranks in ({"q": 8, "k": 8, "v": 8, "o": 8}, dict.fromkeys(MODULES, 64)):
         sizes = [
             engine.pool_layout.adapter(ranks).num_entries * engine.pool_layout.row_width for engine in (one, several)
         ]
         assert sizes[1] * tp <= sizes[0] * 1.1
-    weights = several._runner.params
+    weights = several.device.runner.params
     norms = {"attention_norm", "mlp_norm", "norm"}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(weights):
         whole = any(key.key in norms for key in keys)
