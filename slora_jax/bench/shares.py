@@ -15,6 +15,8 @@ class FixedShares(PageBudget):
       adapter_pages: pages of the adapters' share.
     """
 
+    allows_prefix_cache = False
+
     def __init__(self, pages: PageAllocator):
         super().__init__(pages)
         self.adapter_pages = int(ADAPTER_SHARE * pages.total)

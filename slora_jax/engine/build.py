@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from pallas_kernels import choose_backend
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import Buckets
@@ -21,7 +22,7 @@ from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import GATHERED, LoraOps
+from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import ModelMesh
 from slora_jax.model.weights import dummy_params, resolve_model
 from slora_jax.text.tokenizer import Tokenizer
@@ -66,6 +67,13 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
     name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
     return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh)
+
+
+def make_model(base: BaseModel, lora_ops: LoraOps = GATHERED) -> Llama:
+    """What steps compute, on the kernels that suit the device."""
+    dtype = jax.tree.leaves(base.params)[0].dtype
+    backend = choose_backend(jax.devices()[0], base.model_config.head_dim, dtype)
+    return Llama(base.model_config, dtype, backend, base.mesh.size if base.mesh else 1, lora_ops)
 
 
 @dataclass(frozen=True)
@@ -150,14 +158,14 @@ def make_parts(
         host_bytes=pool.staged_bytes,
     )
     runner = Runner(
-        model,
+        make_model(base, lora_ops),
         base.params,
         pool,
         buckets or make_buckets(config),
         max_len,
         mesh,
-        program_folder(config),
-        lora_ops,
+        # Programs are kept by the model's shape, which does not tell other updates apart.
+        program_folder(config) if lora_ops is GATHERED else None,
     )
     page_bytes = layout.page_bytes(dtype.itemsize)
     return EngineParts(
@@ -186,7 +194,7 @@ def follow(config: EngineConfig, progress: bool = True) -> None:
     model, mesh = base.model_config, base.mesh
     layout = pool_layout_of(model, mesh)
     pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
-    runner = Runner(model, base.params, pool, make_buckets(config), max_len, mesh)
+    runner = Runner(make_model(base), base.params, pool, make_buckets(config), max_len, mesh)
     Follower(model, layout, pool, runner, host_adapter_bytes(config)).follow()
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
@@ -21,8 +20,7 @@ from slora_jax.engine.programs import Programs
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
-from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import GATHERED, Llama, LoraOps
+from slora_jax.model.llama import Llama
 from slora_jax.model.mesh import POOL, ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
@@ -121,29 +119,25 @@ class Runner:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Llama,
         params: dict,
         pool: UnifiedPool,
         buckets: Buckets,
         max_len: int,
         mesh: ModelMesh | None = None,
         program_folder: Path | None = None,
-        lora_ops: LoraOps = GATHERED,
     ):
         """
         Args:
-          config: the whole model's.
+          model: what steps compute.
           params: its weights, on the mesh's devices.
           pool: on the same.
           buckets: shapes that batches are padded to.
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
-          program_folder: see ``Programs``; for the model's own ``lora_ops`` only.
-          lora_ops: what computes low-rank updates on one device.
+          program_folder: see ``Programs``.
         """
-        dtype = pool.array.dtype
-        backend = choose_backend(jax.devices()[0], config.head_dim, dtype)
-        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1, lora_ops)
+        self.model = model
         self.params = params
         self._mesh = mesh
         self._everywhere = mesh.replicated if mesh else None
@@ -151,7 +145,7 @@ class Runner:
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
         self._buckets = buckets
-        self._vocab_size = config.vocab_size
+        self._vocab_size = model.config.vocab_size
         self._table_width = PoolLayout.token_pages(max_len)
         self._rows: dict[int, int] = {}
         self.reset()
@@ -160,8 +154,8 @@ class Runner:
         self.programs = Programs(
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
-            program_folder if lora_ops is GATHERED else None,
-            (config, backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
+            program_folder,
+            (model.config, model.backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )

@@ -12,7 +12,10 @@ class PageBudget:
 
     Attributes:
       pages: the allocator whose pages it gives out.
+      allows_prefix_cache: whether pages of finished prompts may stay as blocks.
     """
+
+    allows_prefix_cache = True
 
     def __init__(self, pages: PageAllocator):
         self.pages = pages

@@ -86,6 +86,8 @@ class Scheduler:
         self._config = config
         self._pages = pages
         self._budget = budget or PageBudget(pages)
+        if config.prefix_cache and not self._budget.allows_prefix_cache:
+            raise ValueError("this budget of pages has no room for a prefix cache; turn prefix_cache off")
         self._clock = clock
         self._policy = create_policy(config)
         # In order of standing, so that the last one is the one to preempt.

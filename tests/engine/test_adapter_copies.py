@@ -63,7 +63,7 @@ class Asked:
             if completion.finish_reason != "abort":
                 assert list(completion.token_ids) == request["tokens"][:NUM_TOKENS], request["id"]
         self._asked.clear()
-        assert self._engine.stats()["pages_used"] == 0 and not self._engine._copies
+        assert self._engine.stats()["pages_used"] == 0 and not self._engine.device.is_copying
         return [result.completions[0].finish_reason for result in results]
 
 
@@ -71,7 +71,7 @@ def step_until_copying(engine, polls: int = 600) -> None:
     for _ in range(polls):
         engine.step()
         engine.check_integrity()
-        if engine._copies:
+        if engine.device.is_copying:
             return
         engine.wait_for_work(timeout=0.1)
     raise AssertionError("no copy was started")
@@ -106,7 +106,7 @@ def test_a_name_gets_other_weights_while_its_copies_are_under_way(tiny_case, tmp
         if engine.stats()["adapter_loads"] < 2:
             step_until_copying(engine)
         engine.unregister_adapter("mine")
-    assert engine._copies
+    assert engine.device.is_copying
     assert asked.check() == ["length"] * 3
     assert engine.stats()["adapter_loads"] == 2
     assert "mine" not in engine.adapters()
@@ -122,7 +122,7 @@ def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case, mon
     in_flight = []
 
     def counted(staged, pages):
-        in_flight.append(len(engine._copies))
+        in_flight.append(engine.device.is_copying)
         return start_copy(staged, pages)
 
     engine.device.pool.start_copy = counted
