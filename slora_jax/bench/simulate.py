@@ -231,7 +231,7 @@ def simulate(
     run.num_steps = core.counts["steps"]
     run.num_loads = core.counts["adapter_loads"]
     run.num_preemptions = core.counts["preemptions"]
-    run.num_prefetch_late = core.scheduler.num_prefetch_late
+    run.num_prefetch_late = core.scheduler.counts()["adapter_prefetch_late"]
     return run
 
 

@@ -31,6 +31,7 @@ from slora_jax.request import Delta, FinishReason, Request, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import Emitted, Sequence
+from slora_jax.scheduler.traffic import Whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,14 @@ class Engine:
           UnknownAdapter: no adapter of that name.
         """
         return self._store.get(name).info
+
+    def whereabouts(self, name: str) -> Whereabouts:
+        """Where an adapter is, between its folder and the pool.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+        """
+        return self._core.scheduler.whereabouts(self._store.get(name))
 
     def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available under a name; its weights are loaded when first asked for.

@@ -7,7 +7,7 @@ import pytest
 
 from slora_jax.adapters.peft import load_adapter
 from slora_jax.errors import BadAdapter, InvalidRequest
-from slora_jax.scheduler import scheduler
+from slora_jax.scheduler import traffic
 from slora_jax.scheduler.capacity import Capacity
 from tests.helpers.engine_cases import greedy, run
 
@@ -113,7 +113,7 @@ def test_a_name_gets_other_weights_while_its_copies_are_under_way(tiny_case, tmp
 
 
 def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case, monkeypatch):
-    monkeypatch.setattr(scheduler, "_COPY_SHARE", 9)
+    monkeypatch.setattr(traffic, "COPY_SHARE", 9)
     engine = slow_engine(tiny_case, polls=2)
     limit = engine.stats()["pages_total"] // 9
     assert {info.num_pages for info in engine.adapters().values()} == {limit, limit + 1}
@@ -178,12 +178,9 @@ def test_six_adapters_in_use_and_host_memory_for_two(tiny_case, tmp_path):
     # Each byte travels once for each time that the pool lacks it.
     assert 6 <= loads <= engine.stats()["adapter_loads"]
     assert engine.stats()["host_adapter_bytes"] <= _two_adapters(tiny_case)
-    assert not any(version._holds for version in engine.parts.store._versions.values())
-    lost = next(
-        name
-        for name, version in engine.parts.store._versions.items()
-        if version.status == "registered" and engine._pages.lookup(("adapter", version.content_hash)) is None
-    )
+    assert not any(engine.whereabouts(name).is_held for name in engine.adapters())
+    # Neither in host memory nor in the pool: it must be read again.
+    lost = next(name for name in engine.adapters() if engine.whereabouts(name) == ("registered", False, "absent"))
     shutil.rmtree(tmp_path / lost)
     results = run(engine, *(engine.submit(greedy(prompt, name, NUM_TOKENS)) for name in names[:6]))
     for name, result in zip(names, results, strict=False):

@@ -17,8 +17,8 @@ from slora_jax.request import SamplingParams
 from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
-from slora_jax.scheduler.scheduler import MAX_HELD_ADAPTERS
 from slora_jax.scheduler.sequence import Sequence, State
+from slora_jax.scheduler.traffic import MAX_HELD_ADAPTERS
 from tests.helpers.checking_device import CheckedLoop, CheckingDevice, NumberStep, RecordingScheduler, next_token
 
 
@@ -314,7 +314,7 @@ def test_a_copy_under_way_is_passed_by_others_and_its_pages_are_safe():
     assert 0 in started[3]
     loop.run()
     assert slow.epoch == 0, "the first arrival is not preempted"
-    assert loop.scheduler.num_prefetch_late == 1
+    assert loop.scheduler.counts()["adapter_prefetch_late"] == 1
 
 
 @pytest.mark.parametrize("when", ["copying", "arrived"])
@@ -336,9 +336,9 @@ def test_adapters_of_those_next_in_line_are_copied_ahead():
     for i in range(6):
         loop.core.add(make_sequence(i, [i] * 8, max_tokens=6, adapter=StubAdapter(str(i), 2)))
     loop.run()
-    assert loop.scheduler.num_prefetch_hits == 4
-    assert loop.scheduler.num_prefetch_late == 2
-    assert loop.scheduler.num_prefetch_wasted == 0
+    assert loop.scheduler.counts()["adapter_prefetch_hits"] == 4
+    assert loop.scheduler.counts()["adapter_prefetch_late"] == 2
+    assert loop.scheduler.counts()["adapter_prefetch_wasted"] == 0
 
 
 def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are_wanted_sooner():
@@ -368,8 +368,8 @@ def test_adapters_copied_ahead_for_nobody_are_wasted():
         loop.core.finish(sequence)
     loop.run()
     still_there = sum(loop.pages.lookup(("adapter", str(i))) is not None for i in range(1, 45))
-    assert loop.scheduler.num_prefetch_wasted == 44 - still_there > 35
-    assert loop.scheduler.num_prefetch_hits == loop.scheduler.num_prefetch_late == 0
+    assert loop.scheduler.counts()["adapter_prefetch_wasted"] == 44 - still_there > 35
+    assert loop.scheduler.counts()["adapter_prefetch_hits"] == loop.scheduler.counts()["adapter_prefetch_late"] == 0
 
 
 def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever():
