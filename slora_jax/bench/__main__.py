@@ -234,7 +234,7 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
 def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fraction, as_json):
     """What fits on GPUs of a kind, and the least time of a step; no GPU is needed."""
     from slora_jax.bench.plan import GPUS, Load, plan, table
-    from slora_jax.memory.layout import MODULES
+    from slora_jax.model.modules import MODULES
 
     if gpu not in GPUS:
         raise click.UsageError(f"no such GPU: {gpu}; known are {', '.join(GPUS)}")

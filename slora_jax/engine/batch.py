@@ -16,9 +16,9 @@ from pallas_kernels import LoraSegments
 from pallas_kernels.pool import owner
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.config import PAGE_SIZE
-from slora_jax.memory.layout import MODULES
 from slora_jax.memory.pages import TRASH_PAGE
 from slora_jax.model.llama import TokenBatch
+from slora_jax.model.modules import MODULES
 from slora_jax.scheduler.sequence import ScheduledSequence
 
 _ALIGNMENT = 32

@@ -25,8 +25,8 @@ from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.budget import PageBudget
-from slora_jax.memory.layout import MODULES
 from slora_jax.memory.pages import PageAllocator
+from slora_jax.model.modules import MODULES
 from slora_jax.request import Delta, FinishReason, Request, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler

@@ -37,9 +37,9 @@ from pallas_kernels import (
     plan_lora,
     rotary_write_kv,
 )
-from slora_jax.memory.layout import MODULES, ROW_PARALLEL, local_shapes, split_ranks
 from slora_jax.model.config import ModelConfig, RopeScaling
 from slora_jax.model.mesh import TP, param_spec
+from slora_jax.model.modules import MODULES, ROW_PARALLEL, local_shapes, split_ranks
 from slora_jax.model.shards import Shards
 
 Q, K, V, O, GATE, UP, DOWN = range(len(MODULES))  # noqa: E741

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from slora_jax.adapters.lora_config import parse_lora_config
 from slora_jax.adapters.peft import load_adapter, read_header, resolve_adapter_path
 from slora_jax.errors import BadAdapter
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 from tests.helpers.peft_folders import (
     MODEL,
     POOL,

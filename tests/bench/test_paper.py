@@ -32,8 +32,9 @@ from slora_jax.bench.workload import Case, draw_workload
 from slora_jax.config import build_config, read_yaml
 from slora_jax.engine.build import BaseModel, make_parts
 from slora_jax.errors import BadAdapter
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 from slora_jax.model.weights import dummy_params
 from tests.helpers.engine_cases import FIXTURES, compiled_fast, greedy, run
 from tests.helpers.engine_cases import Case as OracleCase

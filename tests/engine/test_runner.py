@@ -7,9 +7,9 @@ import pytest
 
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets
-from slora_jax.memory.layout import MODULES
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
+from slora_jax.model.modules import MODULES
 from tests.helpers.engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
 FINE = Buckets.fine(1100, 200)

@@ -16,8 +16,8 @@ from slora_jax.config import build_config
 from slora_jax.engine import runner
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, Buckets, build_batch
 from slora_jax.engine.build import load_base, make_parts
-from slora_jax.memory.layout import MODULES
 from slora_jax.model.llama import Llama
+from slora_jax.model.modules import MODULES
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
 FIXTURES = Path(__file__).parents[1] / "oracle" / "fixtures"

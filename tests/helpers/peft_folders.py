@@ -8,8 +8,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slora_jax.adapters.peft import HostAdapter
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 
 MODEL = ModelConfig(64, 24, 40, 3, 6, 2, 4)
 POOL = PoolLayout.for_model(MODEL)

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent.parent
 LEAVES = {"errors", "config", "request"}
 ALLOWED = {
     "text": {"errors"},
-    "memory": {"model.config", "model.shards"},
+    "memory": {"model.config", "model.modules", "model.shards"},
     "scheduler": {"memory.budget", "memory.costs", "memory.layout", "memory.pages"},
-    "adapters": {"memory.layout", "model.config"},
-    "model": {"memory.layout", "demo"},
+    "adapters": {"memory.layout", "model.config", "model.modules"},
+    "model": {"demo"},
     "engine": {"scheduler", "adapters", "model", "memory", "text"},
     "api": {"engine.engine", "engine.generation", "text", "demo", ""},
     "bench": {"engine", "demo", "model", "scheduler", "memory", "adapters", ""},

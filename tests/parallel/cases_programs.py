@@ -22,10 +22,11 @@ from slora_jax.engine import runner
 from slora_jax.engine.batch import BatchShape, padded_rank
 from slora_jax.engine.sampling import SamplerShape
 from slora_jax.errors import InvalidRequest
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama
 from slora_jax.model.mesh import TP, ModelMesh
+from slora_jax.model.modules import MODULES
 from slora_jax.model.weights import sharded_abstract_params
 from tests.helpers.engine_cases import FIXTURES, make_engine
 from tests.helpers.triton_on_cpu import compiled
