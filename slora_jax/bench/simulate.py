@@ -30,7 +30,7 @@ class StepSpeeds:
     within 10 %; ``step_seconds`` to the whole steps of that file, which all then give within 5 %.
 
     Not modelled: the host, and adapters in steps of many prompt tokens. Full batches of 64, S2 with 100 adapters at the
-    quick scale, answer 64.2 requests a second in simulated time, where the engine answered 49.5.
+    quick scale, answer 64.0 requests a second in simulated time, where the engine answered 49.5.
 
     Attributes:
       weight_bandwidth: bytes a second at which a step of few tokens reads the weights.
