@@ -15,7 +15,7 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.budget import PageBudget
@@ -219,29 +219,28 @@ class Scheduler:
           The tokens of the sequences that were not finished before, in the order of the plan's entries.
         """
         self._policy.computed(plan.entries, self._clock())
-        emitted = []
+        emitted: list[Emitted] = []
+        prefix_cache = self._config.prefix_cache
+        # Hundreds of entries a step, each for a millisecond's worth of the GPU: hence no calls for the usual ones.
         for place, (entry, token) in enumerate(zip(plan.entries, tokens, strict=True)):
-            sequence = entry.sequence
-            if entry.samples:
+            sequence, start, count, samples, epoch = entry
+            if samples:
                 sequence.num_pending -= 1
                 if sequence.state is not State.FINISHED:
-                    emitted.append(_take_token(sequence, token, place))
-            if sequence.state is State.RUNNING and entry.epoch == sequence.epoch:
-                self._note_computed(sequence, entry.start + entry.count)
-        for token in emitted:
-            if token.reason is not None:
-                self.finish(token.sequence)
+                    emitted.append(Emitted(sequence, token, place, _take_token(sequence, token)))
+            if sequence.state is not State.RUNNING or epoch != sequence.epoch:
+                continue
+            before, done = sequence.num_done, start + count
+            if done > before:
+                sequence.num_done = done
+                if prefix_cache and done // PAGE_SIZE > before // PAGE_SIZE:
+                    self._publish_full_pages(sequence)
+            if sequence.followers and sequence.num_done >= sequence.num_prompt:
+                self._release_followers(sequence)
+        for sequence, _, _, reason in emitted:
+            if reason is not None:
+                self.finish(sequence)
         return emitted
-
-    def _note_computed(self, sequence: Sequence, done: int) -> None:
-        """Notes that the KV of the sequence's first ``done`` tokens is in the pool."""
-        before = sequence.num_done
-        if done > before:
-            sequence.num_done = done
-            if self._config.prefix_cache and done // PAGE_SIZE > before // PAGE_SIZE:
-                self._publish_full_pages(sequence)
-        if sequence.followers and sequence.num_done >= sequence.num_prompt:
-            self._release_followers(sequence)
 
     # Running sequences
 
@@ -443,16 +442,15 @@ class Scheduler:
         return keys
 
 
-def _take_token(sequence: Sequence, token: int, place: int) -> Emitted:
-    """Appends a sampled token, and says whether the sequence ends with it."""
+def _take_token(sequence: Sequence, token: int) -> Literal["stop", "length", "error"] | None:
+    """Appends a sampled token; returns why the sequence ends with it, if it does."""
     if token == NOT_FINITE:
-        return Emitted(sequence, token, place, "error")
-    sequence.tokens.append(token)
+        return "error"
+    tokens = sequence.tokens
+    tokens.append(token)
     if token in sequence.end_token_ids:
-        return Emitted(sequence, token, place, "stop")
-    if len(sequence.tokens) - sequence.num_prompt >= sequence.max_tokens:
-        return Emitted(sequence, token, place, "length")
-    return Emitted(sequence, token, place, None)
+        return "stop"
+    return "length" if len(tokens) - sequence.num_prompt >= sequence.max_tokens else None
 
 
 class _PlanBuilder:
