@@ -15,7 +15,7 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.budget import PageBudget
@@ -30,6 +30,7 @@ from slora_jax.scheduler.sequence import (
     AdapterHandle,
     AdapterLoad,
     Emitted,
+    EndReason,
     ScheduledSequence,
     Sequence,
     State,
@@ -220,6 +221,7 @@ class Scheduler:
         """
         self._policy.computed(plan.entries, self._clock())
         emitted: list[Emitted] = []
+        ended: list[Sequence] = []
         prefix_cache = self._config.prefix_cache
         # Hundreds of entries a step, each for a millisecond's worth of the GPU: hence no calls for the usual ones.
         for place, (entry, token) in enumerate(zip(plan.entries, tokens, strict=True)):
@@ -227,7 +229,19 @@ class Scheduler:
             if samples:
                 sequence.num_pending -= 1
                 if sequence.state is not State.FINISHED:
-                    emitted.append(Emitted(sequence, token, place, _take_token(sequence, token)))
+                    known = sequence.tokens
+                    reason: EndReason | None = None
+                    if token == NOT_FINITE:
+                        reason = "error"
+                    else:
+                        known.append(token)
+                        if token in sequence.end_token_ids:
+                            reason = "stop"
+                        elif len(known) - sequence.num_prompt >= sequence.max_tokens:
+                            reason = "length"
+                    emitted.append(Emitted(sequence, token, place, reason))
+                    if reason is not None:
+                        ended.append(sequence)
             if sequence.state is not State.RUNNING or epoch != sequence.epoch:
                 continue
             before, done = sequence.num_done, start + count
@@ -237,9 +251,8 @@ class Scheduler:
                     self._publish_full_pages(sequence)
             if sequence.followers and sequence.num_done >= sequence.num_prompt:
                 self._release_followers(sequence)
-        for sequence, _, _, reason in emitted:
-            if reason is not None:
-                self.finish(sequence)
+        for sequence in ended:
+            self.finish(sequence)
         return emitted
 
     # Running sequences
@@ -440,17 +453,6 @@ class Scheduler:
                     break
                 keys.append(key)
         return keys
-
-
-def _take_token(sequence: Sequence, token: int) -> Literal["stop", "length", "error"] | None:
-    """Appends a sampled token; returns why the sequence ends with it, if it does."""
-    if token == NOT_FINITE:
-        return "error"
-    tokens = sequence.tokens
-    tokens.append(token)
-    if token in sequence.end_token_ids:
-        return "stop"
-    return "length" if len(tokens) - sequence.num_prompt >= sequence.max_tokens else None
 
 
 class _PlanBuilder:

@@ -44,6 +44,10 @@ class AdapterHandle(Protocol):
         ...
 
 
+type EndReason = Literal["stop", "length", "error"]
+"""Why a sequence ends with a token: it is one that ends, the last that is allowed, or ``NOT_FINITE``."""
+
+
 class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -151,7 +155,7 @@ class Emitted(NamedTuple):
     sequence: Sequence
     token: int
     place: int
-    reason: Literal["stop", "length", "error"] | None
+    reason: EndReason | None
 
 
 class ScheduledSequence(NamedTuple):
