@@ -40,7 +40,7 @@ edges = st.sampled_from(
         ),
         *([], {}, [[]], [None], [{}], {"": None}, [1, 2], ["a"], {"a": 1}, [True], [1.5], [[1], [2]]),
     ]
-)
+).map(copy.deepcopy)  # or one example would change what the next one draws
 """Values at which readers of numbers, names and containers have stumbled."""
 
 values: st.SearchStrategy[Any] = edges | st.recursive(
