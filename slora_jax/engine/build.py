@@ -1,8 +1,12 @@
 """Building an engine: the base model loaded, memory divided, caches opened, shapes of steps chosen; and following."""
 
+import dataclasses
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +20,9 @@ from slora_jax.errors import InvalidRequest
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
-from slora_jax.model.config import ModelConfig
+from slora_jax.model.config import ModelConfig, default_sampling, ending_tokens
 from slora_jax.model.mesh import ModelMesh
-from slora_jax.model.weights import dummy_params, resolve_model
+from slora_jax.model.weights import dummy_params, resolve_model, untied_where_different
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,13 +46,17 @@ def follow(config: EngineConfig, progress: bool = True) -> None:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model, loaded."""
+    """The base model, loaded.
+
+    ``default_sampling`` are the fields of ``SamplingParams`` that requests which do not give them have.
+    """
 
     model_config: ModelConfig
     params: dict
     tokenizer: Tokenizer | None
     name: str
     mesh: ModelMesh | None
+    default_sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def load_base(config: EngineConfig, progress: bool) -> BaseModel:
@@ -56,12 +64,13 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     enable_compilation_cache(config.compilation_cache)
     dtype = dtype_of(config)
     if config.dummy:
-        model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
+        model_config = ModelConfig.from_hf(read_yaml(Path(config.model)), config.max_model_len, config.model)
         mesh = ModelMesh.create(model_config, config.mesh.tp)
         params = dummy_params(model_config, dtype, config.seed, mesh)
         return BaseModel(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
     folder = resolve_model(config.model)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
+    defaults = default_sampling(folder) if config.generation_config else MappingProxyType({})
     mesh = ModelMesh.create(model_config, config.mesh.tp)
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
@@ -74,7 +83,9 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
     name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
-    return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh)
+    ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
+    model_config = dataclasses.replace(model_config, eos_token_ids=ends)
+    return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults)
 
 
 def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:

@@ -9,6 +9,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,6 +68,7 @@ class Engine:
       model_config: its shape.
       max_model_len: longest sequence, prompt and output, in tokens.
       tokenizer: None for dummy models.
+      default_sampling: fields of ``SamplingParams`` for requests that do not give them; ``submit`` itself adds none.
       pool_layout, dtype: of the pool, and so of packed adapters.
     """
 
@@ -78,6 +81,7 @@ class Engine:
         model_name: str,
         mesh: ModelMesh | None = None,
         lora_ops: LoraOps = GATHERED,
+        default_sampling: Mapping[str, Any] = MappingProxyType({}),
     ):
         dtype = jax.tree.leaves(params)[0].dtype
         self.config = config
@@ -85,6 +89,7 @@ class Engine:
         self.model_name = model_name
         self.model_config = model_config
         self.tokenizer = tokenizer
+        self.default_sampling = default_sampling
         self.dtype = dtype
         self.pool_layout = layout = pool_layout_of(model_config, mesh)
         self._pool, self.max_model_len = make_pool(config, model_config, layout, dtype, mesh)
@@ -154,7 +159,15 @@ class Engine:
           UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
         base = load_base(config, progress)
-        engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh)
+        engine = cls(
+            config,
+            base.model_config,
+            base.params,
+            base.tokenizer,
+            base.name,
+            base.mesh,
+            default_sampling=base.default_sampling,
+        )
         try:
             for adapter, path in config.adapters.items():
                 engine.register_adapter(adapter, path)
