@@ -84,6 +84,11 @@ FLAGS = {
             metavar="TOKENS",
         ),
         _flag(
+            "--generation-config/--no-generation-config",
+            "What a request leaves out of its sampling is as the model's generation_config.json says.",
+            default="generation-config",
+        ),
+        _flag(
             "--checkpoint-cache",
             "Where ready-to-serve weights are kept for the next start.",
             default="~/.cache/slora-jax/checkpoints",

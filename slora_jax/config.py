@@ -121,6 +121,7 @@ class EngineConfig(_Frozen):
         None takes half of what is free after the pool was made. On several hosts, of each.
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
+      generation_config: requests that do not say how to sample do as the model's ``generation_config.json`` says.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
       compilation_cache: where compiled steps are kept, for faster starts; None keeps none.
       warm_up: compile every shape of step before the server says that it is ready, so that no request waits for it;
@@ -138,6 +139,7 @@ class EngineConfig(_Frozen):
     host_adapter_gigabytes: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = pydantic.Field(None, ge=1)
+    generation_config: bool = True
     checkpoint_cache: str | None = "~/.cache/slora-jax/checkpoints"
     compilation_cache: str | None = "~/.cache/slora-jax/compiled"
     warm_up: bool | None = None

@@ -131,7 +131,8 @@ def generate(
       adapters: a registered adapter's name, the path of a PEFT folder, or None for the base model; or a list.
       model: a folder, a Hugging Face id, a running ``Engine``, or None for the embedded demo model with its
         demo adapters.
-      sampling: ``SamplingParams`` or a mapping of its fields; or a list.
+      sampling: ``SamplingParams``, or a mapping of its fields, of which those left out are as the model's
+        ``generation_config.json`` says (unless ``generation_config=False``); or a list.
       priority: of all these prompts; higher goes first, with ``scheduler={"policy": "priority"}``.
       slo_ms: milliseconds within which each first token is due, with ``scheduler={"policy": "abort"}``. A prompt that
         cannot meet it has ``finish_reason`` "late" and no text; a stream raises ``ObjectiveMissed``.
@@ -150,9 +151,11 @@ def generate(
       BadAdapter: a folder that cannot be served.
     """
     work = _Work.of(prompts, adapters, sampling)
-    if stream and any(s.n > 1 for s in work.sampling):
+    given = [_sampling_params(choice, {}) for choice in work.choices]  # refused, if so, before a model is loaded
+    if stream and any(s.n > 1 for s in given):
         raise InvalidRequest("stream=True gives one text per prompt; n must be 1", "n")
     engine = _engine(model, engine_options)
+    choices = [_sampling_params(choice, engine.default_sampling) for choice in work.choices]
     requests = [
         Request(
             prompt=_token_ids(prompt, engine, chat),
@@ -162,7 +165,7 @@ def generate(
             priority=priority,
             slo_ms=slo_ms,
         )
-        for i, (prompt, adapter, sampling) in enumerate(zip(work.prompts, work.adapters, work.sampling, strict=True))
+        for i, (prompt, adapter, sampling) in enumerate(zip(work.prompts, work.adapters, choices, strict=True))
     ]
     generations: list[Generation] = []
     with _cancelled_on_error(generations):
@@ -189,7 +192,7 @@ class _Work:
 
     prompts: Sequence[Prompt]
     adapters: Sequence[AdapterChoice]
-    sampling: Sequence[SamplingParams]
+    choices: Sequence[SamplingChoice]
     single: bool
 
     @classmethod
@@ -211,7 +214,7 @@ class _Work:
         return cls(
             prompts=lists.get("prompts", [prompts] * count),
             adapters=lists.get("adapters", [adapters] * count),
-            sampling=[_sampling_params(s) for s in lists.get("sampling", [sampling] * count)],
+            choices=lists.get("sampling", [sampling] * count),
             single=not lists,
         )
 
@@ -242,9 +245,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _sampling_params(value: SamplingChoice) -> SamplingParams:
+def _sampling_params(value: SamplingChoice, defaults: Mapping[str, Any]) -> SamplingParams:
+    """What the caller chose; ``defaults`` stand for the fields that a mapping leaves out."""
     if value is None:
-        return SamplingParams()
+        return SamplingParams(**defaults)
     if isinstance(value, SamplingParams):
         return value
     if not isinstance(value, Mapping):
@@ -253,7 +257,7 @@ def _sampling_params(value: SamplingChoice) -> SamplingParams:
     for name in value:
         if name not in known:
             raise InvalidRequest(f"sampling has no field {name!r}; it has {', '.join(known)}", str(name))
-    return SamplingParams(**value)
+    return SamplingParams(**{**defaults, **value})
 
 
 def _token_ids(prompt: Prompt, engine: "Engine", chat: bool) -> tuple[int, ...]:

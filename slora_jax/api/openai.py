@@ -116,8 +116,9 @@ class _Generate(_Body):
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        return SamplingParams(
+    def sampling(self, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]) -> SamplingParams:
+        """``defaults`` stand for the fields that the body leaves out, or has null for."""
+        given = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_k=0 if self.top_k == -1 else self.top_k,
@@ -133,6 +134,8 @@ class _Generate(_Body):
             ignore_eos=self.ignore_eos,
             n=self.n,
         )
+        left_out = defaults.keys() - self.model_fields_set - {"max_tokens"}
+        return given.replace(**{name: defaults[name] for name in left_out})
 
 
 class _CompletionBody(_Generate):
@@ -168,8 +171,10 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt")
-        max_tokens = min(16, room) if fields.max_tokens is None else fields.max_tokens
-        requests.append(fields.request(prompt, adapter, fields.sampling(max_tokens, fields.logprobs)))
+        default = min(engine.default_sampling.get("max_tokens", 16), room)
+        max_tokens = default if fields.max_tokens is None else fields.max_tokens
+        sampling = fields.sampling(max_tokens, fields.logprobs, engine.default_sampling)
+        requests.append(fields.request(prompt, adapter, sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
     return _call(fields, tuple(requests), echo)
 
@@ -189,7 +194,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     room = _room(prompt, engine, "messages")
     limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    sampling = fields.sampling(room if limit is None else limit, logprobs)
+    default = min(engine.default_sampling.get("max_tokens", room), room)
+    sampling = fields.sampling(default if limit is None else limit, logprobs, engine.default_sampling)
     return _call(fields, (fields.request(prompt, adapter, sampling),))
 
 

@@ -1,9 +1,13 @@
 """Building an engine: the base model loaded, memory divided, caches opened, shapes of steps chosen; and following."""
 
+import dataclasses
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +25,10 @@ from slora_jax.memory.costs import PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.checkpoint import load_or_restore
-from slora_jax.model.config import ModelConfig
+from slora_jax.model.config import ModelConfig, default_sampling, ending_tokens
 from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import ModelMesh
-from slora_jax.model.weights import dummy_params, resolve_model
+from slora_jax.model.weights import dummy_params, resolve_model, untied_where_different
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,13 +38,17 @@ _MAX_CPU_POOL_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model, loaded."""
+    """The base model, loaded.
+
+    ``default_sampling`` are the fields of ``SamplingParams`` that requests which do not give them have.
+    """
 
     model_config: ModelConfig
     params: dict
     tokenizer: Tokenizer | None
     name: str
     mesh: ModelMesh | None
+    default_sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def load_base(config: EngineConfig, progress: bool) -> BaseModel:
@@ -48,12 +56,13 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     enable_compilation_cache(config.compilation_cache)
     dtype = dtype_of(config)
     if config.dummy:
-        model_config = ModelConfig.from_hf(read_yaml(Path(config.model)))
+        model_config = ModelConfig.from_hf(read_yaml(Path(config.model)), config.max_model_len, config.model)
         mesh = ModelMesh.create(model_config, config.mesh.tp)
         params = dummy_params(model_config, dtype, config.seed, mesh)
         return BaseModel(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
     folder = resolve_model(config.model)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
+    defaults = default_sampling(folder) if config.generation_config else MappingProxyType({})
     mesh = ModelMesh.create(model_config, config.mesh.tp)
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
@@ -66,7 +75,9 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
     name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
-    return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh)
+    ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
+    model_config = dataclasses.replace(model_config, eos_token_ids=ends)
+    return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults)
 
 
 def make_model(base: BaseModel, lora_ops: LoraOps = GATHERED) -> Llama:
@@ -82,7 +93,7 @@ class EngineParts:
 
     Attributes:
       config: what they were built for.
-      model_name, model_config, tokenizer: see ``Engine``.
+      model_name, model_config, tokenizer, default_sampling: see ``Engine``.
       pool_layout, dtype: of the pool.
       max_model_len: longest sequence, prompt and output, in tokens.
       device: the model and its pool on the devices, with the other hosts.
@@ -96,6 +107,7 @@ class EngineParts:
     model_name: str
     model_config: ModelConfig
     tokenizer: Tokenizer | None
+    default_sampling: Mapping[str, Any]
     pool_layout: PoolLayout
     dtype: jnp.dtype
     max_model_len: int
@@ -173,6 +185,7 @@ def make_parts(
         model_name=base.name,
         model_config=model,
         tokenizer=base.tokenizer,
+        default_sampling=base.default_sampling,
         pool_layout=layout,
         dtype=dtype,
         max_model_len=max_len,

@@ -69,6 +69,7 @@ class Engine:
       model_config: its shape.
       max_model_len: longest sequence, prompt and output, in tokens.
       tokenizer: None for dummy models.
+      default_sampling: fields of ``SamplingParams`` for requests that do not give them; ``submit`` itself adds none.
       pool_layout, dtype: of the pool, and so of packed adapters.
       device: runs the steps.
     """
@@ -104,6 +105,7 @@ class Engine:
         self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
         self.tokenizer = parts.tokenizer
+        self.default_sampling = parts.default_sampling
         self.pool_layout = parts.pool_layout
         self.dtype = parts.dtype
         self.device = parts.device

@@ -37,9 +37,10 @@ from pallas_kernels import (
     plan_lora,
     rotary_write_kv,
 )
-from slora_jax.model.config import ModelConfig, RopeScaling
+from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TP, param_spec
 from slora_jax.model.modules import MODULES, ROW_PARALLEL, local_shapes, split_ranks
+from slora_jax.model.rope import plain_turns
 from slora_jax.model.shards import Shards
 
 Q, K, V, O, GATE, UP, DOWN = range(len(MODULES))  # noqa: E741
@@ -366,22 +367,13 @@ def _dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine ``[T, D / 2]`` float32 of each position's rotary angles (arXiv 2104.09864)."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    if config.rope_scaling is not None:
-        frequency = _llama3_scaled(frequency, config.rope_scaling)
-    angle = positions.astype(jnp.float32)[:, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _llama3_scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1's scaling: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
-    wavelength = 2.0 * math.pi / frequency
-    ratio = scaling.original_max_position_embeddings / wavelength
-    blend = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return (1.0 - blend) * frequency / scaling.factor + blend * frequency
+    """Cosine and sine ``[T, D / 2]`` float32 of each position's rotary angles; see ``model.rope``."""
+    scaling = config.rope_scaling
+    turns = (plain_turns if scaling is None else scaling.turns)(config.rope_theta, config.head_dim)
+    angle = positions.astype(jnp.float32)[:, None] * turns
+    if scaling is None or scaling.gain == 1.0:
+        return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * scaling.gain, jnp.sin(angle) * scaling.gain
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, num_shards: int = 1) -> dict:

@@ -6,8 +6,11 @@ the base model is named ``base``. One thread takes a step for every running requ
 
 import queue
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.model.config import ModelConfig
@@ -110,6 +113,7 @@ class FakeEngine:
     model_name = "base"
     max_model_len = 300
     gives_up_late = False
+    default_sampling: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, folder: Path, *, max_running: int = 100_000, with_tokenizer: bool = True, step_seconds=0.0005):
         self._backend = Tokenizer.from_folder(byte_level_folder(folder))
