@@ -140,13 +140,7 @@ class _Generate(_Body):
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
 
     def sampling(self, max_tokens: int, logprobs: int | None, engine: "Engine") -> SamplingParams:
-        vocabulary = engine.model_config.vocab_size
-        if outside := [token for token in self.stop_token_ids if token >= vocabulary]:
-            raise InvalidRequest(
-                f"stop_token_ids: {shown(outside[0])} is outside the vocabulary [0, {vocabulary}) and would never come",
-                "stop_token_ids",
-            )
-        return SamplingParams(
+        sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_k=0 if self.top_k == -1 else self.top_k,
@@ -162,6 +156,13 @@ class _Generate(_Body):
             ignore_eos=self.ignore_eos,
             n=self.n,
         )
+        vocabulary = engine.model_config.vocab_size
+        if outside := [token for token in sampling.stop_token_ids if token >= vocabulary]:
+            message = (
+                f"must be of the vocabulary [0, {vocabulary}), got {outside[0]}; leave it out, it would never come"
+            )
+            raise InvalidRequest(f"stop_token_ids {message}", "stop_token_ids")
+        return sampling
 
 
 class _CompletionBody(_Generate):
