@@ -201,8 +201,8 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt")
-        fits = fields.max_tokens is not None or room >= sampling.max_tokens
-        requests.append(fields.request(prompt, adapter, sampling if fits else sampling.replace(max_tokens=room)))
+        is_short = fields.max_tokens is None and room < sampling.max_tokens
+        requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
     return _call(fields, tuple(requests), echo)
 
@@ -324,11 +324,9 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
             fields[name] = value
         elif not _is_one_of(value, defaults[name]):
             raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
-    if unknown := [name for name in fields if name not in kind.model_fields]:
-        names = ", ".join(name[:80] for name in unknown[:_MOST_NAMED]) + ", ..." * (len(unknown) > _MOST_NAMED)
-        raise InvalidRequest(
-            f"unknown field{'s' if len(unknown) > 1 else ''}: {names}; leave out what is not meant", unknown[0][:80]
-        )
+    _refuse_unknown(fields, kind)
+    if isinstance(options := fields.get("stream_options"), dict):
+        _refuse_unknown(options, _StreamOptions, "stream_options.")
     try:
         valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
@@ -336,6 +334,15 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     if valid.stream_options is not None and not valid.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
     return valid
+
+
+def _refuse_unknown(fields: Mapping[str, Any], kind: type[_Body], prefix: str = "") -> None:
+    """Here and not by pydantic, which would make an error for each of a million."""
+    unknown = [prefix + name[:80] for name in fields if name not in kind.model_fields]
+    if unknown:
+        names = ", ".join(unknown[:_MOST_NAMED]) + ", ..." * (len(unknown) > _MOST_NAMED)
+        what = "unknown fields" if len(unknown) > 1 else "unknown field"
+        raise InvalidRequest(f"{what}: {names}; leave out what is not meant", unknown[0])
 
 
 def _is_one_of(value: Any, choices: Iterable[Any]) -> bool:
@@ -348,8 +355,6 @@ def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in problem["loc"])[1:]
     if problem["type"] == "missing":
         return InvalidRequest(f"{field} is missing", field)
-    if problem["type"] == "extra_forbidden":
-        return InvalidRequest(f"unknown field: {field}; leave it out", field)
     return InvalidRequest(f"{field}: {problem['msg']}, got {shown(problem['input'])}", field)
 
 

@@ -237,7 +237,8 @@ def test_refusing_costs_no_more_than_reading(client):
     """Errors are found once, not a million times over, and shown without writing out all that was sent."""
     many = {f"field{i}": i for i in range(100_000)}
     wrong = ["x"] * 1_000_000
-    for changed in (many, {"prompt": [*wrong, 1]}, {"stop_token_ids": wrong}, {"messages": {"a": wrong}}):
+    options = {"stream": True, "stream_options": many}
+    for changed in (many, options, {"prompt": [*wrong, 1]}, {"stop_token_ids": wrong}, {"messages": {"a": wrong}}):
         body = json.dumps(ROUTES["/v1/completions"] | changed).encode()
         start = time.process_time()
         json.loads(body)
