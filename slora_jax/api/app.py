@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import flask
 from werkzeug.exceptions import HTTPException
 
+from slora_jax.api.body import UnsupportedBody, read_json
 from slora_jax.api.deltas import (
     ClientGone,
     GenerationFailed,
@@ -30,8 +31,17 @@ from slora_jax.api.openai import (
     Reply,
     parse_chat,
     parse_completion,
+    resolve_model,
 )
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, Overloaded, UnknownAdapter
+from slora_jax.errors import (
+    BadAdapter,
+    EngineStopped,
+    InvalidRequest,
+    ObjectiveMissed,
+    Overloaded,
+    UnknownAdapter,
+    shown,
+)
 from slora_jax.request import Delta
 
 if TYPE_CHECKING:
@@ -89,6 +99,7 @@ class _Rule(NamedTuple):
 _ERRORS = (
     _Rule(PromptTooLong, 400, "invalid_request_error", "context_length_exceeded"),
     _Rule(InvalidRequest, 400, "invalid_request_error"),
+    _Rule(UnsupportedBody, 415, "invalid_request_error"),
     _Rule(BadAdapter, 400, "invalid_request_error", "bad_adapter"),
     _Rule(_Forbidden, 403, "permission_error", "adapter_loading_not_allowed"),
     _Rule(UnknownAdapter, 404, "invalid_request_error", "model_not_found"),
@@ -117,6 +128,7 @@ def create_app(
     """
     app = flask.Flask("slora_jax")
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    app.url_map.merge_slashes = False  # `//health` is not found, rather than somewhere else
     slots = _Slots(max_streams)
     started = int(time.time())
 
@@ -135,19 +147,19 @@ def create_app(
 
     @app.get("/v1/models/<path:name>")
     def model(name: str):
-        if name == engine.model_name:
-            return _json(_base_card(engine, started))
-        return _json(_adapter_card(engine, engine.adapter(name)))
+        adapter = resolve_model(name, engine)
+        return _json(_base_card(engine, started) if adapter is None else _adapter_card(engine, engine.adapter(adapter)))
 
     @app.get("/v1/capacity")
     def capacity():
         arguments = flask.request.args
         if unknown := [name for name in arguments if name not in ("adapter", "prompt_tokens", "max_tokens")]:
-            raise InvalidRequest(f"unknown parameter: {unknown[0]}", unknown[0])
+            raise InvalidRequest(f"unknown parameter: {shown(unknown[0])}; leave it out", unknown[0][:80])
+        if twice := [name for name in arguments if len(arguments.getlist(name)) > 1]:
+            raise InvalidRequest(f"{twice[0]} is given more than once; give it once", twice[0])
         lengths = [_count(arguments.get(name, ""), name) for name in ("prompt_tokens", "max_tokens")]
-        adapter = arguments.get("adapter")
-        result = engine.capacity(None if adapter == engine.model_name else adapter, sum(lengths))
-        return _json(dataclasses.asdict(result))
+        adapter = resolve_model(arguments.get("adapter", engine.model_name), engine)
+        return _json(dataclasses.asdict(engine.capacity(adapter, sum(lengths))))
 
     @app.get("/health")
     def health():
@@ -160,32 +172,35 @@ def create_app(
         body = _adapter_fields(("lora_name", "lora_path"), optional=("pinned",))
         pinned = body.get("pinned", False)
         if not isinstance(pinned, bool):
-            raise InvalidRequest("pinned must be true or false", "pinned")
+            raise InvalidRequest(f"pinned must be true or false, got {shown(pinned)}", "pinned")
         return _json(_adapter_card(engine, engine.register_adapter(body["lora_name"], body["lora_path"], pinned)))
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
         name = _adapter_fields(("lora_name",))["lora_name"]
-        engine.unregister_adapter(name)
-        return _json({"id": name, "object": "model", "deleted": True})
+        adapter = resolve_model(name, engine)
+        if adapter is None:
+            raise InvalidRequest(f"{name!r} is the base model, which stays; name an adapter", "lora_name")
+        engine.unregister_adapter(adapter)
+        return _json({"id": adapter, "object": "model", "deleted": True})
 
     def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
         if not allow_adapter_loading:
             raise _Forbidden("this server does not load adapters on request; start it with --allow-adapter-loading")
         body = _json_body()
         if not isinstance(body, dict):
-            raise InvalidRequest("the body must be a JSON object")
+            raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
         if unknown := [name for name in body if name not in (*names, *optional)]:
-            raise InvalidRequest(f"unknown field: {unknown[0]}", unknown[0])
+            raise InvalidRequest(f"unknown field: {shown(unknown[0])}; leave it out", unknown[0][:80])
         for name in names:
             if not isinstance(body.get(name), str) or not body[name]:
-                raise InvalidRequest(f"{name} must be a non-empty string", name)
+                raise InvalidRequest(f"{name} must be a non-empty string, got {shown(body.get(name))}", name)
         return body
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException):
         status = error.code or 500
-        message = f"{flask.request.method} {flask.request.path}: {error.description}"
+        message = f"{flask.request.method[:80]} {flask.request.path[:80]}: {error.description}"
         response = _json(_error_body(message, "invalid_request_error" if status < 500 else "server_error"), status)
         if allow := error.get_response().headers.get("Allow"):
             response.headers["Allow"] = allow
@@ -312,10 +327,8 @@ def _count(text: str, name: str) -> int:
 
 
 def _json_body() -> Any:
-    try:
-        return json.loads(flask.request.get_data())
-    except (ValueError, RecursionError) as e:
-        raise InvalidRequest(f"the body is not valid JSON: {e}") from None
+    headers = flask.request.headers
+    return read_json(flask.request.get_data(), headers.get("Content-Type"), headers.get("Content-Encoding"))
 
 
 def _base_card(engine: "Engine", created: int) -> dict[str, Any]:
@@ -350,4 +363,4 @@ def _event(value: Any) -> bytes:
 
 
 def _dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")

@@ -21,6 +21,7 @@ import waitress.task
 import waitress.wasyncore
 
 from slora_jax.api.app import error_body
+from slora_jax.api.parsing import RequestParser
 from slora_jax.config import validated
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -241,6 +242,7 @@ class _ErrorTask(waitress.task.ErrorTask):
 
 class _Channel(waitress.channel.HTTPChannel):
     error_task_class = _ErrorTask
+    parser_class = RequestParser
 
 
 def _backlog(max_streams: int) -> int:

@@ -201,8 +201,8 @@ class Engine:
           pinned: bring it to the pool now, and keep it there. An adapter that is registered again without is unpinned.
 
         Raises:
-          BadAdapter: it cannot be served exactly as trained, the name is the base model's, or pinned adapters would
-            take more than half of the pool; nothing changes.
+          BadAdapter: it cannot be served exactly as trained, the name is the base model's or begins with it and a
+            colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
         self._check_adapter_name(name)
         info = self._store.register(name, resolve_adapter_path(path), pinned)
@@ -231,14 +231,22 @@ class Engine:
     def _check_adapter_name(self, name: str) -> None:
         if name == self.model_name:
             raise BadAdapter(f"adapter name {name!r} is the base model's; choose another")
+        if name.startswith(f"{self.model_name}:"):
+            raise BadAdapter(
+                f"adapter name {name[:200]!r} begins with the base model's and a colon, as clients may write for any "
+                "adapter; leave that part out"
+            )
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
         infos, refused = self._store.register_dir(Path(directory))
-        if self.model_name in infos:
-            self._store.unregister(self.model_name)
-            del infos[self.model_name]
-            refused[self.model_name] = "the name is the base model's"
+        for name in list(infos):
+            try:
+                self._check_adapter_name(name)
+            except BadAdapter as e:
+                self._store.unregister(name)
+                del infos[name]
+                refused[name] = str(e)
         logger.info("registered %d adapters of %s", len(infos), directory)
         for name, reason in refused.items():
             logger.warning("adapter %s refused: %s", name, reason)

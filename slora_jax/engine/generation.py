@@ -66,7 +66,7 @@ class Generation:
             request_id=self.request.request_id,
             adapter=self.request.adapter,
             prompt_token_ids=self.prompt_token_ids,
-            completions=tuple(self._completion(i) for i in range(self.request.sampling.n)),
+            completions=self._completions(),
             cached_tokens=self.cached_tokens,
         )
 
@@ -79,8 +79,13 @@ class Generation:
         """For the engine: hands a delta to the caller."""
         self._deltas.put(delta)
 
-    def _completion(self, index: int) -> Completion:
-        deltas = [d for d in self._seen if d.index == index]
+    def _completions(self) -> tuple[Completion, ...]:
+        by_index: list[list[Delta]] = [[] for _ in range(self.request.sampling.n)]
+        for delta in self._seen:
+            by_index[delta.index].append(delta)
+        return tuple(self._completion(i, deltas) for i, deltas in enumerate(by_index))
+
+    def _completion(self, index: int, deltas: list[Delta]) -> Completion:
         wants_logprobs = self.request.sampling.logprobs is not None
         return Completion(
             index=index,

@@ -343,7 +343,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"stop": ""}, "stop"),
-        ({"stop": [1]}, "stop.0"),
+        ({"stop": [1]}, "stop[0]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"seed": 2**70}, "seed"),
         ({"presence_penalty": 3}, "presence_penalty"),
@@ -370,7 +370,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 )
 def test_bad_completion_parameters(client, fields, param):
     message = error(complete(client, **fields), 400, None, param)
-    assert param.split(".")[0] in message or "surrogate" in message
+    assert param.split(".")[0].split("[")[0] in message or "surrogate" in message
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,15 @@ class FakeEngine:
     gives_up_late = False
     default_sampling: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, folder: Path, *, max_running: int = 100_000, with_tokenizer: bool = True, step_seconds=0.0005):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_running: int = 100_000,
+        with_tokenizer: bool = True,
+        step_seconds=0.0005,
+        logprob=-0.5,
+    ):
         self._backend = Tokenizer.from_folder(byte_level_folder(folder))
         self.tokenizer = self._backend if with_tokenizer else None
         self.model_config = ModelConfig(self._backend.vocab_size, 8, 8, 1, 1, 1, 8)
@@ -125,6 +133,7 @@ class FakeEngine:
         self._adapters = {name: AdapterInfo(name) for name in ("pirate", "json", "org/haiku")}
         self._max_running = max_running
         self._step_seconds = step_seconds
+        self._logprob = logprob
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -246,6 +255,6 @@ class FakeEngine:
         logprobs = ()
         if request.sampling.logprobs is not None:
             top = tuple((t, -1.0 - t) for t in range(request.sampling.logprobs))
-            logprobs = (TokenLogprob(token, -0.5 if sequence.done > 1 else float("-inf"), top),)
+            logprobs = (TokenLogprob(token, self._logprob if sequence.done > 1 else float("-inf"), top),)
         reason = "stop" if stopped else "length" if last else None
         return Delta(index, text, (token,), logprobs, reason)
