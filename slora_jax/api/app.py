@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flask
+import numpy as np
+from pydantic_core import from_json
 from werkzeug.exceptions import HTTPException
 
 from slora_jax.api.deltas import (
@@ -46,6 +48,16 @@ One stream notices nothing (0.2 ms); of 512, each sends an event every 0.1 s. Wi
 every step of the engine and hold it up, for they and the engine's loop share one interpreter lock: with 512
 streams and a step each 20 ms it halved the tokens per second."""
 
+MOST_CONTAINERS = 32_768
+"""Most lists and objects in a request's JSON. Python makes each at a thousand times the cost of a letter, and while it
+does so nobody else is served; a chat of 10,000 messages with text parts has 30,000."""
+
+_LEAST_USEFUL_BODY_BYTES = 2**20
+_BODY_BYTES_PER_TOKEN = 16
+
+_ITEMS_PER_PIECE = 32
+"""Items of a long list that are written as JSON at a time; each may be a token with twenty alternatives."""
+
 OWNER = "slora-jax"
 
 _log = logging.getLogger(__name__)
@@ -59,16 +71,22 @@ class _Slots:
         self._limit = limit
         self._lock = threading.Lock()
 
-    def take(self) -> None:
-        """Raises Overloaded when all are taken."""
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Takes one for as long as the context lasts.
+
+        Raises:
+          Overloaded: all are taken.
+        """
         with self._lock:
             if self._taken == self._limit:
                 raise Overloaded("all of this server's streams are taken; try again later")
             self._taken += 1
-
-    def give_back(self) -> None:
-        with self._lock:
-            self._taken -= 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken -= 1
 
     def pause(self) -> float:
         """Seconds to rest after an event."""
@@ -105,7 +123,7 @@ def create_app(
     *,
     allow_adapter_loading: bool = False,
     max_streams: int = 512,
-    max_body_bytes: int = 32 * 2**20,
+    max_body_bytes: int | None = None,
 ) -> flask.Flask:
     """Builds the WSGI application around a running engine.
 
@@ -113,10 +131,10 @@ def create_app(
       allow_adapter_loading: let clients register adapters from this machine's folders.
       max_streams: most requests answered at a time; one more gets 429. The server needs a thread for each,
         and a few more so that the refusals and ``/health`` are answered too.
-      max_body_bytes: larger bodies get 413.
+      max_body_bytes: larger bodies get 413; ``useful_body_bytes`` of the model's context if None.
     """
     app = flask.Flask("slora_jax")
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
     slots = _Slots(max_streams)
     started = int(time.time())
 
@@ -161,12 +179,15 @@ def create_app(
         pinned = body.get("pinned", False)
         if not isinstance(pinned, bool):
             raise InvalidRequest("pinned must be true or false", "pinned")
-        return _json(_adapter_card(engine, engine.register_adapter(body["lora_name"], body["lora_path"], pinned)))
+        with slots.one():  # a slow disk must not keep the threads that are left for /health and refusals
+            adapter = engine.register_adapter(body["lora_name"], body["lora_path"], pinned)
+        return _json(_adapter_card(engine, adapter))
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
         name = _adapter_fields(("lora_name",))["lora_name"]
-        engine.unregister_adapter(name)
+        with slots.one():
+            engine.unregister_adapter(name)
         return _json({"id": name, "object": "model", "deleted": True})
 
     def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -202,6 +223,16 @@ def create_app(
     return app
 
 
+def useful_body_bytes(max_model_len: int) -> int:
+    """The largest body that the API has use for with this context (tokens): a MiB, or 16 bytes for each token.
+
+    A token id is at most 8 bytes of JSON and a token of text 4 or 5, so the context fits twice and more; a small
+    context leaves the MiB to many prompts. Reading a body of a MiB takes 15 ms at worst, during which nobody else
+    is served, which is why it is not simply large.
+    """
+    return max(_LEAST_USEFUL_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_model_len)
+
+
 def error_body(message: str, status: int) -> bytes:
     """An error in OpenAI's shape, for failures before any route is reached."""
     return _dumps(_error_body(message, "invalid_request_error" if status < 500 else "server_error"))
@@ -214,8 +245,7 @@ def _generate(
     reply_type: type[Reply],
 ) -> flask.Response:
     with contextlib.ExitStack() as cleanup:
-        slots.take()
-        cleanup.callback(slots.give_back)
+        cleanup.enter_context(slots.one())
         call = parse(_json_body(), engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
@@ -312,10 +342,28 @@ def _count(text: str, name: str) -> int:
 
 
 def _json_body() -> Any:
+    """The request's body.
+
+    Raises:
+      InvalidRequest: it is no JSON, or of too many parts.
+    """
+    body = flask.request.get_data(cache=False)
+    # Most bodies are told by their brackets alone.
+    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS and (found := _containers(body)) > MOST_CONTAINERS:
+        raise InvalidRequest(f"the body holds {found} lists and objects; send at most {MOST_CONTAINERS}")
     try:
-        return json.loads(flask.request.get_data())
-    except (ValueError, RecursionError) as e:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as e:
         raise InvalidRequest(f"the body is not valid JSON: {e}") from None
+
+
+def _containers(body: bytes) -> int:
+    """How many lists and objects JSON text holds. It is counted without making a Python object of any."""
+    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    characters = np.frombuffer(without_escapes, np.uint8)
+    in_string = np.logical_xor.accumulate(characters == ord('"'))
+    opening = (characters == ord("[")) | (characters == ord("{"))
+    return int(np.count_nonzero(opening & ~in_string))
 
 
 def _base_card(engine: "Engine", created: int) -> dict[str, Any]:
@@ -342,7 +390,7 @@ def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:
 
 
 def _json(value: Any, status: int = 200) -> flask.Response:
-    return flask.Response(_dumps(value), status=status, mimetype="application/json")
+    return flask.Response("".join(_pieces(value)).encode("utf-8", "replace"), status, mimetype="application/json")
 
 
 def _event(value: Any) -> bytes:
@@ -350,4 +398,41 @@ def _event(value: Any) -> bytes:
 
 
 def _dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+"""Raises ValueError for a NaN or an infinity, which JSON cannot hold."""
+
+
+def _pieces(value: Any, depth: int = 4) -> Iterator[str]:
+    """JSON, each piece of little work: encoding a reply of many choices at once would keep everybody waiting.
+
+    ``depth`` is how deep an answer's long lists are (choices, choice, logprobs, tokens).
+    """
+    if isinstance(value, dict) and depth:
+        comma = ""
+        yield "{"
+        for key, item in value.items():
+            yield f"{comma}{_encode(key)}:"
+            yield from _pieces(item, depth - 1)
+            comma = ","
+        yield "}"
+    elif isinstance(value, list) and depth:
+        comma = ""
+        yield "["
+        for item in value:
+            yield comma
+            yield from _pieces(item, depth - 1)
+            comma = ","
+        yield "]"
+    elif isinstance(value, list):
+        comma = ""
+        yield "["
+        for start in range(0, len(value), _ITEMS_PER_PIECE):
+            yield comma
+            yield _encode(value[start : start + _ITEMS_PER_PIECE])[1:-1]
+            comma = ","
+        yield "]"
+    else:
+        yield _encode(value)
