@@ -416,7 +416,8 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
 def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Loads and serves until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from slora_jax.api.app import create_app, useful_body_bytes
+    from slora_jax.api.app import create_app
+    from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.server import listen, run_server
 
     # First the port: if it is taken, say so before the slow part.

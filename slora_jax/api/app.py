@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flask
-import numpy as np
-from pydantic_core import from_json
 from werkzeug.exceptions import HTTPException
 
+from slora_jax.api.bounds import check_parts, useful_body_bytes
 from slora_jax.api.deltas import (
     ClientGone,
     GenerationFailed,
@@ -47,13 +46,6 @@ PAUSE_SECONDS_PER_STREAM = 0.0002
 One stream notices nothing (0.2 ms); of 512, each sends an event every 0.1 s. Without it 512 threads wake at
 every step of the engine and hold it up, for they and the engine's loop share one interpreter lock: with 512
 streams and a step each 20 ms it halved the tokens per second."""
-
-MOST_CONTAINERS = 32_768
-"""Most lists and objects in a request's JSON. Python makes each at a thousand times the cost of a letter, and while it
-does so nobody else is served; a chat of 10,000 messages with text parts has 30,000."""
-
-_LEAST_USEFUL_BODY_BYTES = 2**20
-_BODY_BYTES_PER_TOKEN = 16
 
 _ITEMS_PER_PIECE = 32
 """Items of a long list that are written as JSON at a time; each may be a token with twenty alternatives."""
@@ -223,16 +215,6 @@ def create_app(
     return app
 
 
-def useful_body_bytes(max_model_len: int) -> int:
-    """The largest body that the API has use for with this context (tokens): a MiB, or 16 bytes for each token.
-
-    A token id is at most 8 bytes of JSON and a token of text 4 or 5, so the context fits twice and more; a small
-    context leaves the MiB to many prompts. Reading a body of a MiB takes 15 ms at worst, during which nobody else
-    is served, which is why it is not simply large.
-    """
-    return max(_LEAST_USEFUL_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_model_len)
-
-
 def error_body(message: str, status: int) -> bytes:
     """An error in OpenAI's shape, for failures before any route is reached."""
     return _dumps(_error_body(message, "invalid_request_error" if status < 500 else "server_error"))
@@ -342,28 +324,12 @@ def _count(text: str, name: str) -> int:
 
 
 def _json_body() -> Any:
-    """The request's body.
-
-    Raises:
-      InvalidRequest: it is no JSON, or of too many parts.
-    """
-    body = flask.request.get_data(cache=False)
-    # Most bodies are told by their brackets alone.
-    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS and (found := _containers(body)) > MOST_CONTAINERS:
-        raise InvalidRequest(f"the body holds {found} lists and objects; send at most {MOST_CONTAINERS}")
+    body = flask.request.get_data()
+    check_parts(body)
     try:
-        return from_json(body, allow_inf_nan=False)
-    except ValueError as e:
+        return json.loads(body)
+    except (ValueError, RecursionError) as e:
         raise InvalidRequest(f"the body is not valid JSON: {e}") from None
-
-
-def _containers(body: bytes) -> int:
-    """How many lists and objects JSON text holds. It is counted without making a Python object of any."""
-    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    characters = np.frombuffer(without_escapes, np.uint8)
-    in_string = np.logical_xor.accumulate(characters == ord('"'))
-    opening = (characters == ord("[")) | (characters == ord("{"))
-    return int(np.count_nonzero(opening & ~in_string))
 
 
 def _base_card(engine: "Engine", created: int) -> dict[str, Any]:

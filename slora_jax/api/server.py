@@ -55,7 +55,7 @@ class ServerConfig(pydantic.BaseModel):
       host, port: where to listen; port 0 takes a free one.
       max_streams: most requests answered at a time, streamed or not; one more gets 429.
       max_body_bytes: larger request bodies get 413, unread; None for what the model's context has use for
-        (``app.useful_body_bytes``).
+        (``bounds.useful_body_bytes``).
       allow_adapter_loading: let clients register adapters from this machine's folders by path.
       log_level: of this program's log on stderr.
     """

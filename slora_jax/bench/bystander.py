@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from slora_jax.api.app import useful_body_bytes
+from slora_jax.api.bounds import useful_body_bytes
 from slora_jax.bench.demo import cpu
 from slora_jax.bench.hostile import KINDS
 
