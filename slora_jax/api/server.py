@@ -42,7 +42,7 @@ _MOST_ANSWER_BYTES = 2**30
 """A larger answer is kept in a temporary file until its client has read it."""
 
 _ACCEPTS_PER_TURN = 64
-"""Clients accepted between two looks at the other connections: one alone would make a crowd wait for minutes,
+"""Clients accepted between two looks at the other connections: one alone would make a crowd wait for seconds,
 because every look costs time in proportion to the connections."""
 
 _log = logging.getLogger(__name__)
