@@ -300,9 +300,8 @@ FLAGS = {
         ),
         _flag(
             "--max-body-bytes",
-            "Larger request bodies are answered 413.",
+            "Larger request bodies are answered 413; 1 MiB, or 16 bytes for each token of the context, if left out.",
             field="server.max_body_bytes",
-            default="33554432",
             type=int,
             metavar="BYTES",
         ),
@@ -423,6 +422,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Loads and serves until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from slora_jax.api.app import create_app
+    from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.server import listen, run_server
 
     # First the port: if it is taken, say so before the slow part.
@@ -437,15 +437,17 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
             engine.start()
             # As if Ctrl-C were for this process.
             engine.watch_hosts(_thread.interrupt_main)
+            max_body_bytes = server_config.max_body_bytes or useful_body_bytes(engine.max_model_len)
             app = create_app(
                 engine,
                 allow_adapter_loading=server_config.allow_adapter_loading,
                 max_streams=server_config.max_streams,
-                max_body_bytes=server_config.max_body_bytes,
+                max_body_bytes=max_body_bytes,
             )
             run_server(
                 app,
                 max_streams=server_config.max_streams,
+                max_body_bytes=max_body_bytes,
                 sock=sock,
                 on_stop=engine.close,
                 on_ready=lambda url: click.echo(greeting(engine, url)),
