@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from slora_jax.adapters.peft import resolve_adapter_path
@@ -443,13 +442,12 @@ class Engine:
             )
 
     def warm_up(self) -> None:
-        """Compiles the steps' shapes and runs each once, so that no request waits for it, if the configuration says so.
+        """Compiles the steps' shapes ahead, as the configuration says, so that no request waits for it.
 
         Call it before the first step. Shapes with adapters are those for the modules, ranks and pages of the adapters
         registered so far.
         """
-        on_gpu = jax.default_backend() != "cpu"
-        if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
+        if self.config.warm_up is False:
             return
         start = time.perf_counter()
         adapters = self.adapters().values()
@@ -537,6 +535,11 @@ class Engine:
     def is_idle(self) -> bool:
         """Whether there is no request, no step in flight and no adapter on its way to the pool."""
         return not (self._submitted or self._answers) and self._core.is_idle
+
+    @property
+    def compiling(self) -> str | None:
+        """Words for what the loop waits for a compiler to finish; None while it does not."""
+        return self.device.runner.programs.compiling
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start, and the current load."""
