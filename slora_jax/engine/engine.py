@@ -162,6 +162,7 @@ class Engine:
                 engine.register_adapter_dir(directory)
             for name in config.pinned:
                 parts.store.pin(name)
+            parts.device.runner.expect(*engine._adapter_needs())
         except BaseException:
             engine.close()
             raise
@@ -450,13 +451,16 @@ class Engine:
         if self.config.warm_up is False:
             return
         start = time.perf_counter()
+        num_shapes = self.device.warm_up(*self._adapter_needs())
+        logger.info("warmed up %d shapes of steps in %.1f s", num_shapes, time.perf_counter() - start)
+
+    def _adapter_needs(self) -> tuple[list[int], int, int]:
+        """Modules that the registered adapters change, their largest rank, and the most pages that one takes."""
         adapters = self.adapters().values()
         changed = {module for info in adapters for module in info.ranks}
-        active = [MODULES.index(module) for module in changed]
         max_rank = max((info.rank for info in adapters), default=1)
         pages = max((info.num_pages for info in adapters), default=1)
-        num_shapes = self.device.warm_up(active, max_rank, pages)
-        logger.info("warmed up %d shapes of steps in %.1f s", num_shapes, time.perf_counter() - start)
+        return [MODULES.index(module) for module in changed], max_rank, pages
 
     def start(self, on_failure: Callable[[str], None] = lambda sentence: None) -> None:
         """Runs steps in a background thread until ``close``.

@@ -166,15 +166,22 @@ class Runner:
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )
 
-    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
-        """The shapes to compile ahead, by ``Buckets.shapes_ahead``; they serve until adapters come that need more room.
+    def expect(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> None:
+        """Has steps with adapters make room for these from now on, so that their shapes need not change when they come.
 
         Args:
-          active: the modules that adapters change, which steps will count on from now on; none without adapters.
-          max_rank: their largest rank, likewise.
-          pages: the most that one of them takes, likewise.
+          active: the modules that adapters change; none without adapters.
+          max_rank: their largest rank.
+          pages: the most that one of them takes.
         """
         self._room = self._room.including(active, max_rank, pages)
+
+    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
+        """The shapes to compile ahead, by ``Buckets.shapes_ahead``, for the adapters that are given as to ``expect``.
+
+        They serve until adapters come that need more room.
+        """
+        self.expect(active, max_rank, pages)
         return self._buckets.shapes_ahead(self._table_width, self._room, max_rank)
 
     def warm_up(self, shapes: Sequence[BatchShape]) -> None:

@@ -110,6 +110,7 @@ class FakeEngine:
     model_name = "base"
     max_model_len = 300
     gives_up_late = False
+    compiling: str | None = None
 
     def __init__(self, folder: Path, *, max_running: int = 100_000, with_tokenizer: bool = True, step_seconds=0.0005):
         self._backend = Tokenizer.from_folder(byte_level_folder(folder))
