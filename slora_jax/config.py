@@ -125,7 +125,7 @@ class EngineConfig(_Frozen):
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
       compilation_cache: where compiled steps are kept, for faster starts; None keeps none.
       warm_up: compile every shape of step before the server says that it is ready, so that no request waits for it;
-        None does so on a GPU, not on a CPU.
+        None does so on a GPU, and on a CPU for the shapes that a few short requests need.
       pool, scheduler, mesh: see there.
       seed: seeds dummy weights and requests that bring no seed.
     """

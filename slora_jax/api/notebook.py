@@ -26,6 +26,9 @@ type Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 type AdapterChoice = str | Path | None
 type SamplingChoice = SamplingParams | Mapping[str, Any] | None
 
+_LOOK_SECONDS = 0.3
+"""How often the progress bar looks what the engine is doing."""
+
 _engines: dict[str, "Engine"] = {}
 _engines_lock = threading.Lock()
 
@@ -312,16 +315,22 @@ def _run(
                 except Overloaded:
                     if len(outputs) == len(generations):  # others fill the queue, not this call
                         raise
-                    outputs.append(_result_of(generations[len(outputs)]))
-                    bar.update()
-        for generation in generations[len(outputs) :]:
-            outputs.append(_result_of(generation))
-            bar.update()
+                    outputs.append(_result_of(generations[len(outputs)], engine, bar))
+        outputs.extend(_result_of(generation, engine, bar) for generation in generations[len(outputs) :])
     return outputs
 
 
-def _result_of(generation: "Generation") -> RequestOutput:
-    output = generation.result()
+def _result_of(generation: "Generation", engine: "Engine", bar) -> RequestOutput:
+    """Waits for one request, and says in the bar why where that is a compiler."""
+    while True:
+        try:
+            output = generation.result(timeout=_LOOK_SECONDS)
+            break
+        except TimeoutError:
+            words = engine.compiling
+            bar.set_postfix_str(f"compiling {words}, this first time" if words else "")
+    bar.set_postfix_str("", refresh=False)
+    bar.update()
     for completion in output.completions:
         if completion.finish_reason == "abort":
             raise EngineStopped(completion.error or "the engine was closed while generating")

@@ -44,7 +44,7 @@ class StubDevice:
         # Memory of one element, looked at as large: nobody reads the weights here.
         weights = np.broadcast_to(np.float16(0), self.adapter_layout.packed_shape)
         self._scales = loaded_adapter("stub", ranks, weights, layout).header.scales
-        self._buckets = Buckets.geometric(8192, _NUM_SEQUENCES, ratio=2)
+        self._buckets = Buckets.fine(8192, _NUM_SEQUENCES)
         self._table_width = table_width
         self._loads: list[AdapterLoad] = []
         self._slices: dict[object, AdapterSlice] = {}

@@ -229,9 +229,8 @@ def enable_compilation_cache(folder: str | None) -> None:
     """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
     if folder is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        # Warming up compiles many shapes on a GPU: each counts, however short.
-        least = 0.5 if jax.default_backend() == "cpu" else 0
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        # A step is made of many programs: each counts, however short.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def program_folder(config: EngineConfig) -> Path | None:
@@ -286,6 +285,6 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
 def make_buckets(config: EngineConfig) -> Buckets:
     limits = config.scheduler
     if jax.default_backend() == "cpu":
-        # Compiling takes seconds a shape there, and a padded step costs little for the small models it can run.
-        return Buckets.geometric(limits.max_batch_tokens, limits.max_sequences, ratio=4)
+        # Compiling takes a second a shape there, and a padded step costs little for the small models it can run.
+        return Buckets.coarse(limits.max_batch_tokens, limits.max_sequences, few_ahead=not config.warm_up)
     return Buckets.fine(limits.max_batch_tokens, limits.max_sequences)

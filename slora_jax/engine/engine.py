@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from slora_jax.adapters.peft import resolve_adapter_path
@@ -166,6 +165,7 @@ class Engine:
                 engine.register_adapter_dir(directory)
             for name in config.pinned:
                 parts.store.pin(name)
+            parts.device.runner.expect(*engine._adapter_needs())
         except BaseException:
             engine.close()
             raise
@@ -462,22 +462,24 @@ class Engine:
             )
 
     def warm_up(self) -> None:
-        """Compiles the steps' shapes and runs each once, so that no request waits for it, if the configuration says so.
+        """Compiles the steps' shapes ahead, as the configuration says, so that no request waits for it.
 
         Call it before the first step. Shapes with adapters are those for the modules, ranks and pages of the adapters
         registered so far.
         """
-        on_gpu = jax.default_backend() != "cpu"
-        if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
+        if self.config.warm_up is False:
             return
         start = time.perf_counter()
+        num_shapes = self.device.warm_up(*self._adapter_needs())
+        logger.info("warmed up %d shapes of steps in %.1f s", num_shapes, time.perf_counter() - start)
+
+    def _adapter_needs(self) -> tuple[list[int], int, int]:
+        """Modules that the registered adapters change, their largest rank, and the most pages that one takes."""
         adapters = self.adapters().values()
         changed = {module for info in adapters for module in info.ranks}
-        active = [MODULES.index(module) for module in changed]
         max_rank = max((info.rank for info in adapters), default=1)
         pages = max((info.num_pages for info in adapters), default=1)
-        num_shapes = self.device.warm_up(active, max_rank, pages)
-        logger.info("warmed up %d shapes of steps in %.1f s", num_shapes, time.perf_counter() - start)
+        return [MODULES.index(module) for module in changed], max_rank, pages
 
     def start(self, on_failure: Callable[[str], None] = lambda sentence: None) -> None:
         """Runs steps in a background thread until ``close``.
@@ -556,6 +558,11 @@ class Engine:
     def is_idle(self) -> bool:
         """Whether there is no request, no step in flight and no adapter on its way to the pool."""
         return not (self._submitted or self._answers) and self._core.is_idle
+
+    @property
+    def compiling(self) -> str | None:
+        """Words for what the loop waits for a compiler to finish; None while it does not."""
+        return self.device.runner.programs.compiling
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start, and the current load."""

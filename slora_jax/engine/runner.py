@@ -1,9 +1,8 @@
 """Runs plans on the device: the one place that knows which functions are compiled and what stays on the device."""
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +15,13 @@ import pallas_kernels
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
+from slora_jax.engine.forward import Part, choose_forward, on_each_device
 from slora_jax.engine.programs import Programs
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.llama import Llama
-from slora_jax.model.mesh import POOL, ModelMesh
+from slora_jax.model.mesh import ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
@@ -30,7 +30,12 @@ _CODE = (Path(pallas_kernels.__file__).parent, *(_PACKAGE / name for name in ("e
 _FEW_ROWS = 16
 
 
-def _num_rows(shape: BatchShape | SamplerShape) -> int:
+_WHOLE = PartitionSpec()
+
+
+def _num_rows(shape: BatchShape | Part | SamplerShape) -> int:
+    if isinstance(shape, Part):
+        shape = shape.shape
     return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
 
 
@@ -140,6 +145,7 @@ class Runner:
         self.model = model
         self.params = params
         self._mesh = mesh
+        self._forward = choose_forward(model, mesh)
         self._everywhere = mesh.replicated if mesh else None
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
@@ -160,58 +166,60 @@ class Runner:
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )
 
-    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
-        """Every shape that a step can have, until adapters come that need more room.
+    def expect(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> None:
+        """Has steps with adapters make room for these from now on, so that their shapes need not change when they come.
 
         Args:
-          active: the modules that adapters change, which steps will count on from now on; none without adapters.
-          max_rank: their largest rank, likewise.
-          pages: the most that one of them takes, likewise.
+          active: the modules that adapters change; none without adapters.
+          max_rank: their largest rank.
+          pages: the most that one of them takes.
         """
         self._room = self._room.including(active, max_rank, pages)
-        return self._buckets.all_shapes(self._table_width, self._room)
+
+    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
+        """The shapes to compile ahead, by ``Buckets.shapes_ahead``, for the adapters that are given as to ``expect``.
+
+        They serve until adapters come that need more room.
+        """
+        self.expect(active, max_rank, pages)
+        return self._buckets.shapes_ahead(self._table_width, self._room, max_rank)
 
     def warm_up(self, shapes: Sequence[BatchShape]) -> None:
-        """Compiles what steps of these shapes run, with greedy and with plain random sampling, and runs it.
+        """Compiles what steps of these shapes run, with greedy and with plain random sampling, to stay in memory.
 
-        It runs on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms (7B, H200) that
-        all of a step's requests would wait. Other ways of sampling, and shapes not given here, are compiled when a step
-        first needs them.
+        On a GPU it runs, too, on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms
+        (7B, H200) that all of a step's requests would wait. Other ways of sampling, and shapes not given here, are
+        compiled when a step first needs them.
         """
         samplers = {
             n: [SamplerShape(n, random=random, filtered=False, history=0, logprobs=False) for random in (False, True)]
             for n in dict.fromkeys(shape.sequences for shape in shapes)
         }
-        self.programs.prepare((*itertools.chain(*samplers.values()), *shapes))
+        forwards = itertools.chain(*map(self._forward.keys, shapes))
+        self.programs.prepare(
+            (*itertools.chain(*samplers.values()), *forwards), f"{len(shapes)} shapes of steps", lasting=True
+        )
+        if jax.default_backend() == "cpu":
+            return
         for shape in shapes:
             its_samplers = samplers[shape.sequences]
             for sampler in its_samplers:
                 packed, _ = shape.zeros()
                 _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
                 self.launch(shape, packed, sampler, inputs)
-                # One at a time: many at once, on CPU devices of two hosts, wait for each other's collectives for ever.
+                # One at a time: many at once, on several hosts, can wait for each other's collectives for ever.
                 self._tokens.block_until_ready()
             # Both have run: other shapes of as many sequences need only one to go with.
             del its_samplers[1:]
 
-    def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
-        if isinstance(shape, BatchShape):
-            packed = self._struct((shape.packed_size,), jnp.int32)
-            return _forward.lower(
-                self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape, mesh=self._mesh
-            )
+    def _lower(self, shape: BatchShape | Part | SamplerShape) -> jax.stages.Lowered:
+        if not isinstance(shape, SamplerShape):
+            return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-        return _sample.lower(
-            self._head,
-            hidden,
-            inputs.replace(history=self._struct((shape.sequences, shape.history), jnp.int32)),
-            self._tokens,
-            model=self.model,
-            shape=shape,
-            num_tokens_out=self._buckets.max_sequences,
-            mesh=self._mesh,
-        )
+        inputs = inputs.replace(history=self._struct((shape.sequences, shape.history), jnp.int32))
+        sampler = _sampler(shape, self.model, self._mesh, self._buckets.max_sequences)
+        return sampler.lower(self._head, hidden, inputs, self._tokens)
 
     def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
@@ -244,56 +252,25 @@ class Runner:
 
     def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        hidden, self._pool.array = self.programs.get(shape)(self.params, packed, self._tokens, self._pool.array)
+        # All at once: what is missing is compiled side by side.
+        self.programs.prepare((*self._forward.keys(shape), sampler), shape.words)
+        hidden, self._pool.array = self._forward.start(
+            self.programs.get, shape, self.params, packed, self._tokens, self._pool.array
+        )
         sampled = self.programs.get(sampler)(self._head, hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
 
 
-def _on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):
-    """``step(params, *arguments)``, or what it gives when every device of the mesh runs it on its slices."""
-    if mesh is None:
-        return step(params, *arguments)
-    return jax.shard_map(
-        step,
-        mesh=mesh.mesh,
-        in_specs=(mesh.param_specs(params), *in_specs),
-        out_specs=out_specs,
-        check_vma=False,
-    )(params, *arguments)
+def _sampler(shape: SamplerShape, model: Llama, mesh: ModelMesh | None, num_tokens_out: int):
+    """The function that is compiled for a sampler, of ``(head, hidden, inputs, tokens)``."""
 
-
-_WHOLE = PartitionSpec()
-
-
-@partial(jax.jit, static_argnames=("model", "shape", "mesh"), donate_argnames="pool")
-def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape, mesh: ModelMesh | None):
-    """Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool."""
-
-    def step(params, packed, previous_tokens, pool):
-        batch = shape.unpack(packed, previous_tokens)
-        hidden, pool = model.apply({"params": params}, batch, pool)
-        return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
-
-    arguments = (packed, previous_tokens, pool)
-    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
-
-
-@partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out", "mesh"))
-def _sample(
-    params,
-    hidden,
-    inputs: SamplerInputs,
-    previous_tokens,
-    *,
-    model: Llama,
-    shape: SamplerShape,
-    num_tokens_out: int,
-    mesh: ModelMesh | None,
-) -> Sampled:
     def step(params, hidden, inputs, previous_tokens):
         logits = model.apply({"params": params}, hidden, method=Llama.logits)
         return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
 
-    arguments = (hidden, inputs, previous_tokens)
-    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+    def sampled(params, *arguments) -> Sampled:
+        return on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+
+    # A function of its own each time: what JAX remembers of it goes with it.
+    return jax.jit(sampled)

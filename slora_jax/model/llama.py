@@ -4,7 +4,8 @@ Axis letters of shape comments: T tokens of the step, S sequences, h hidden_size
 
 ``Llama(config, dtype).apply({"params": params}, batch, pool)`` is a pure function. Layers are unrolled: a scan over
 stacked layers copies every layer's weights each step. They are calls of one jitted function, so that all are traced
-and lowered once; XLA inlines the calls.
+and lowered once; XLA inlines the calls. The same in three pieces, to be compiled apart: ``Llama.begin``,
+``run_layers`` for some layers at a time, ``Llama.end``.
 
 With ``num_shards`` N, ``apply`` is what one of N devices runs, inside ``jax.shard_map`` over the axis ``mesh.TP``, on
 its slices of parameters and pool (``mesh.param_spec``). Collectives of a layer, T tokens, ranks padded to R: one
@@ -13,7 +14,7 @@ gate, up and an all-reduce ``[T, R]`` for each of o, down.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -141,18 +142,21 @@ class Llama(nn.Module):
         Returns:
           Hidden states ``[T, h]`` after the final norm, and the pool with the tokens' K and V.
         """
-        x = self._embed(batch.token_ids)
-        step = self._plan(batch, pool.shape[3])
-        for i, block in enumerate(self.layers):
-            layer = np.int32(i)
-            if self.is_initializing():
-                x, pool = block(x, step, pool, layer)
-            else:
-                params = block.variables["params"]
-                x, pool = _apply_block(
-                    params, x, step, pool, layer, self.config, self.dtype, self.backend, self.num_shards, self.lora_ops
-                )
-        return self.norm(x), pool
+        x, step = self.begin(batch, pool.shape[3])
+        if self.is_initializing():
+            for i, block in enumerate(self.layers):
+                x, pool = block(x, step, pool, np.int32(i))
+        else:
+            x, pool = run_layers(self, [block.variables["params"] for block in self.layers], 0, x, step, pool)
+        return self.end(x), pool
+
+    def begin(self, batch: TokenBatch, row_width: int) -> tuple[jax.Array, StepTables]:
+        """What comes before the layers: hidden states ``[T, h]``, and what all layers share; ``row_width`` is W."""
+        return self._embed(batch.token_ids), self._plan(batch, row_width)
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """What comes behind the layers: the final norm of hidden states ``[T, h]``."""
+        return self.norm(x)
 
     def _embed(self, token_ids: jax.Array) -> jax.Array:
         if self.num_shards == 1:
@@ -286,6 +290,26 @@ class Block(nn.Module):
         x = x + reduce(self.o, attended.reshape(-1, config.q_size), O)
         gate, up = jnp.split(project(self.gate_up, self.mlp_norm(x), GATE, UP), 2, axis=1)
         return x + reduce(self.down, nn.silu(gate) * up, DOWN), pool
+
+
+def run_layers(
+    model: Llama, layers: Sequence[dict], first: int | jax.Array, x: jax.Array, step: StepTables, pool: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states ``[T, h]`` and the pool after some consecutive layers.
+
+    Args:
+      model: whose layers they are.
+      layers: the parameters of each.
+      first: the number of the first of them; an array, int32, where one program is to serve any of them.
+      x, step: as from ``Llama.begin``.
+      pool: ``[layers, 2, rows, W]``.
+    """
+    for i, params in enumerate(layers):
+        layer = np.int32(first + i) if isinstance(first, int) else first + i
+        x, pool = _apply_block(
+            params, x, step, pool, layer, model.config, model.dtype, model.backend, model.num_shards, model.lora_ops
+        )
+    return x, pool
 
 
 @partial(jax.jit, static_argnames=("config", "dtype", "backend", "num_shards", "lora_ops"))

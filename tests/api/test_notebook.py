@@ -57,6 +57,15 @@ def test_progress_is_quiet_for_one_prompt(ask, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_bar_says_that_a_compiler_is_waited_for(ask, engine, capsys):
+    engine.compiling = "programs for steps of up to 64 tokens"
+    threading.Timer(1.0, engine.go.set).start()
+    ask([WAITS] * 2)
+    shown = capsys.readouterr().err
+    assert "compiling programs for steps of up to 64 tokens" in shown
+    assert "compiling" not in shown.rpartition("2/2")[2], "nor after the end"
+
+
 def test_kinds_of_prompts(ask, engine):
     ids = engine.tokenizer.encode("hello")
     message = {"role": "user", "content": "hello"}

@@ -114,6 +114,7 @@ class FakeEngine:
     max_model_len = 300
     gives_up_late = False
     default_sampling: Mapping[str, Any] = MappingProxyType({})
+    compiling: str | None = None
 
     def __init__(
         self,

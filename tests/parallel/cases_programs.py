@@ -18,8 +18,8 @@ from pallas_kernels.paged_attention import triton as attention
 from slora_jax.bench import collectives as bench
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.plan import message_bytes
-from slora_jax.engine import runner
 from slora_jax.engine.batch import BatchShape, padded_rank
+from slora_jax.engine.forward import WholeForward
 from slora_jax.engine.sampling import SamplerShape
 from slora_jax.errors import InvalidRequest
 from slora_jax.memory.layout import PoolLayout
@@ -64,7 +64,15 @@ def shape_file(tmp_path_factory):
 def compiled_step(engine, modules: str, rank: int) -> jax.stages.Compiled:
     active = tuple(i for i, module in enumerate(MODULES) if module in modules.split())
     shape = BatchShape(24, 8, 4, 64 if active else 0, 32 if active else 0, active, False, rank if active else 0)
-    return engine.device.runner._lower(shape).compile({"xla_backend_optimization_level": 0})
+    return lowered_step(engine, shape).compile({"xla_backend_optimization_level": 0})
+
+
+def lowered_step(engine, shape: BatchShape) -> jax.stages.Lowered:
+    """All of a step as one program, as a GPU runs it."""
+    runner = engine.device.runner
+    tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
+    mesh = ModelMesh.create(engine.model_config, engine.config.mesh.tp)
+    return WholeForward(runner.model, mesh).lower(shape, runner.params, tokens, engine.device.pool.array)
 
 
 @pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
@@ -115,7 +123,7 @@ def test_sampling_sends_the_logits_once(shape_file):
 
 def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
     engine = make_engine(shape_file, dummy=True)
-    text = engine.device.runner._lower(BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
+    text = lowered_step(engine, BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
     assert "manual_computation" not in text and "all_reduce" not in text and "all_gather" not in text
 
 
@@ -201,14 +209,12 @@ def test_the_kernels_take_one_devices_part_of_a_70b_model(decode_only):
     pool = PoolLayout.for_model(model, 8).pool_shape(10)
     with contextlib.ExitStack() as stack:
         kernels = [stack.enter_context(compiled(module, 90)) for module in (lora_kernels, attention, rotary_triton)]
-        runner._forward.trace(
+        model_of_one = Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8)
+        WholeForward(model_of_one, mesh).jitted(shape).trace(
             sharded_abstract_params(model, jnp.bfloat16, mesh),
             whole((shape.packed_size,), jnp.int32),
             whole((32,), jnp.int32),
             jax.ShapeDtypeStruct(pool, jnp.bfloat16, sharding=mesh.pool),
-            model=Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8),
-            shape=shape,
-            mesh=mesh,
         ).lower(lowering_platforms=("cuda",))
     # Shrink and expand for each of qkv, o, gate and up, down; attention; the KV write.
     assert [len(names) for names in kernels] == [8, 2 if decode_only else 3, 1]
