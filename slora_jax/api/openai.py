@@ -5,10 +5,11 @@ Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_pe
 ``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective).
 """
 
+import itertools
 import math
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -323,6 +324,7 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     """Drops what changes nothing, refuses what cannot be done, and checks the types of the rest."""
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    _refuse_unknown(body, {*kind.model_fields, *defaults, *_LABELS})
     fields = {}
     for name, value in body.items():
         if value is None or name in _LABELS:
@@ -331,9 +333,8 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
             fields[name] = value
         elif not _is_one_of(value, defaults[name]):
             raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
-    _refuse_unknown(fields, kind)
     if isinstance(options := fields.get("stream_options"), dict):
-        _refuse_unknown(options, _StreamOptions, "stream_options.")
+        _refuse_unknown(options, _StreamOptions.model_fields, "stream_options.")
     try:
         valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
@@ -343,9 +344,10 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     return valid
 
 
-def _refuse_unknown(fields: Mapping[str, Any], kind: type[_Body], prefix: str = "") -> None:
-    """Here and not by pydantic, which would make an error for each of a million."""
-    unknown = [prefix + name[:80] for name in fields if name not in kind.model_fields]
+def _refuse_unknown(fields: Mapping[str, Any], known: Container[str], prefix: str = "") -> None:
+    """Here and not by pydantic, which would make an error for each of a million; here the first few are enough."""
+    found = itertools.islice((name for name in fields if name not in known), _MOST_NAMED + 1)
+    unknown = [prefix + name[:80] for name in found]
     if unknown:
         names = ", ".join(unknown[:_MOST_NAMED]) + ", ..." * (len(unknown) > _MOST_NAMED)
         what = "unknown fields" if len(unknown) > 1 else "unknown field"
@@ -370,6 +372,8 @@ def _completion_prompts(prompt: Any, n: int, engine: "Engine") -> list[tuple[int
     if isinstance(prompt, str):
         return [_text_prompt(prompt, engine)]
     if isinstance(prompt, list) and prompt:
+        if type(prompt[0]) is int:
+            _room(prompt, engine, "prompt")  # before each of a million ids is looked at
         if all(type(p) is int for p in prompt):
             return [_checked_ids(prompt, engine)]
         if len(prompt) * n > MAX_CHOICES:

@@ -149,9 +149,9 @@ def test_values_of_another_type_are_not_taken_for_harmless_ones(client, harmless
         (b'{"n": ' + b"1" * 5000 + b"}", "digits"),
         (b'{"n": 1, "n": 2}', "twice"),
         (b'{"messages": [{"role": "user", "role": "system"}]}', "twice"),
-        (b"[" * 100_000, "deep"),
-        (b'{"a":' * 100_000, "deep"),
-        (b"[" * 200_000 + b"]" * 200_000, "deep"),
+        (b"[" * 30_000, "deep"),
+        (b'{"a":' * 30_000, "deep"),
+        (b"[" * 30_000 + b"]" * 30_000, "deep"),
         (b'{"user": "\\ud800"}', "surrogate"),
         (b'{"metadata": {"a": ["\\udc00"]}}', "surrogate"),
         (b'{"\\ud800": 1}', "surrogate"),
@@ -219,9 +219,9 @@ def test_bounds_on_lists(client):
     for changed, word in [
         ({"prompt": ["a"] * (MAX_CHOICES + 1)}, str(MAX_CHOICES)),
         ({"prompt": ["a"] * (MAX_CHOICES // 128 + 1), "n": 128}, str(MAX_CHOICES)),
-        ({"prompt": [[1]] * 100_000}, str(MAX_CHOICES)),
+        ({"prompt": [[1]] * 20_000}, str(MAX_CHOICES)),
         ({"stop": ["x"] * (MAX_STOPS + 1)}, str(MAX_STOPS)),
-        ({"stop": ["five5"] * 1_000_000}, str(MAX_STOPS)),
+        ({"stop": ["five5"] * 100_000}, str(MAX_STOPS)),
         ({"stop_token_ids": [1] * (MAX_STOPS + 1)}, str(MAX_STOPS)),
     ]:
         error = refused(post(client, "/v1/completions", ROUTES["/v1/completions"] | changed))
@@ -235,8 +235,8 @@ def test_bounds_on_lists(client):
 
 def test_refusing_costs_no_more_than_reading(client):
     """Errors are found once, not a million times over, and shown without writing out all that was sent."""
-    many = {f"field{i}": i for i in range(100_000)}
-    wrong = ["x"] * 1_000_000
+    many = {f"field{i}": i for i in range(40_000)}
+    wrong = ["x"] * 150_000
     options = {"stream": True, "stream_options": many}
     for changed in (many, options, {"prompt": [*wrong, 1]}, {"stop_token_ids": wrong}, {"messages": {"a": wrong}}):
         body = json.dumps(ROUTES["/v1/completions"] | changed).encode()
