@@ -228,7 +228,7 @@ def test_bounds_on_lists(client):
         assert word in error["message"] and error["param"] in changed
     message = {"role": "user", "content": "x"}
     parts = [{"type": "text", "text": "x"}] * (MAX_MESSAGES + 1)
-    for messages in ([message] * 100_000, [message | {"content": parts}]):
+    for messages in ([message] * 20_000, [message | {"content": parts}]):
         body = ROUTES["/v1/chat/completions"] | {"messages": messages}
         assert str(MAX_MESSAGES) in refused(post(client, "/v1/chat/completions", body))["message"]
 
