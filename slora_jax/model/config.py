@@ -70,6 +70,8 @@ _DONE_WITHOUT = MappingProxyType(
         "position_embedding_type": ("rope", "rotary", None),
         # With experts.
         **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (0, None)),
+        # From other files.
+        **dict.fromkeys(("transformers_weights", "configuration_files"), (None, [], {})),
         # With quantized weights.
         **dict.fromkeys(("quantization_config", "compression_config"), (None, {})),
     }

@@ -141,6 +141,7 @@ def test_rope_in_every_spelling(fields, theta, scaling):
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types=\['full_attention', 'sliding_atten"),
         ({"is_causal": False}, "is_causal=False is not supported"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not supported"),
+        ({"transformers_weights": "x.safetensors"}, "transformers_weights='x.safetensors' is not supported"),
         ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
         ({"eos_token_id": "2"}, "eos_token_id must be a token id or a list of them, got '2'"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
