@@ -46,7 +46,7 @@ def test_llama_1_has_defaults_for_what_it_predates():
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
         bos_token_id=1,
-        eos_token_ids=(2,),
+        eos_token_ids=(),
         dtype="bfloat16",
     )
 
@@ -255,7 +255,7 @@ def test_tokens_that_end_an_answer(tmp_path):
         write(tmp_path, generation_config={"eos_token_id": eos})
         assert ModelConfig.from_folder(tmp_path).eos_token_ids == expected
     write(tmp_path, generation_config={}, config=MINIMAL)
-    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2,)
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == ()
 
 
 def test_sampling_of_the_generation_config(tmp_path):
