@@ -2,7 +2,8 @@
 sample where a request does not say.
 
 A folder means what transformers 5 makes of it, or is refused with the field's name. A field that is missing has the
-default of transformers' config class of its ``model_type``: a Mistral without ``sliding_window`` has one of 4096.
+default of transformers' config class of its ``model_type``: a Mistral without ``sliding_window`` has one of 4096. (Only
+``eos_token_id`` has none; see ``ending_tokens``.)
 
 No JAX here: the scheduler and the memory layout read shapes from this too.
 """
@@ -70,6 +71,8 @@ _DONE_WITHOUT = MappingProxyType(
         "position_embedding_type": ("rope", "rotary", None),
         # With experts.
         **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (0, None)),
+        # From other files.
+        **dict.fromkeys(("transformers_weights", "configuration_files"), (None, [], {})),
         # With quantized weights.
         **dict.fromkeys(("quantization_config", "compression_config"), (None, {})),
     }
@@ -226,7 +229,7 @@ class ModelConfig:
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6, 0.0, 1.0),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=fields.tokens("eos_token_id", 2, vocab_size),
+            eos_token_ids=fields.tokens("eos_token_id", None, vocab_size),
             dtype=_dtype(fields),
         )
 
@@ -234,11 +237,12 @@ class ModelConfig:
 def ending_tokens(config: ModelConfig, tokenizer_ids: Iterable[int]) -> tuple[int, ...]:
     """The tokens any of which ends an answer: those of the model, and the tokenizer's own.
 
-    The model's are ``eos_token_id`` of ``generation_config.json``; where that names none, of ``config.json``; where
-    that has no such field, the class's default, 2. So ``generate`` of transformers does, but for one case: a
-    ``generation_config.json`` that names none makes it go on to the token limit. It does not look at the tokenizer.
-    vLLM ends at the tokenizer's ``eos_token`` and at those of ``generation_config.json``. Here any of all these ends an
-    answer: a model was taught at least one of them, and ``ignore_eos`` leaves all out.
+    The model's are ``eos_token_id`` of ``generation_config.json``, or of ``config.json`` where that file or field is
+    missing. So ``generate`` of transformers does, but that a ``generation_config.json`` which names none makes it go on
+    to the token limit; it reads ``config.json`` itself here, so that the default of the config class, 2, ends nothing,
+    and does not look at the tokenizer. vLLM ends at the tokenizer's ``eos_token`` and at those of
+    ``generation_config.json``. Here any of all these ends an answer: a model was taught at least one of them, and
+    ``ignore_eos`` leaves all out.
     """
     return tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer_ids)))
 
@@ -326,8 +330,8 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int) -> tu
     ``rope_theta`` and ``partial_rotary_factor`` within either object win over those beside it, but
     ``original_max_position_embeddings`` beside it wins over the one within.
     """
-    name = "rope_scaling" if fields.object("rope_scaling") else "rope_parameters"
-    inner = fields.object(name) or Fields({}, fields.source, f"{name}.")
+    scaling, parameters = fields.object("rope_scaling"), fields.object("rope_parameters")
+    inner = scaling or parameters or Fields({}, fields.source, "rope_parameters.")
     for key, value in inner.values.items():
         if isinstance(value, Mapping):
             raise inner.refuse(key, " is not supported; every layer has the same rotary embedding here")
@@ -369,13 +373,10 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int) -> tu
             scale = inner.number("factor", 1.0, _MIN_FACTOR, _MAX_FACTOR)
             return theta, ProportionalRope(share, scale)
         case "llama3":
-            scaling = Llama3Rope(factor(), factor("low_freq_factor"), factor("high_freq_factor"), original())
-            if scaling.high_freq_factor <= scaling.low_freq_factor:
-                raise inner.refuse(
-                    "high_freq_factor",
-                    f" ({scaling.high_freq_factor}) must be above low_freq_factor ({scaling.low_freq_factor})",
-                )
-            return theta, scaling
+            low, high = factor("low_freq_factor"), factor("high_freq_factor")
+            if high <= low:
+                raise inner.refuse("high_freq_factor", f" ({high}) must be above low_freq_factor ({low})")
+            return theta, Llama3Rope(factor(), low, high, original())
         case "yarn":
             need("factor")
             return theta, _yarn(inner, theta, head_dim, max_positions, original())

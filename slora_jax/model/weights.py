@@ -49,7 +49,7 @@ def resolve_model(spec: str) -> Path:
 
     Raises:
       InvalidRequest: there is no such folder or id, or it cannot be reached.
-      UnsupportedModel: the folder holds no ``config.json`` or no safetensors.
+      UnsupportedModel: the folder holds no ``config.json`` or no safetensors, or an adapter too.
     """
     if spec == "demo":
         from slora_jax.demo.model import demo_model_path
@@ -66,6 +66,11 @@ def resolve_model(spec: str) -> Path:
         folder = _download(spec)
     if not (folder / "config.json").is_file():
         raise UnsupportedModel(f"{folder} has no config.json; a model folder holds config.json and *.safetensors")
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{folder} holds a model and an adapter (adapter_config.json), which transformers would apply to it; move "
+            "the adapter to a folder of its own"
+        )
     weight_files(folder)
     return folder
 

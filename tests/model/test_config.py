@@ -46,7 +46,7 @@ def test_llama_1_has_defaults_for_what_it_predates():
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
         bos_token_id=1,
-        eos_token_ids=(2,),
+        eos_token_ids=(),
         dtype="bfloat16",
     )
 
@@ -141,6 +141,7 @@ def test_rope_in_every_spelling(fields, theta, scaling):
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types=\['full_attention', 'sliding_atten"),
         ({"is_causal": False}, "is_causal=False is not supported"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not supported"),
+        ({"transformers_weights": "x.safetensors"}, "transformers_weights='x.safetensors' is not supported"),
         ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
         ({"eos_token_id": "2"}, "eos_token_id must be a token id or a list of them, got '2'"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
@@ -254,7 +255,7 @@ def test_tokens_that_end_an_answer(tmp_path):
         write(tmp_path, generation_config={"eos_token_id": eos})
         assert ModelConfig.from_folder(tmp_path).eos_token_ids == expected
     write(tmp_path, generation_config={}, config=MINIMAL)
-    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2,)
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == ()
 
 
 def test_sampling_of_the_generation_config(tmp_path):
