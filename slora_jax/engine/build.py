@@ -63,6 +63,9 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     folder = resolve_model(config.model)
     model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
     defaults = default_sampling(folder) if config.generation_config else MappingProxyType({})
+    if defaults:
+        told = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        logger.info("requests that do not say are sampled as generation_config.json says: %s", told)
     mesh = ModelMesh.create(model_config, config.mesh.tp)
     tokenizer = None
     if (folder / "tokenizer.json").is_file():

@@ -74,7 +74,7 @@ _DONE_WITHOUT = MappingProxyType(
         # From other files.
         **dict.fromkeys(("transformers_weights", "configuration_files"), (None, [], {})),
         # With quantized weights.
-        **dict.fromkeys(("quantization_config", "compression_config"), (None, {})),
+        **dict.fromkeys(("quantization_config", "compression_config"), (None,)),
     }
 )
 """Fields that say how else a model computes, each with the values that mean: not at all."""

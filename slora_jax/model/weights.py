@@ -149,8 +149,13 @@ def untied_where_different(folder: Path, config: ModelConfig) -> ModelConfig:
     if not config.tie_word_embeddings:
         return config
     tensors = _read_headers(folder)
-    if _EMBEDDING not in tensors or _LM_HEAD not in tensors or _same(tensors[_EMBEDDING], tensors[_LM_HEAD]):
+    if _EMBEDDING not in tensors or _LM_HEAD not in tensors:
         return config
+    try:
+        if _same(tensors[_EMBEDDING], tensors[_LM_HEAD]):
+            return config
+    except OSError as e:
+        raise UnsupportedModel(f"{folder}: the weights cannot be read: {e}") from None
     logger.warning("%s: tie_word_embeddings is true, but %s is not the embedding; they are not tied", folder, _LM_HEAD)
     return dataclasses.replace(config, tie_word_embeddings=False)
 

@@ -5,6 +5,7 @@ import pytest
 from werkzeug.test import EnvironBuilder
 
 from slora_jax.api.app import create_app
+from slora_jax.request import SamplingParams
 from tests.helpers.fake_engine import FAILS, LATE, WAITS, FakeEngine
 
 
@@ -95,6 +96,25 @@ def test_default_max_tokens(client, engine):
     assert body["usage"]["completion_tokens"] == 16
     body = client.post("/v1/completions", json={"model": "base", "prompt": "x" * 295}).get_json()
     assert body["usage"]["completion_tokens"] == 5
+
+
+def test_fields_left_out_are_as_the_generation_config_says(client, engine):
+    engine.default_sampling = {"temperature": 0.25, "top_k": 7, "max_tokens": 9}
+
+    def sampling(path: str, **fields) -> SamplingParams:
+        answer = client.post(f"/v1/{path}", json={"model": "base"} | fields)
+        assert answer.status_code == 200, answer.get_json()
+        return engine.generations[-1].request.sampling
+
+    for path, prompt in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        assert sampling(path, **prompt) == SamplingParams(max_tokens=9, temperature=0.25, top_k=7)
+        nulls = dict.fromkeys(("temperature", "top_k", "max_tokens", "top_p"))
+        assert sampling(path, **prompt, **nulls) == SamplingParams(max_tokens=9, temperature=0.25, top_k=7)
+        assert sampling(path, **prompt, temperature=1.0, top_k=-1, max_tokens=3) == SamplingParams(max_tokens=3)
+    assert sampling("completions", prompt="x" * 295).max_tokens == 5
 
 
 def test_stop(client):

@@ -51,6 +51,14 @@ def test_no_prompts(ask):
     assert ask([]) == []
 
 
+def test_fields_left_out_are_as_the_generation_config_says(ask, engine):
+    engine.default_sampling = {"temperature": 0.25, "max_tokens": 9}
+    ask(["a"] * 4, sampling=[None, {"top_k": 3}, {"temperature": 1.0, "max_tokens": 2}, SamplingParams()])
+    chosen = [generation.request.sampling for generation in engine.generations]
+    assert chosen[:2] == [SamplingParams(9, 0.25), SamplingParams(9, 0.25, top_k=3)]
+    assert chosen[2:] == [SamplingParams(2), SamplingParams()]
+
+
 def test_progress_is_quiet_for_one_prompt(ask, capsys):
     ask("a")
     ask(["a", "b"], progress=False)

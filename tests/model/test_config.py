@@ -1,5 +1,7 @@
 """Hugging Face config.json to ModelConfig: every field that is read, and every one that is refused."""
 
+import contextlib
+import datetime
 import json
 import re
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import yaml
 
 from slora_jax.errors import UnsupportedModel
 from slora_jax.model.config import ModelConfig, default_sampling, ending_tokens
@@ -366,3 +369,20 @@ def test_any_bytes_are_taken_or_refused_by_name(tmp_path, raw):
     except UnsupportedModel as e:
         told = str(e)
         assert f"{tmp_path}/config.json" in told
+
+
+@pytest.mark.parametrize("shape", sorted((Path(__file__).parents[2] / "configs" / "shapes").glob("*.yaml")))
+def test_any_value_of_yaml_in_any_place_is_taken_or_refused_by_name(shape):
+    own: list = []
+    own.append(own)
+    strange = [datetime.date(2026, 1, 2), b"\xff", {1, 2}, own, 16**9000, {None: 1, (1, 2): 3}]
+    fields = yaml.safe_load(shape.read_text())
+    for name in (*fields, "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "quantization_config"):
+        for value in strange:
+            for document in (fields | {name: value}, fields | {"rope_scaling": {name: value}}):
+                with contextlib.suppress(UnsupportedModel):
+                    ModelConfig.from_hf(document, source=shape.name)
+    with pytest.raises(
+        UnsupportedModel, match=f"^{shape.name}: hidden_size must be an integer .* got an integer of thou"
+    ):
+        ModelConfig.from_hf(fields | {"hidden_size": 16**9000}, source=shape.name)
