@@ -21,7 +21,7 @@ import waitress.task
 import waitress.wasyncore
 
 from slora_jax.api.app import error_body
-from slora_jax.config import validated
+from slora_jax.config import Section, Text, validated
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -36,7 +36,7 @@ _DEAD_CLIENT_SECONDS = 60
 _log = logging.getLogger(__name__)
 
 
-class ServerConfig(pydantic.BaseModel):
+class ServerConfig(Section):
     """What the HTTP server is told; ``server:`` of a config file.
 
     Attributes:
@@ -47,9 +47,7 @@ class ServerConfig(pydantic.BaseModel):
       log_level: of this program's log on stderr.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=0, le=65535)
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
     max_body_bytes: int = pydantic.Field(32 * 2**20, ge=1024, le=_MAX_BODY_BYTES)

@@ -137,6 +137,7 @@ class Engine:
         self._num_unadmitted = 0
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
+        self._on_failure: Callable[[str], None] = lambda reason: None
         self._counts_before: Counter[str] = Counter()
         self._counts = dict.fromkeys(
             (
@@ -590,6 +591,11 @@ class Engine:
             with self._lock:
                 self._closed = f"the engine failed: {type(e).__name__}: {e}"
             self._end_all("error", self._closed)
+            self._on_failure(self._closed)
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        """Has ``callback`` told why, from the loop's thread, if the loop ends because it cannot go on."""
+        self._on_failure = callback
 
     def _end_all(self, reason, error: str) -> None:
         self._take_submitted()

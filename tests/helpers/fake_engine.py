@@ -185,6 +185,9 @@ class FakeEngine:
     def start(self) -> None:
         self._thread.start()
 
+    def on_failure(self, callback) -> None:
+        self.fail = callback
+
     def watch_hosts(self, on_stop) -> None:
         """There are no others."""
 
