@@ -466,7 +466,7 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
             if fields.get(name) is None:
                 fields[name] = kind()
             elif not isinstance(fields[name], kind):
-                problems.append((name, f"{name} must be a {called}, got {type(fields[name]).__name__}"))
+                problems.append((name, f"must be a {called}, got {type(fields[name]).__name__}"))
                 fields[name] = kind()
     weights = fields["scheduler"].get("fair_weights")
     if "scheduler__fair_weights" in flags and not isinstance(weights, dict | None):

@@ -309,9 +309,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"config {path} is not valid YAML: {e}") from None
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as e:
         # What PyYAML's constructors let through: a date that is none, or a tag on a value that is not of its kind.
-        raise InvalidRequest(
-            f"config {path} is not valid YAML: it has a value that is not what it is tagged as ({e})"
-        ) from None
+        raise InvalidRequest(f"config {path} is not valid YAML: a value is not what it is tagged as ({e})") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"config {path} must hold a mapping of fields, got {type(fields).__name__}")
     return fields
