@@ -216,11 +216,17 @@ class AdapterStore:
           pinned: it is to stay in the pool.
 
         Raises:
-          BadAdapter: a bad name, the adapter cannot be served exactly as trained, or there is no room for the pin;
-            nothing changes then.
+          BadAdapter: a bad name, the adapter cannot be served exactly as trained, it is larger than all of the host
+            memory for adapters, or there is no room for the pin; nothing changes then.
         """
         _check_name(name)
         header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
+        size = self._host_bytes(header.num_pages)
+        if size > self._cache.capacity:
+            raise BadAdapter(
+                f"adapter {path}: it takes {size / 2**30:.3g} GiB of host memory, but all adapters may take "
+                f"{self._cache.capacity / 2**30:.3g}; raise host_adapter_gigabytes (--host-adapter-memory)"
+            )
         with self._changed:
             if len(self._known_shapes) > _MAX_KNOWN_SHAPES:
                 self._known_shapes.clear()
@@ -382,15 +388,8 @@ class AdapterStore:
 
     def _start_loading(self, version: AdapterVersion) -> None:
         """Needs the lock."""
-        size = self._host_bytes(version.num_pages)
         if self._is_closed:
             self._finish(version, None, "the adapter store was closed")
-        elif size > self._cache.capacity:
-            failure = (
-                f"adapter {version.info.path}: it takes {size / 2**30:.3g} GiB of host memory, but all adapters may "
-                f"take {self._cache.capacity / 2**30:.3g}; raise host_adapter_gigabytes"
-            )
-            self._finish(version, None, failure)
         else:
             version.status = "loading"
             self._loading.add(version)

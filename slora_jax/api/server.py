@@ -26,7 +26,7 @@ import waitress.wasyncore
 
 from slora_jax.api.app import error_body
 from slora_jax.api.parsing import RequestParser
-from slora_jax.config import validated
+from slora_jax.config import Section, Text, validated
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -49,7 +49,7 @@ because every look costs time in proportion to the connections."""
 _log = logging.getLogger(__name__)
 
 
-class ServerConfig(pydantic.BaseModel):
+class ServerConfig(Section):
     """What the HTTP server is told; ``server:`` of a config file.
 
     Attributes:
@@ -61,9 +61,7 @@ class ServerConfig(pydantic.BaseModel):
       log_level: of this program's log on stderr.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=0, le=65535)
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
     max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)

@@ -1,9 +1,11 @@
 """Building an engine: the base model loaded, memory divided, caches opened, shapes of steps chosen; and following."""
 
+import contextlib
 import dataclasses
 import logging
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +23,7 @@ from slora_jax.engine.device import ModelDevice
 from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
 from slora_jax.engine.runner import Runner
 from slora_jax.errors import InvalidRequest
+from slora_jax.gpu_memory import is_reserved_at_once, set_share
 from slora_jax.memory.costs import PageCosts
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
@@ -32,6 +35,8 @@ from slora_jax.model.weights import dummy_params, resolve_model, untied_where_di
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+start = logging.getLogger("slora_jax.start")
+"""What whoever starts an engine should read, whatever else is logged."""
 
 _MAX_CPU_POOL_BYTES = 2 * 2**30
 
@@ -52,13 +57,16 @@ class BaseModel:
 
 
 def load_base(config: EngineConfig, progress: bool) -> BaseModel:
+    """The base model, on its devices. Decides how much of a GPU JAX takes, if JAX has not started yet."""
+    set_share(config.gpu_memory_fraction, config.mesh.tp)
     join_hosts(config.mesh)
     enable_compilation_cache(config.compilation_cache)
     dtype = dtype_of(config)
     if config.dummy:
         model_config = ModelConfig.from_hf(read_yaml(Path(config.model)), config.max_model_len, config.model)
         mesh = ModelMesh.create(model_config, config.mesh.tp)
-        params = dummy_params(model_config, dtype, config.seed, mesh)
+        with _room_for_weights(model_config, dtype, mesh):
+            params = dummy_params(model_config, dtype, config.seed, mesh)
         return BaseModel(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
     folder = resolve_model(config.model)
     model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
@@ -74,8 +82,9 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
         logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
     # Several hosts each read their slices of the safetensors.
     cached = config.checkpoint_cache is not None and config.mesh.num_hosts == 1
-    cache = Path(config.checkpoint_cache).expanduser() if cached else None
-    params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
+    cache = _folder(config.checkpoint_cache, "weights") if cached else None
+    with _room_for_weights(model_config, dtype, mesh):
+        params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
     name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
     ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
@@ -214,6 +223,33 @@ def follow(config: EngineConfig, progress: bool = True) -> None:
     Follower(model, layout, pool, runner, host_adapter_bytes(config)).follow()
 
 
+@contextlib.contextmanager
+def _room_for_weights(model: ModelConfig, dtype: jnp.dtype, mesh: ModelMesh | None) -> Iterator[None]:
+    """Refuses weights that the devices cannot hold, at once where that is known, else when they are full."""
+    shape = mesh.shards.local if mesh else model
+    needed = shape.num_params() * dtype.itemsize
+    memory = DeviceMemory.now(mesh.size if mesh else 1)
+    remedy = "take a smaller model or dtype, or share it among more devices (mesh.tp)"
+    if memory is not None and needed > memory.free:
+        raise InvalidRequest(
+            f"the weights take {needed / 2**30:.3g} GiB on each device, and {memory.free / 2**30:.3g} GiB are free "
+            f"({memory.source}); {remedy}"
+        )
+    with _told_when_full(f"the weights, {needed / 2**30:.3g} GiB on each device, do not fit", remedy):
+        yield
+
+
+@contextlib.contextmanager
+def _told_when_full(problem: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        first_line = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InvalidRequest(f"{problem} ({first_line}); {remedy}, or end what else uses the memory") from None
+
+
 def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
     return PoolLayout.for_model(model, mesh.size if mesh else 1)
 
@@ -221,26 +257,78 @@ def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
 def make_pool(
     config: EngineConfig, model: ModelConfig, layout: PoolLayout, dtype: jnp.dtype, mesh: ModelMesh | None
 ) -> tuple[UnifiedPool, int]:
-    """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow."""
-    num_pages = agreed_minimum(num_pages_of(config.pool, layout.page_bytes(dtype.itemsize), layout.shards.count))
-    limit = config.max_model_len or model.max_position_embeddings
-    max_len = min(limit, model.max_position_embeddings, (num_pages - 1) * PAGE_SIZE)
-    return UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None), max_len
+    """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow.
+
+    Raises:
+      InvalidRequest: the devices cannot hold a pool of that size, or of any that is of use.
+    """
+    page_bytes = layout.page_bytes(dtype.itemsize)
+    memory = DeviceMemory.now(layout.shards.count)
+    num_pages = agreed_minimum(num_pages_of(config.pool, page_bytes, memory))
+    with _told_when_full(
+        f"a pool of {num_pages:,} pages, {num_pages * page_bytes / 2**30:.3g} GiB on each device, does not fit",
+        "lower pool.memory_fraction, pool.gigabytes or pool.pages",
+    ):
+        pool = UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None)
+        pool.array.block_until_ready()
+    start.info(
+        "KV cache and adapters: %s pages of %d tokens, %.3g GiB%s%s",
+        f"{num_pages:,}",
+        PAGE_SIZE,
+        num_pages * page_bytes / 2**30,
+        f" on each of {layout.shards.count} devices" if layout.shards.count > 1 else "",
+        f" ({memory.source})" if memory else "",
+    )
+    limit = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    tokens = (num_pages - 1) * PAGE_SIZE
+    if tokens < limit:
+        start.warning(
+            "The pool holds %d tokens, fewer than the %d of the longest request that the model takes: longer ones are "
+            "refused. A larger pool or more devices hold them; max_model_len=%d says that this is meant.",
+            tokens,
+            limit,
+            tokens,
+        )
+    return pool, min(limit, tokens)
 
 
 def enable_compilation_cache(folder: str | None) -> None:
     """Compiled steps are kept on disk: JAX holds this per process, so the first engine's choice stays."""
-    if folder is not None and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        # A step is made of many programs: each counts, however short.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    path = _folder(folder, "compiled programs")
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Asked once here, or JAX warns of every program that it cannot keep.
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as e:
+        logger.warning("compiled programs are not kept in %s: %s", path, e.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # A step is made of many programs: each counts, however short.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _folder(path: str, of_what: str) -> Path | None:
+    """The folder that a path means; None where it begins with ~ and this user has no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        logger.warning(
+            "%s are not kept in %s: this user has no home folder; set HOME, or another folder", of_what, path
+        )
+        return None
 
 
 def program_folder(config: EngineConfig) -> Path | None:
     """Beside what JAX keeps. Programs of several hosts cannot be kept."""
     if config.compilation_cache is None or config.mesh.num_hosts > 1:
         return None
-    return Path(config.compilation_cache).expanduser() / "programs"
+    folder = _folder(config.compilation_cache, "compiled programs")
+    return folder and folder / "programs"
 
 
 def dtype_of(config: EngineConfig) -> jnp.dtype:
@@ -249,30 +337,99 @@ def dtype_of(config: EngineConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def num_pages_of(config: PoolConfig, page_bytes: int, num_devices: int) -> int:
-    """Pages that the configured share of memory holds; ``page_bytes`` of each on every device."""
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What each device of this process can still hold.
+
+    Attributes:
+      free: bytes, of the fullest device.
+      source: where that number comes from, for people.
+      most: bytes that a pool takes of it where nobody asks for more.
+    """
+
+    free: int
+    source: str
+    most: int
+
+    @classmethod
+    def now(cls, num_devices: int) -> "DeviceMemory | None":
+        """Of the devices that share the model; None where JAX's allocator keeps no count."""
+        devices = jax.local_devices()[:num_devices]
+        if devices[0].platform == "cpu":
+            free = available_memory()
+            share, most = free // len(devices), _MAX_CPU_POOL_BYTES // len(devices)
+            return cls(share, "host memory", most)
+        stats = [device.memory_stats() or {} for device in devices]
+        if not all("bytes_limit" in s and "bytes_in_use" in s for s in stats):
+            return None
+        return min((cls._of_gpu(s) for s in stats), key=lambda memory: memory.free)
+
+    @classmethod
+    def _of_gpu(cls, stats: dict[str, int]) -> "DeviceMemory":
+        limit, used = stats["bytes_limit"], stats["bytes_in_use"]
+        reserved = stats.get("pool_bytes", 0)
+        source = f"{used / 2**30:.3g} of JAX's {limit / 2**30:.3g} GiB of the GPU were in use before"
+        # What JAX could not reserve when it started, it will not get later.
+        if is_reserved_at_once() and used < reserved < 0.98 * limit:
+            source = (
+                f"{used / 2**30:.3g} of {reserved / 2**30:.3g} GiB were in use before; JAX wanted {limit / 2**30:.3g} "
+                "GiB of the GPU, but other processes hold memory there, which nvidia-smi lists"
+            )
+            limit = reserved
+        return cls(limit - used, source, limit - used)
+
+
+def num_pages_of(config: PoolConfig, page_bytes: int, memory: DeviceMemory | None) -> int:
+    """Pages that the configured share of memory holds.
+
+    Args:
+      config: says how large the pool is to be.
+      page_bytes: of a page on each device.
+      memory: what each device can hold; None if that is not known.
+
+    Raises:
+      InvalidRequest: the devices cannot hold so many, or hold too few to be of use.
+    """
     if config.pages is not None:
-        return config.pages
-    if config.gigabytes is not None:
-        budget = config.gigabytes * 2**30
-    elif jax.default_backend() == "cpu":
-        budget = min(config.memory_fraction * available_memory(), _MAX_CPU_POOL_BYTES) / num_devices
+        budget, field = config.pages * page_bytes, "pool.pages"
+    elif config.gigabytes is not None:
+        budget, field = config.gigabytes * 2**30, "pool.gigabytes"
+    elif memory is None:
+        raise InvalidRequest(
+            "JAX's allocator does not say how much memory the GPU has; set pool.gigabytes (--pool-gigabytes), or take "
+            "XLA_PYTHON_CLIENT_ALLOCATOR out of the environment"
+        )
     else:
-        memory = [device.memory_stats() for device in jax.local_devices()[:num_devices]]
-        budget = config.memory_fraction * min(m["bytes_limit"] - m["bytes_in_use"] for m in memory)
-    pages = int(budget // page_bytes)
+        budget, field = min(config.memory_fraction * memory.free, memory.most), "pool.memory_fraction"
+    if memory is not None and budget > memory.free:
+        raise InvalidRequest(
+            f"{field} asks for a pool of {budget / 2**30:.4g} GiB on each device, where {memory.free / 2**30:.4g} GiB "
+            f"are free ({memory.source}); lower it, or leave it out for a size that fits"
+        )
+    pages = config.pages if config.pages is not None else int(budget // page_bytes)
     if pages < 2:
         raise InvalidRequest(
             f"the pool's {budget / 2**30:.2f} GiB a device hold {pages} pages of {page_bytes} bytes, at least 2 are "
-            "needed; raise pool.gigabytes"
+            f"needed; raise pool.gigabytes{f' ({memory.source})' if memory else ''}"
         )
     return pages
 
 
 def host_adapter_bytes(config: EngineConfig) -> int:
-    if config.host_adapter_gigabytes is not None:
-        return int(config.host_adapter_gigabytes * 2**30)
-    return available_memory() // 2
+    """Bytes of host memory for adapters.
+
+    Raises:
+      InvalidRequest: more than this machine has.
+    """
+    if config.host_adapter_gigabytes is None:
+        return available_memory() // 2
+    wanted, there = int(config.host_adapter_gigabytes * 2**30), psutil.virtual_memory().total
+    if wanted > there:
+        raise InvalidRequest(
+            f"host_adapter_gigabytes (--host-adapter-memory) is {config.host_adapter_gigabytes:g} GiB, and this "
+            f"machine has {there / 2**30:.3g}; lower it, or leave it out for half of what is free"
+        )
+    return wanted
 
 
 def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:

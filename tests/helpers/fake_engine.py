@@ -196,7 +196,8 @@ class FakeEngine:
     def warm_up(self) -> None:
         pass
 
-    def start(self) -> None:
+    def start(self, on_failure=lambda sentence: None) -> None:
+        self.fail = on_failure
         self._thread.start()
 
     def watch_hosts(self, on_stop) -> None:
