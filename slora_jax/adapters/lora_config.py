@@ -271,16 +271,19 @@ def _check_layers_fit(
     config: dict[str, Any], targets: frozenset[str] | Expression, layers: frozenset[int] | None
 ) -> None:
     """Refuses what PEFT refuses, and what it may read in another way than it is written."""
-    if config.get("layers_pattern") and layers is None:
+    if isinstance(config.get("target_modules"), str):
+        for field in ("layers_to_transform", "layers_pattern"):
+            if config.get(field) is not None:
+                raise _refusal(
+                    field,
+                    config[field],
+                    "target_modules is an expression, which says itself for which layers it is; leave the field out, "
+                    "or list module names in target_modules",
+                )
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         raise _refusal("layers_pattern", config["layers_pattern"], "it needs layers_to_transform")
-    if layers is None:
+    if layers is None or isinstance(targets, Expression):
         return
-    if isinstance(targets, Expression):
-        raise _refusal(
-            "layers_to_transform",
-            config["layers_to_transform"],
-            "target_modules is an expression, which names the layers itself; list module names there, or leave it out",
-        )
     if len(targets) >= _LONG_TARGET_LIST and any(name.startswith("model.") for name in targets):
         raise _refusal(
             "target_modules",

@@ -359,6 +359,7 @@ def test_there_are_adapters_written_by_peft():
         ({"target_modules": "("}, r'target_modules="\(" is not supported: not a valid expression'),
         ({"exclude_modules": "[z-a]"}, "exclude_modules=.*not a valid expression"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, "layers_to_transform=.*target_modules is an expression"),
+        ({"target_modules": "all-linear", "layers_pattern": []}, "layers_pattern=.*target_modules is an expression"),
         ({"layers_pattern": "layers"}, "layers_pattern=.*needs layers_to_transform"),
         ({"layers_pattern": 3, "layers_to_transform": [1]}, "layers_pattern=3"),
         ({"layers_pattern": "(", "layers_to_transform": [1]}, "layers_pattern=.*not a valid expression"),
