@@ -74,10 +74,18 @@ def make_config(**fields) -> dict:
 
 
 def write_adapter(folder: Path, tensors: dict[str, np.ndarray] | None = None, **config) -> Path:
+    """A folder whose config targets just what the tensors are for, unless ``config`` says otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = make_tensors() if tensors is None else tensors
+    config = {"target_modules": targets_of(tensors)} | config
     (folder / "adapter_config.json").write_text(json.dumps(make_config(**config)))
-    save_file(make_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
+
+
+def targets_of(tensors: dict[str, np.ndarray]) -> list[str]:
+    """Whole names of the projections that the tensors are for: ``model.layers.0.self_attn.q_proj``."""
+    return sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors})
 
 
 def unpack_delta(host: HostAdapter, layer: int, module: str) -> np.ndarray:
