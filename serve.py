@@ -1,13 +1,20 @@
-"""Starts the server: reads flags and a config file, takes the port, loads the engine, serves until told to stop."""
+"""Starts the server: reads flags and a config file, takes the port, loads the engine, serves until told to stop.
+
+Exit codes: 0 after Ctrl-C or SIGTERM, 2 for what the user can mend, 70 where the engine or this program failed, after
+which a supervisor may start it again.
+"""
 
 import _thread
 import contextlib
 import gc
 import json
 import logging
+import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,8 +28,13 @@ if TYPE_CHECKING:
 
 POOL_SIZES = ("memory_fraction", "gigabytes", "pages")
 SHOWN_ADAPTERS = 8
-ANSWER_SECONDS = 1.0
-"""How long clients may take to hear that their requests failed, before a process that lost its devices ends."""
+FAILED = 70
+"""Exit code of a failure that is not the user's; EX_SOFTWARE of sysexits.h."""
+SECONDS_TO_ANSWER = 1.0
+"""How long clients may take to hear that their requests failed, before a process that lost another host ends."""
+SECONDS_TO_END = 45.0
+"""How long a failed server may take to tell its clients before the process is ended from within."""
+MAX_MESSAGE = 4000
 COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 
 
@@ -87,6 +99,11 @@ FLAGS = {
             metavar="TOKENS",
         ),
         _flag(
+            "--generation-config/--no-generation-config",
+            "What a request leaves out of its sampling is as the model's generation_config.json says.",
+            default="generation-config",
+        ),
+        _flag(
             "--checkpoint-cache",
             "Where ready-to-serve weights are kept for the next start.",
             default="~/.cache/slora-jax/checkpoints",
@@ -135,8 +152,15 @@ FLAGS = {
     ],
     "Memory": [
         _flag(
+            "--gpu-memory-fraction",
+            "Share of each GPU that JAX takes; 0.92 if left out, and 0.88 if several share the model.",
+            field="gpu_memory_fraction",
+            type=float,
+            metavar="SHARE",
+        ),
+        _flag(
             "--pool-memory-fraction",
-            "The pool's share of the memory left after the weights (on a CPU at most 2 GiB).",
+            "The pool's share of what the weights leave of it (on a CPU at most 2 GiB).",
             field="pool.memory_fraction",
             default="0.9",
             type=float,
@@ -298,9 +322,8 @@ FLAGS = {
         ),
         _flag(
             "--max-body-bytes",
-            "Larger request bodies are answered 413.",
+            "Larger request bodies are answered 413; 1 MiB, or 16 bytes for each token of the context, if left out.",
             field="server.max_body_bytes",
-            default="33554432",
             type=int,
             metavar="BYTES",
         ),
@@ -328,12 +351,22 @@ class GroupedCommand(click.Command):
 
 
 class Failure(click.ClickException):
-    """Something the user can mend: one line, exit code 2."""
+    """The end of this process, in one line."""
 
-    exit_code = 2
+    def __init__(self, error: BaseException, exit_code: int = 2):
+        super().__init__(one_line(error))
+        self.exit_code = exit_code
 
-    def __init__(self, error: Exception):
-        super().__init__(" ".join(str(error).split()) or type(error).__name__)
+
+def one_line(error: BaseException) -> str:
+    """What the error says, with nothing that a terminal would act on."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + " ..."
+
+
+class Stopped(BaseException):
+    """SIGTERM came before the server could stop by itself. No Exception, so that nothing takes it for a failure."""
 
 
 @click.command(
@@ -357,14 +390,63 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if ctx.get_parameter_source(name) is COMMAND_LINE}
 
     try:
-        engine_config, server_config = read_config(config, given)
-        if engine_config.mesh.host_id:
-            follow(engine_config, server_config)
-        else:
-            serve(engine_config, server_config)
+        with stopped_by_sigterm():
+            engine_config, server_config = read_config(config, given)
+            set_up_logging(server_config.log_level)
+            if engine_config.mesh.host_id:
+                follow(engine_config, server_config)
+            else:
+                serve(engine_config, server_config)
+    except (Stopped, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+    except click.ClickException:
+        raise
     except (SLoRAError, OSError, ModuleNotFoundError) as error:
         logging.getLogger("slora_jax").debug("failed to start", exc_info=True)
         raise Failure(error) from None
+    except Exception as error:
+        logging.getLogger("slora_jax").debug("failed", exc_info=True)
+        raise Failure(_unexpected(error), FAILED) from None
+
+
+def _unexpected(error: Exception) -> Exception:
+    """An error that nobody foresaw, with what to do about it."""
+    kind, text = type(error).__name__, one_line(error)
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        return RuntimeError(
+            f"out of memory ({kind}: {text}); lower --pool-memory-fraction, --max-batch-tokens or --max-sequences, or "
+            "end what else uses the device"
+        )
+    return RuntimeError(f"{kind}: {text} (--log-level debug shows where)")
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM while loading ends this process as Ctrl-C does; a server that runs has its own way (``run_server``)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may send it twice, and once is enough
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def set_up_logging(level: str) -> None:
+    """The log on stderr. What a start has to say (``slora_jax.start``) is said at any level but error, as it stands."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level != "error":
+        start = logging.getLogger("slora_jax.start")
+        plain = logging.StreamHandler()
+        start.handlers = [plain]
+        start.setLevel(logging.INFO)
+        start.propagate = False
 
 
 def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConfig, ServerConfig]":
@@ -373,23 +455,52 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
     Adapters and pins are added to the file's; every other flag replaces the file's value.
 
     Raises:
-      InvalidRequest: an unknown key or a bad value.
+      InvalidRequest: unknown keys or bad values; the message names each by its path, and its flag where it has one.
     """
     from pathlib import Path
 
-    from slora_jax.api.server import build_server_config
-    from slora_jax.config import build_config, read_yaml
+    from slora_jax.api.server import ServerConfig
+    from slora_jax.config import EngineConfig, checked, read_yaml
     from slora_jax.errors import InvalidRequest
 
     fields = read_yaml(Path(file)) if file else {}
-    for section in ("server", "pool", "scheduler", "mesh", "adapters"):
-        fields[section] = fields.get(section) or {}
-        if not isinstance(fields[section], dict):
-            raise InvalidRequest(f"invalid configuration: {section} must be a mapping, got {fields[section]!r}")
-    for several in ("adapter_dirs", "pinned"):
-        fields[several] = fields.get(several) or []
-        if not isinstance(fields[several], list):
-            raise InvalidRequest(f"invalid configuration: {several} must be a list, got {fields[several]!r}")
+    problems = []
+    for names, kind, called in (
+        (("server", "pool", "scheduler", "mesh", "adapters"), dict, "mapping"),
+        (("adapter_dirs", "pinned"), list, "list"),
+    ):
+        for name in names:
+            if fields.get(name) is None:
+                fields[name] = kind()
+            elif not isinstance(fields[name], kind):
+                problems.append((name, f"must be a {called}, got {type(fields[name]).__name__}"))
+                fields[name] = kind()
+    weights = fields["scheduler"].get("fair_weights")
+    if "scheduler__fair_weights" in flags and not isinstance(weights, dict | None):
+        problems.append(("scheduler.fair_weights", f"must be a mapping, got {type(weights).__name__}"))
+        fields["scheduler"]["fair_weights"] = {}
+    _lay_over(fields, flags)
+    server, more = checked(ServerConfig, fields.pop("server"), section="server")
+    engine, still_more = checked(EngineConfig, fields)
+    problems += more + still_more
+    if problems:
+        flag_names = {option.name: option.opts[0] for group in FLAGS.values() for option in group}
+        said = []
+        for path, text in problems:
+            # A field may be a container: the problem is then in one of its values, such as adapters.pirate.
+            name = next((name for name in flags if f"{path}.".startswith(f"{name.replace('__', '.')}.")), None)
+            place = f" ({flag_names[name]})" if name else f" (in {file})" if file else ""
+            said.append(f"{path}{place}: {text}")
+        raise InvalidRequest(f"invalid configuration: {'; '.join(said)}")
+    if engine.model == "demo" and not engine.dummy:
+        from slora_jax.demo import demo_adapters
+
+        shipped = {name: str(path) for name, path in demo_adapters().items()}
+        engine = engine.model_copy(update={"adapters": shipped | engine.adapters})
+    return engine, server
+
+
+def _lay_over(fields: dict[str, Any], flags: Mapping[str, Any]) -> None:
     for name, value in flags.items():
         *section, key = name.split("__")
         if name == "adapters":
@@ -407,81 +518,123 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
                     if f"pool__{other}" not in flags:
                         target.pop(other, None)
             target[key] = value
-    server = build_server_config(fields.pop("server"))
-    engine = build_config(fields)
-    if engine.model == "demo" and not engine.dummy:
-        from slora_jax.demo import demo_adapters
 
-        shipped = {name: str(path) for name, path in demo_adapters().items()}
-        engine = engine.model_copy(update={"adapters": shipped | engine.adapters})
-    return engine, server
+
+class EngineFailure:
+    """What ends this process when the engine cannot go on: one line, and a code on which a supervisor starts it again.
+
+    No living process is to answer 503 for ever.
+    """
+
+    def __init__(self, seconds_to_end: float = SECONDS_TO_END):
+        self.reason: str | None = None
+        self._seconds_to_end = seconds_to_end
+
+    def report(self, reason: str) -> None:
+        """The engine's word, from any thread; returns at once. The first one counts.
+
+        The server stops as on Ctrl-C, so that clients hear why their requests end. If it does not come to an end, as
+        where a device hangs, the process is ended from here.
+        """
+        if self.reason is not None:
+            return
+        self.reason = reason
+        click.echo(f"engine failed: {one_line(RuntimeError(reason))}", err=True)
+        watchdog = threading.Timer(self._seconds_to_end, os._exit, [FAILED])
+        watchdog.daemon = True
+        watchdog.start()
+        _thread.interrupt_main()
+
+    def end(self) -> None:
+        """Ends the process if there was a failure: not by way of the interpreter, whose libraries may hang as well."""
+        if self.reason is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)
+
+
+def listen_on(server_config: "ServerConfig"):
+    """The listening socket.
+
+    Raises:
+      InvalidRequest: the address cannot be had.
+    """
+    from slora_jax.api.server import listen
+    from slora_jax.errors import InvalidRequest
+
+    host, port = server_config.host, server_config.port
+    try:
+        return listen(host, port, server_config.max_streams)
+    except (OSError, ValueError) as error:  # ValueError: no name of a host, such as one with an empty part
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"cannot listen on {host!r}, port {port} (--host, --port): {reason}") from None
 
 
 def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Loads and serves until Ctrl-C or SIGTERM."""
-    logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from slora_jax.api.app import create_app
-    from slora_jax.api.server import listen, run_server
+    from slora_jax.api.bounds import useful_body_bytes
+    from slora_jax.api.server import run_server
     from slora_jax.engine.meeting import together
 
+    failure = EngineFailure()
     # First the port: if it is taken, say so before the slow part.
-    with (
-        together(engine_config.mesh) as meeting,
-        contextlib.closing(listen(server_config.host, server_config.port, server_config.max_streams)) as sock,
-    ):
+    with together(engine_config.mesh) as meeting, contextlib.closing(listen_on(server_config)) as sock:
         click.echo(f"Loading {engine_config.model} ...", err=True)
-        if meeting is not None:
-            meeting.join(engine_config.mesh)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
         engine = Engine.create(engine_config, meeting=meeting)
         try:
             engine.warm_up()
             leave_alone_what_exists()
-            engine.start()
-
-            def abandon(reason: str) -> None:
-                engine.abandon(reason)
-                time.sleep(ANSWER_SECONDS)
+            engine.start(on_failure=failure.report)
 
             def ready(url: str) -> None:
                 if meeting is not None:
-                    # Another host that is asked to stop: as if Ctrl-C were for this process.
-                    meeting.serve(_thread.interrupt_main, abandon)
+                    # A signal to another host is as if Ctrl-C were for this process.
+                    meeting.serve(_thread.interrupt_main, lambda reason: _give_up(engine, reason))
                 click.echo(greeting(engine, url))
 
+            max_body_bytes = server_config.max_body_bytes or useful_body_bytes(engine.max_model_len)
             app = create_app(
                 engine,
                 allow_adapter_loading=server_config.allow_adapter_loading,
                 max_streams=server_config.max_streams,
-                max_body_bytes=server_config.max_body_bytes,
+                max_body_bytes=max_body_bytes,
             )
             run_server(
                 app,
                 max_streams=server_config.max_streams,
+                max_body_bytes=max_body_bytes,
                 sock=sock,
                 on_stop=engine.close,
                 on_ready=ready,
             )
         finally:
+            if meeting is not None and failure.reason is not None:
+                meeting.end(f"host 0: {failure.reason}", FAILED)
+            failure.end()
             engine.close()
             gc.unfreeze()  # or libraries complain at exit of what is left
     click.echo("Stopped.", err=True)
 
 
+def _give_up(engine: "Engine", reason: str) -> None:
+    """Lets clients hear of it before this process ends."""
+    engine.abandon(reason)
+    time.sleep(SECONDS_TO_ANSWER)
+
+
 def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Lends this host's devices to the first host's server until that stops, which Ctrl-C or SIGTERM asks it to do."""
-    logging.basicConfig(level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from slora_jax.engine.meeting import together
 
     mesh = engine_config.mesh
     click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)
     with together(mesh) as meeting:
-        meeting.join(mesh)
         from slora_jax.engine.build import follow
 
         follow(engine_config, meeting)
-    click.echo("Stopped.", err=True)
 
 
 def greeting(engine: "Engine", url: str) -> str:
@@ -508,5 +661,6 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        # A Ctrl-C that comes twice (see api.server) must not interrupt the interpreter's own clean-up.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A signal that comes twice (see api.server) must not interrupt the interpreter's own clean-up.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)

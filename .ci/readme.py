@@ -1,4 +1,4 @@
-"""Runs a README's commands as a reader would: every fenced block marked ``bash`` or ``python``, in order.
+"""Runs the commands of READMEs as a reader would: every fenced block marked ``bash`` or ``python``, in order.
 
 A ``bash`` block that starts the server goes on in the background until the next such block, or the last block, and is
 then asked to stop with Ctrl-C's signal; the blocks after it wait until it answers. Blocks of other kinds, such as
@@ -20,10 +20,10 @@ PORT = re.compile(r"--port (\d+)")
 START_SECONDS = 900
 
 
-def main(readme: str) -> None:
+def main(readmes: list[str]) -> None:
     server = None
     try:
-        for kind, text in BLOCK.findall(Path(readme).read_text()):
+        for kind, text in (block for readme in readmes for block in BLOCK.findall(Path(readme).read_text())):
             if kind not in ("bash", "python"):
                 continue
             print(f"\n=== {kind}\n{text.rstrip()}\n---", flush=True)
@@ -38,7 +38,7 @@ def main(readme: str) -> None:
             else:
                 subprocess.run(["uv", "run", "python", "-c", text], check=True)
         if server is None:
-            sys.exit("the README starts no server")
+            sys.exit("no README starts a server")
         stop(server)
     finally:
         if server is not None and server.poll() is None:
@@ -65,4 +65,4 @@ def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -4,7 +4,9 @@ Unknown keys are refused, so a mistyped option cannot vanish. Derived numbers (p
 belong to the runtime objects and are never written back here.
 """
 
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,31 +18,77 @@ from slora_jax.errors import InvalidRequest
 PAGE_SIZE = 16
 """Token rows per page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
 
+_MAX_FILE_BYTES = 2**20
+_MAX_TEXT = 4096  # characters of a path; names are shorter
+_MAX_COUNT = 10**12  # of anything: what is multiplied with it stays a number that arrays and messages can hold
+
 type Policy = Literal["fcfs", "lcfs", "vtc", "cluster", "abort", "priority"]
 POLICIES: tuple[Policy, ...] = get_args(Policy.__value__)
 
 
-class _Frozen(pydantic.BaseModel):
+def _printable(text: str) -> str:
+    """Names and paths end up in JSON, logs and system calls, which differ in what they make of anything else."""
+    if not text:
+        raise ValueError("must not be empty; leave the field out for its default")
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"must have at most {_MAX_TEXT} characters, has {len(text)}")
+    if not text.isprintable():
+        odd = next(character for character in text if not character.isprintable())
+        raise ValueError(f"must hold printable characters only, has {odd!a}")
+    return text
+
+
+Text = Annotated[str, pydantic.AfterValidator(_printable)]
+"""A name or a path: not empty, printable, of at most 4096 characters."""
+
+
+def _no_truth(value: Any) -> Any:
+    # YAML reads yes, no, on and off as booleans, which pydantic would take for 1 and 0.
+    if isinstance(value, bool):
+        raise ValueError("must not be true or false (which is also what YAML makes of yes, no, on and off)")
+    return value
+
+
+Amount = Annotated[float, pydantic.BeforeValidator(_no_truth), pydantic.Field(gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+
+Gigabytes = Annotated[float, pydantic.Field(gt=0, le=1e6, allow_inf_nan=False)]
+"""GiB of memory."""
+
+Share = Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)]
+"""A part of something, at most all of it."""
+
+
+class Section(pydantic.BaseModel):
+    """Base of all parts of a configuration: unknown fields are refused, and true is no number."""
+
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        return value if bool in (annotation, *get_args(annotation)) else _no_truth(value)
 
-class PoolConfig(_Frozen):
+
+class PoolConfig(Section):
     """Size of the unified pool that holds the KV cache and adapter weights alike.
 
     Attributes:
-      memory_fraction: share of the device memory still free after loading the weights, used when neither
-        ``pages`` nor ``gigabytes`` is given. On the CPU it is a share of the free host memory, of which the
-        pool then takes at most 2 GiB.
+      memory_fraction: the pool's share of what the weights leave of the memory that JAX has (see
+        ``EngineConfig.gpu_memory_fraction``), used when neither ``pages`` nor ``gigabytes`` is given. The rest is for
+        what a step makes and for adapters on their way. On the CPU it is a share of the free host memory, of which
+        the pool then takes at most 2 GiB.
       gigabytes: the pool's size in GiB, on each device.
       pages: the pool's size in pages of 16 token rows (one of them is the trash page).
     """
 
-    memory_fraction: float = pydantic.Field(0.9, gt=0, le=1)
-    gigabytes: float | None = pydantic.Field(None, gt=0)
-    pages: int | None = pydantic.Field(None, ge=2)
+    memory_fraction: Share = 0.9
+    gigabytes: Gigabytes | None = None
+    pages: int | None = pydantic.Field(None, ge=2, le=_MAX_COUNT)
 
 
-class SchedulerConfig(_Frozen):
+class SchedulerConfig(Section):
     """Limits of one engine step and of the queue.
 
     Attributes:
@@ -60,17 +108,17 @@ class SchedulerConfig(_Frozen):
       slo_ms: for ``abort``: milliseconds within which a request's first token is due, where it names none itself.
     """
 
-    max_batch_tokens: int = pydantic.Field(512, ge=16)
-    max_sequences: int = pydantic.Field(256, ge=1)
-    max_waiting: int = pydantic.Field(100_000, ge=1)
+    max_batch_tokens: int = pydantic.Field(512, ge=16, le=2**17)
+    max_sequences: int = pydantic.Field(256, ge=1, le=2**14)
+    max_waiting: int = pydantic.Field(100_000, ge=1, le=_MAX_COUNT)
     prefix_cache: bool = True
     policy: Policy = "fcfs"
-    max_wait_s: float = pydantic.Field(60.0, gt=0)
-    fair_weights: dict[str, Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]] = {}
+    max_wait_s: Amount = 60.0
+    fair_weights: dict[Text, Amount] = {}
     input_price: float = pydantic.Field(1.0, ge=0, allow_inf_nan=False)
     output_price: float = pydantic.Field(2.0, ge=0, allow_inf_nan=False)
-    batch_adapters: int = pydantic.Field(32, ge=1)
-    slo_ms: float = pydantic.Field(6000.0, gt=0, allow_inf_nan=False)
+    batch_adapters: int = pydantic.Field(32, ge=1, le=_MAX_COUNT)
+    slo_ms: Amount = 6000.0
 
     @pydantic.model_validator(mode="after")
     def _budget_covers_sequences(self):
@@ -82,7 +130,7 @@ class SchedulerConfig(_Frozen):
         return self
 
 
-class MeshConfig(_Frozen):
+class MeshConfig(Section):
     """The devices that share the model and the pool: tensor parallelism.
 
     Attributes:
@@ -92,10 +140,21 @@ class MeshConfig(_Frozen):
       host_id: which of them this one is, from 0; number 0 answers requests.
     """
 
-    tp: int = pydantic.Field(1, ge=1)
-    coordinator: str | None = None
-    num_hosts: int = pydantic.Field(1, ge=1)
+    tp: int = pydantic.Field(1, ge=1, le=2**14)
+    coordinator: Text | None = None
+    num_hosts: int = pydantic.Field(1, ge=1, le=2**14)
     host_id: int = pydantic.Field(0, ge=0)
+
+    @pydantic.field_validator("coordinator")
+    @classmethod
+    def _coordinator_is_an_address(cls, coordinator: str | None) -> str | None:
+        if coordinator is not None:
+            port = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[^\s:/]+):([0-9]{1,5})", coordinator)
+            if port is None or not 0 < int(port[1]) < 2**16:
+                raise ValueError(
+                    "must be ADDRESS:PORT of the first host, such as 10.0.0.1:8002, with a port below 65536"
+                )
+        return coordinator
 
     @pydantic.model_validator(mode="after")
     def _hosts_can_meet(self):
@@ -106,7 +165,7 @@ class MeshConfig(_Frozen):
         return self
 
 
-class EngineConfig(_Frozen):
+class EngineConfig(Section):
     """One engine: a base model, its adapters, and how much of the machine it takes.
 
     Attributes:
@@ -121,30 +180,35 @@ class EngineConfig(_Frozen):
         None takes half of what is free after the pool was made. On several hosts, of each.
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
+      generation_config: requests that do not say how to sample do as the model's ``generation_config.json`` says.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
       compilation_cache: where compiled steps are kept, for faster starts; None keeps none.
+      gpu_memory_fraction: the share of each GPU's memory that JAX takes when it starts; None takes 0.92, and 0.88 where
+        several devices share the model, as collectives keep their buffers outside (see ``slora_jax.gpu_memory``).
       warm_up: compile every shape of step before the server says that it is ready, so that no request waits for it;
-        None does so on a GPU, not on a CPU.
+        None does so on a GPU, and on a CPU for the shapes that a few short requests need.
       pool, scheduler, mesh: see there.
       seed: seeds dummy weights and requests that bring no seed.
     """
 
-    model: str = "demo"
-    served_name: str | None = None
+    model: Text = "demo"
+    served_name: Text | None = None
     dummy: bool = False
-    adapters: dict[str, str] = {}
-    adapter_dirs: tuple[str, ...] = ()
-    pinned: tuple[str, ...] = ()
-    host_adapter_gigabytes: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
+    adapters: dict[Text, Text] = {}
+    adapter_dirs: tuple[Text, ...] = ()
+    pinned: tuple[Text, ...] = ()
+    host_adapter_gigabytes: Gigabytes | None = None
+    gpu_memory_fraction: Share | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = pydantic.Field(None, ge=1)
-    checkpoint_cache: str | None = "~/.cache/slora-jax/checkpoints"
-    compilation_cache: str | None = "~/.cache/slora-jax/compiled"
+    generation_config: bool = True
+    checkpoint_cache: Text | None = "~/.cache/slora-jax/checkpoints"
+    compilation_cache: Text | None = "~/.cache/slora-jax/compiled"
     warm_up: bool | None = None
     pool: PoolConfig = PoolConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
+    seed: int = pydantic.Field(0, ge=0, lt=2**63)
 
 
 def build_config(fields: dict[str, Any]) -> EngineConfig:
@@ -162,28 +226,92 @@ def validated[Model: pydantic.BaseModel](model: type[Model], fields: Mapping[str
     Raises:
       InvalidRequest: an unknown key or a bad value; the message lists each by its path.
     """
+    built, problems = checked(model, fields, section)
+    if built is None:
+        raise InvalidRequest(f"invalid configuration: {'; '.join(f'{path}: {text}' for path, text in problems)}")
+    return built
+
+
+def checked[Model: pydantic.BaseModel](
+    model: type[Model], fields: Mapping[str, Any], section: str = ""
+) -> tuple[Model | None, list[tuple[str, str]]]:
+    """As ``validated``, but gives the problems to whoever has more of them to tell.
+
+    Returns:
+      The config model, or None; and every problem as the path of its field and what is wrong there.
+    """
     try:
-        return model(**fields)
+        return model.model_validate(dict(fields)), []
     except pydantic.ValidationError as e:
         problems = []
         for problem in e.errors():
-            path = ".".join(map(str, ((section,) if section else ()) + problem["loc"])) or "config"
-            problems.append(f"{path}: {problem['msg']} (got {problem['input']!r})")
-        raise InvalidRequest(f"invalid configuration: {'; '.join(problems)}") from None
+            parts = ((section,) if section else ()) + problem["loc"]
+            # pydantic marks a bad key by a part of its own, and its name is there already.
+            path = ".".join(_shown(part) for part in parts if part != "[key]") or "config"
+            text = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                text = "there is no such field"
+            problems.append((path, f"{text} (got {_BRIEF.repr(problem['input'])})"))
+        return None, problems
+
+
+_BRIEF = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=3, maxtuple=3, maxstring=80, maxlong=40, maxother=80)
+"""Values as they are shown in messages: one could be a megabyte, or hold itself."""
+
+
+def _shown(part: object) -> str:
+    """A part of a field's path, which may be any key that somebody wrote."""
+    return part if isinstance(part, str) and part.isprintable() and len(part) <= 80 else _BRIEF.repr(part)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what a file of settings has no use for, and what YAML readers otherwise take in silence."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            # A few lines of them can stand for billions of values.
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "the name of a field must be text; put it in quotes", key.start_mark
+                    )
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{_shown(key.value)} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping.
+    """Reads a YAML mapping: plain values under names that are texts, each of them once.
 
     Raises:
-      InvalidRequest: no such file, not YAML, or not a mapping at the top.
+      InvalidRequest: no such file, not YAML, larger than 1 MiB, with aliases, tags of other languages, a name twice or
+        a name that is no text, or not a mapping at the top.
     """
     try:
-        fields = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise InvalidRequest(f"cannot read config {path}: {e.strerror}") from None
+        with path.open("rb") as file:
+            text = file.read(_MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as e:
+        raise InvalidRequest(f"cannot read config {_shown(str(path))}: {getattr(e, 'strerror', None) or e}") from None
+    if len(text) > _MAX_FILE_BYTES:
+        raise InvalidRequest(f"config {path} is larger than 1 MiB; is it a configuration?")
+    try:
+        fields = yaml.load(text, _Loader)
+    except RecursionError:
+        raise InvalidRequest(f"config {path} is not valid YAML: it is nested too deeply") from None
     except yaml.YAMLError as e:
         raise InvalidRequest(f"config {path} is not valid YAML: {e}") from None
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as e:
+        # What PyYAML's constructors let through: a date that is none, or a tag on a value that is not of its kind.
+        raise InvalidRequest(f"config {path} is not valid YAML: a value is not what it is tagged as ({e})") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"config {path} must hold a mapping of fields, got {type(fields).__name__}")
     return fields

@@ -4,6 +4,40 @@ Only ``slora_jax.api`` knows HTTP status codes; it maps these classes to them. E
 an adapter still loading) is not an error and never raises: see ``memory.pages`` and ``adapters.store``.
 """
 
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_LONGEST_SHOWN = 80
+_MOST_SHOWN = 6
+_DEEPEST_SHOWN = 3
+
+
+def shown(value: Any) -> str:
+    """What was got, for a message: JSON of at most 80 characters, whatever the value's size or depth.
+
+    Only as much of the value is looked at as is shown. What JSON does not have is shown by its ``repr``.
+    """
+    text = json.dumps(_pruned(value, _DEEPEST_SHOWN), default=lambda other: repr(other)[:_LONGEST_SHOWN])
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+
+
+def _pruned(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return value[:_LONGEST_SHOWN]
+    if isinstance(value, int) and value.bit_length() > 256:
+        # Python refuses to write numbers of thousands of digits.
+        return f"an integer of {value.bit_length()} bits"
+    if not isinstance(value, (list, tuple, Mapping)):
+        return value
+    if value and depth == 0:
+        return "..."
+    if isinstance(value, Mapping):
+        items = itertools.islice(value.items(), _MOST_SHOWN)
+        return {str(_pruned(name, 0)): _pruned(item, depth - 1) for name, item in items}
+    return [_pruned(item, depth - 1) for item in value[:_MOST_SHOWN]] + ["..."] * (len(value) > _MOST_SHOWN)
+
 
 class SLoRAError(Exception):
     """Base of every error this package raises on purpose."""

@@ -5,17 +5,27 @@ A ``Request`` is tokens plus an adapter name plus ``SamplingParams``. The engine
 """
 
 import dataclasses
-import math
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from slora_jax.errors import InvalidRequest
+from slora_jax.errors import InvalidRequest, shown
 
 MAX_LOGPROBS = 20
 """Most alternatives per token that ``SamplingParams.logprobs`` may ask for (OpenAI's limit)."""
 
 MAX_N = 128
 """Most completions one request may ask for."""
+
+MAX_STOPS = 128
+"""Most stop strings, and most stop token ids, of one request."""
+
+MAX_STOP_LENGTH = 1024
+"""Most characters of one stop string."""
+
+MIN_TEMPERATURE = 1e-4
+"""Sampling at a lower temperature is greedy. A gap of 0.01 between two logits is then worth a factor of e^100."""
 
 FinishReason = Literal["stop", "length", "abort", "error", "late"]
 
@@ -24,6 +34,70 @@ MAX_PRIORITY = 1_000_000
 MAX_SLO_MS = 86_400_000.0
 """A day."""
 
+_INT32_MAX = 2**31 - 1
+
+
+class Bounds(NamedTuple):
+    """What a number may be that a client or a caller sends.
+
+    Attributes:
+      kind: ``int``, or ``float`` for any finite number.
+      least, most: inclusive.
+      why: where the number goes, and so why no others are allowed.
+      above_least: ``least`` itself is not allowed.
+    """
+
+    kind: type[int] | type[float]
+    least: float
+    most: float
+    why: str
+    above_least: bool = False
+
+    def __str__(self) -> str:
+        what = "an integer" if self.kind is int else "a number"
+        if self.above_least:
+            return f"{what} above {self.least} and at most {self.most}"
+        return f"{what} from {self.least} to {self.most}"
+
+    def allow(self, value: Any) -> bool:
+        """Whether ``value`` is of the kind (booleans are no numbers) and within the bounds (NaN never is)."""
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
+            return False
+        return self.least <= value <= self.most and not (self.above_least and value == self.least)
+
+
+BOUNDS = {
+    "max_tokens": Bounds(int, 1, _INT32_MAX, "positions are int32"),
+    "temperature": Bounds(float, 0.0, 100.0, "float32; logits are divided by it, if it is at least MIN_TEMPERATURE"),
+    "top_k": Bounds(int, 0, _INT32_MAX, "int32; more than the vocabulary has means all of it"),
+    "top_p": Bounds(float, 0.0, 1.0, "float32 probability", above_least=True),
+    "min_p": Bounds(float, 0.0, 1.0, "float32 probability"),
+    "repetition_penalty": Bounds(
+        float, 0.01, 100.0, "float32; logits are divided or multiplied by it, and stay finite"
+    ),
+    "presence_penalty": Bounds(float, -2.0, 2.0, "float32, OpenAI's range"),
+    "frequency_penalty": Bounds(float, -2.0, 2.0, "float32, OpenAI's range; counted for each of the tokens"),
+    "seed": Bounds(int, -(2**63), 2**64 - 1, "two uint32 of a key: any integer of 64 bits, signed or not"),
+    "logprobs": Bounds(int, 0, MAX_LOGPROBS, "so many are computed in every step that asks for any"),
+    "stop_token_ids": Bounds(int, 0, _INT32_MAX, "token ids are int32"),
+    "n": Bounds(int, 1, MAX_N, "each is a sequence of its own"),
+    "prompt": Bounds(int, -(2**31), _INT32_MAX, "token ids are int32; the engine knows its vocabulary"),
+    "priority": Bounds(int, -MAX_PRIORITY, MAX_PRIORITY, "an order, so there is no use for more"),
+    "slo_ms": Bounds(float, 0.0, MAX_SLO_MS, "a time to wait", above_least=True),
+}
+"""Every number of ``SamplingParams`` and ``Request``: the one place that says what may go into the engine's arrays."""
+
+
+def check_number(name: str, value: Any, bounds: Bounds | None = None) -> None:
+    """Checks a number by ``BOUNDS[name]``, or by the ``bounds`` given for it.
+
+    Raises:
+      InvalidRequest: it is of another kind or out of bounds; ``param`` is ``name``.
+    """
+    bounds = bounds or BOUNDS[name]
+    if not bounds.allow(value):
+        raise InvalidRequest(f"{name} must be {bounds}, got {shown(value)}", name)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -31,23 +105,23 @@ class SamplingParams:
 
     The distribution is made in this order: repetition, presence and frequency penalties on the logits;
     division by ``temperature``; ``top_k``; ``top_p``; ``min_p``. Log-probabilities are those of the model's
-    logits before all of this.
+    logits before all of this. ``BOUNDS`` says which numbers are allowed; others raise ``InvalidRequest``.
 
     Attributes:
-      max_tokens: most tokens to generate, >= 1.
-      temperature: >= 0; 0 is greedy.
-      top_k: keep the k most likely tokens; 0 keeps all.
+      max_tokens: most tokens to generate, >= 1; fewer where the context ends before.
+      temperature: in [0, 100]; 0 is greedy, and so is, and becomes 0, what is below ``MIN_TEMPERATURE``.
+      top_k: keep the k most likely tokens; 0, and any number above the vocabulary's, keeps all.
       top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
       min_p: drop tokens less likely than ``min_p`` times the most likely one, in [0, 1].
-      repetition_penalty: > 0; logits of tokens in prompt or output are divided (if positive) or multiplied
-        (if negative) by it (CTRL, arXiv 1909.05858).
+      repetition_penalty: in [0.01, 100]; logits of tokens in prompt or output are divided (if positive) or
+        multiplied (if negative) by it (CTRL, arXiv 1909.05858).
       presence_penalty: in [-2, 2], subtracted once from logits of tokens already generated.
       frequency_penalty: in [-2, 2], subtracted once per occurrence among the tokens generated.
-      seed: 64-bit; the same seed, prompt and adapter give the same tokens whatever else is in the batch.
-        None draws one.
+      seed: any integer of 64 bits, signed or not (-1 and 2**64 - 1 are one seed); the same seed, prompt and adapter
+        give the same tokens whatever else is in the batch. None draws one.
       logprobs: None for none; k returns the chosen token's log-probability and the k most likely.
-      stop: texts that end the completion; the text returned ends before the match.
-      stop_token_ids: token ids that end the completion; like EOS, they are not part of the text.
+      stop: at most ``MAX_STOPS`` texts that end the completion; the text returned ends before the match.
+      stop_token_ids: at most ``MAX_STOPS`` token ids that end the completion; like EOS, they are not part of the text.
       ignore_eos: go on after the model's end-of-sequence token.
       n: completions for this prompt; completion i uses ``seed + i``.
     """
@@ -68,28 +142,20 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self):
-        for name, as_tuple in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
-            if isinstance(as_tuple, str):
-                object.__setattr__(self, name, (as_tuple,))
-            elif not isinstance(as_tuple, tuple):
-                object.__setattr__(self, name, tuple(as_tuple))
-        _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, None)
-        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise InvalidRequest(f"stop must be non-empty strings, got {self.stop!r}", "stop")
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        for name in _SAMPLING_NUMBERS:
+            value = getattr(self, name)
+            if value is not None or name not in ("seed", "logprobs"):
+                check_number(name, value)
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
+        for text in self.stop:
+            _check_stop(text)
         for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0, None)
-        _check_int("n", self.n, 1, MAX_N)
+            check_number("stop_token_ids", token)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}", "ignore_eos")
 
     @property
     def uses_penalties(self) -> bool:
@@ -99,19 +165,34 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
-def _check_int(name: str, value, low: int | None, high: int | None):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} must be an integer, got {value!r}", name)
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidRequest(f"{name} must be {bounds}, got {value}", name)
+_SAMPLING_NUMBERS = tuple(name for name in SamplingParams.__slots__ if name in BOUNDS and name != "stop_token_ids")
 
 
-def _check_float(name: str, value, low: float, high: float, open_low: bool = False):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidRequest(f"{name} must be a finite number, got {value!r}", name)
-    if value > high or value < low or (open_low and value == low):
-        raise InvalidRequest(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value:g}", name)
+def _as_tuple(name: str, value: Any) -> tuple:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise InvalidRequest(f"{name} must be a list, got {shown(value)}", name)
+    values = tuple(value)
+    if len(values) > MAX_STOPS:
+        raise InvalidRequest(f"{name} may have at most {MAX_STOPS} entries, got {len(values)}", name)
+    return values
+
+
+def _check_stop(text: Any) -> None:
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+        raise InvalidRequest(f"stop must be texts of 1 to {MAX_STOP_LENGTH} characters, got {shown(text)}", "stop")
+    if has_lone_surrogate(text):
+        raise InvalidRequest(f"stop: {shown(text)} is not valid Unicode, so no answer can contain it", "stop")
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether the text holds half of a character, which no tokenizer takes and UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +216,22 @@ class Request:
     slo_ms: float | None = None
 
     def __post_init__(self):
-        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _check_prompt(self.prompt)
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InvalidRequest(f"adapter must be a name or None, got {shown(self.adapter)}", "adapter")
+        check_number("priority", self.priority)
         if self.slo_ms is not None:
-            _check_float("slo_ms", self.slo_ms, 0.0, MAX_SLO_MS, open_low=True)
+            check_number("slo_ms", self.slo_ms)
+
+
+def _check_prompt(prompt: Any) -> None:
+    if isinstance(prompt, (str, bytes, bytearray)):
+        raise InvalidRequest(f"prompt must be token ids, got text: {shown(prompt)}; encode it first", "prompt")
+    try:
+        array("i", prompt)
+    except (TypeError, OverflowError):
+        message = f"prompt must be token ids, each {BOUNDS['prompt']}, got {shown(prompt)}"
+        raise InvalidRequest(message, "prompt") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,17 @@
-"""Tests marked ``gpu`` are skipped where JAX finds no GPU."""
+"""Tests marked ``gpu`` are skipped where JAX finds no GPU; generated tests draw the same examples in every run."""
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    # Examples of one test may share its ``tmp_path``: each writes all that it reads.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):

@@ -14,33 +14,27 @@ from pallas_kernels.pool import PAGE_SIZE, owner, take
 
 
 @partial(struct.dataclass, frozen=True)
-class ModulePlan:
-    """One module's part of a ``ReferenceLoraPlan``; R stacked rank rows.
+class ReferenceLoraPlan:
+    """What every layer of a step needs to know of its adapters: M modules, R stacked rank rows of each.
 
     Attributes:
-      rows_a: ``[2, R, chunks of d_in]`` int32: plane and pool row of each chunk of the stacked A.
-      rows_b: ``[2, R, chunks of d_out]`` int32, the same of B.
-      exists: ``[R]`` bool; the other stacked rows are padding.
-      index: ``[R]`` int32, index of each stacked row within its adapter's rank.
-      own: ``[T, R]`` bool, whether a stacked row belongs to the token's adapter.
-      column: ``[T, max_rank]`` int32, the token's own stacked rows, counted through a flattened ``[T, R]``.
-      scale: ``[T, max_rank]`` float32, 0 past the token's rank.
+      rows: ``[2 * M, 2, R, C]`` int32: plane and pool row of each chunk of every module's stacked A, then B; C the most
+        chunks that one has.
+      exists: ``[M, R]`` bool; the other stacked rows are padding.
+      index: ``[M, R]`` int32, index of each stacked row within its adapter's rank.
+      own: ``[M, T, R]`` bool, whether a stacked row belongs to the token's adapter.
+      column: ``[M, T, max_rank]`` int32, the token's own stacked rows, counted through a flattened ``[T, R]``.
+      scale: ``[M, T, max_rank]`` float32, 0 past the token's rank.
+      chunks: static; of every module's A, then B.
     """
 
-    rows_a: jax.Array
-    rows_b: jax.Array
+    rows: jax.Array
     exists: jax.Array
     index: jax.Array
     own: jax.Array
     column: jax.Array
     scale: jax.Array
-
-
-@partial(struct.dataclass, frozen=True)
-class ReferenceLoraPlan:
-    """What every layer of a step needs to know of its adapters."""
-
-    modules: tuple[ModulePlan, ...]
+    chunks: tuple[int, ...] = struct.field(pytree_node=False)
     active: tuple[int, ...] = struct.field(pytree_node=False)
     widths: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
     max_rank: int = struct.field(pytree_node=False)
@@ -51,17 +45,22 @@ def plan(segments, *, num_tokens, row_width, widths):
     segment = owner(segments.token_start, jnp.arange(num_tokens, dtype=jnp.int32))
     has_segment = (segment >= 0) & (segment <= last)
     segment = jnp.clip(segment, 0, last)
-    modules = tuple(
-        _plan_module(segments, m, segment, has_segment, row_width, *width) for m, width in enumerate(widths)
+    # All modules at once: a function for each would take seven times as long to compile.
+    of, exists, index, own, column, scale = jax.vmap(
+        partial(_stack, segments, segment=segment, has_segment=has_segment), in_axes=(1, 1)
+    )(segments.rank, segments.scale)
+    starts = jnp.concatenate([segments.start_a, segments.start_b], axis=1)
+    chunks = [-(-width // row_width) for side in zip(*widths, strict=True) for width in side]
+    rows = jax.vmap(partial(_locate, segments, chunks=max(chunks)), in_axes=(1, 0, 0, 1))(
+        starts, *(jnp.concatenate([array, array]) for array in (of, index)), jnp.tile(segments.rank, 2)
     )
     # The layers' gathers read these index arrays; without the barrier XLA recomputes them inside every gather.
-    return ReferenceLoraPlan(
-        jax.lax.optimization_barrier(modules), segments.active, tuple(widths), max_rank=segments.max_rank
-    )
+    arrays = jax.lax.optimization_barrier((rows, exists, index, own, column, scale))
+    return ReferenceLoraPlan(*arrays, tuple(chunks), segments.active, tuple(widths), max_rank=segments.max_rank)
 
 
-def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):
-    ranks = segments.rank[:, m]
+def _stack(segments, ranks, scales, *, segment, has_segment):
+    """Of one module: which segment each stacked row is of, and the last five arrays of the plan."""
     starts = jnp.cumulative_sum(ranks, include_initial=True).astype(jnp.int32)
     stacked = jnp.arange(segments.total_rank, dtype=jnp.int32)
     of = owner(starts, stacked)
@@ -72,19 +71,17 @@ def _plan_module(segments, m, segment, has_segment, row_width, d_in, d_out):
     own_rank = jnp.where(has_segment, ranks[segment], 0)
     token = jnp.arange(segment.shape[0], dtype=jnp.int32)
     column = jnp.minimum(starts[segment][:, None] + lane, segments.total_rank - 1)
-    locate = partial(_locate, segments, of=of, index=index, ranks=ranks)
-    return ModulePlan(
-        rows_a=locate(segments.start_a[:, m], chunks=-(-d_in // row_width)),
-        rows_b=locate(segments.start_b[:, m], chunks=-(-d_out // row_width)),
-        exists=exists,
-        index=index,
-        own=has_segment[:, None] & exists & (of == segment[:, None]),
-        column=token[:, None] * segments.total_rank + column,
-        scale=jnp.where(lane < own_rank[:, None], segments.scale[segment, m][:, None], 0.0),
+    return (
+        of,
+        exists,
+        index,
+        has_segment[:, None] & exists & (of == segment[:, None]),
+        token[:, None] * segments.total_rank + column,
+        jnp.where(lane < own_rank[:, None], scales[segment][:, None], 0.0),
     )
 
 
-def _locate(segments, starts, *, of, index, ranks, chunks):
+def _locate(segments, starts, of, index, ranks, *, chunks):
     """Plane and row ``[2, R, chunks]`` of every chunk of the stacked rows; of no meaning where none exists."""
     entry = (starts[of] + index)[:, None] + jnp.arange(chunks, dtype=jnp.int32) * ranks[of][:, None]
     num_pages = segments.page_start[of + 1] - segments.page_start[of]
@@ -98,23 +95,21 @@ def _locate(segments, starts, *, of, index, ranks, chunks):
 def lora_shrink(x, pool, layer, plan: ReferenceLoraPlan, modules):
     outputs = []
     for m in modules:
-        of = plan.modules[m]
-        a = _read(pool, layer, of.rows_a, of.exists, x.shape[1])
+        a = _read(pool, layer, plan, m, x.shape[1])
         products = jax.lax.dot_general(
             x, a, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
         )
-        picked = take(products.reshape(-1), of.column)
+        picked = take(products.reshape(-1), plan.column[m])
         # Not a product with 0: padding tokens may hold anything.
-        outputs.append(jnp.where(of.scale == 0.0, 0.0, picked * of.scale))
+        outputs.append(jnp.where(plan.scale[m] == 0.0, 0.0, picked * plan.scale[m]))
     return jnp.stack(outputs, axis=1)
 
 
 def lora_expand(partial_sums, pool, layer, plan: ReferenceLoraPlan, modules, dtype):
     outputs = []
     for j, m in enumerate(modules):
-        of = plan.modules[m]
-        b = _read(pool, layer, of.rows_b, of.exists, plan.widths[m][1])
-        spread = jnp.where(of.own, take(partial_sums[:, j].T, of.index).T, 0.0)
+        b = _read(pool, layer, plan, len(plan.widths) + m, plan.widths[m][1])
+        spread = jnp.where(plan.own[m], take(partial_sums[:, j].T, plan.index[m]).T, 0.0)
         outputs.append(jax.lax.dot(spread, b.astype(jnp.float32), precision="highest"))
     return jnp.concatenate(outputs, axis=1).astype(dtype)
 
@@ -123,9 +118,13 @@ def lora_delta(x, pool, layer, plan: ReferenceLoraPlan, modules):
     return lora_expand(lora_shrink(x, pool, layer, plan, modules), pool, layer, plan, modules, x.dtype)
 
 
-def _read(pool, layer, rows, exists, width):
-    """The stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included."""
-    num_rows = pool.shape[2]
-    chunks = take(pool.reshape(-1, pool.shape[3]), (2 * layer + rows[0]) * num_rows + rows[1])
+def _read(pool, layer, plan, side, width):
+    """One stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included.
+
+    ``side`` is a place in ``plan.rows``.
+    """
+    plane, row = plan.rows[side, :, :, : plan.chunks[side]]
+    exists = plan.exists[side % len(plan.widths)]
+    chunks = take(pool.reshape(-1, pool.shape[3]), (2 * layer + plane) * pool.shape[2] + row)
     matrix = chunks.reshape(exists.shape[0], -1)[:, :width]
     return jax.lax.select(jnp.broadcast_to(exists[:, None], matrix.shape), matrix, jnp.zeros_like(matrix))

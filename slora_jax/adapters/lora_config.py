@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from slora_jax.adapters.names import BadExpression, Expression, Expressions, NamePatterns, ends
 from slora_jax.errors import BadAdapter
 
 _USED = {
@@ -27,6 +28,7 @@ _USED = {
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
+    "layers_pattern",
 }
 
 # Where it came from, how it was trained, or how it was initialised (the tensors say what came of it).
@@ -37,7 +39,8 @@ _HARMLESS = {
     "peft_version",
     "inference_mode",
     "lora_dropout",
-    "layers_pattern",
+    # It says how GPT-2's layers store their weights; PEFT sets it to false for linear layers, which Llama's all are.
+    "fan_in_fan_out",
     "megatron_core",
     "loftq_config",
     "eva_config",
@@ -54,7 +57,6 @@ _REFUSED = {
     "use_dora": f"DoRA also rescales the base weights; train with use_dora=false, or {_MERGE}",
     "lora_bias": "LoRA here has no bias; train with lora_bias=false",
     "modules_to_save": f"it replaces whole modules of the base model; train without it, or {_MERGE}",
-    "fan_in_fan_out": "Llama's projections are stored as (out, in); train with fan_in_fan_out=false",
     "trainable_token_indices": f"it changes the base model's embeddings; train without it, or {_MERGE}",
     "layer_replication": f"it changes the number of layers of the base model; {_MERGE}",
     "target_parameters": "only whole q,k,v,o,gate,up,down projections can be adapted; use target_modules",
@@ -73,70 +75,88 @@ _ENABLED_BY_PRESENCE = {"monteclora_config", "use_bdlora", "arrow_config", "kasa
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_MAX_PATTERN_LENGTH = 500
-_MAX_PATTERN_QUANTIFIERS = 4
+_ALL_LINEAR = "all-linear"
+_PROJECTIONS = r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+_DEFAULT_TARGETS = ("q_proj", "v_proj")
+"""What PEFT adapts in a Llama, and in the models that are built like it, where the config names nothing."""
+
+_LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+_LONG_TARGET_LIST = 20
+_MAX_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """Rank, scale and targets of every projection. Names are the base model's: ``model.layers.0.self_attn.q_proj``.
+    """Rank, scale and targets of every projection, by PEFT's rules.
+
+    Names are the base model's: ``model.layers.0.self_attn.q_proj``.
 
     Attributes:
       rank, alpha: for projections that no pattern names.
-      rank_patterns, alpha_patterns: expression and value, the first match counts.
+      rank_patterns, alpha_patterns: values by expression.
       is_rank_stabilized: rsLoRA: the scale is alpha / sqrt(rank) instead of alpha / rank.
-      targets, excluded: names, or ends of names, that the adapter changes and leaves; None where the config does not
-        list them.
+      targets, excluded: what the adapter changes and what it leaves, of that: names and ends of names, or an
+        expression for whole names.
       layers: the only layers it changes, if not all.
+      layers_patterns: what comes before the layer's number in a name; any if there are none.
     """
 
     rank: int
     alpha: float
-    rank_patterns: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_patterns: tuple[tuple[re.Pattern[str], float], ...]
+    rank_patterns: NamePatterns[int]
+    alpha_patterns: NamePatterns[float]
     is_rank_stabilized: bool
-    targets: tuple[str, ...] | None
-    excluded: tuple[str, ...]
+    targets: frozenset[str] | Expression
+    excluded: frozenset[str] | Expression
     layers: frozenset[int] | None
+    layers_patterns: tuple[Expression, ...]
 
     def digest(self) -> bytes:
         """The same for configs that ask for the same, whatever else their files say."""
-        rank_patterns, alpha_patterns = (
-            [(pattern.pattern, value) for pattern, value in patterns]
-            for patterns in (self.rank_patterns, self.alpha_patterns)
+        targets, excluded = (
+            names.text if isinstance(names, Expression) else sorted(names) for names in (self.targets, self.excluded)
         )
-        layers = None if self.layers is None else sorted(self.layers)
         everything = (
-            self.rank, self.alpha, rank_patterns, alpha_patterns, self.is_rank_stabilized, self.targets, self.excluded,
-            layers,
+            self.rank, self.alpha, self.rank_patterns.items, self.alpha_patterns.items, self.is_rank_stabilized,
+            targets, excluded, None if self.layers is None else sorted(self.layers),
+            [pattern.text for pattern in self.layers_patterns],
         )  # fmt: skip
         return hashlib.sha256(repr(everything).encode("utf-8", "backslashreplace")).digest()
 
     def rank_of(self, name: str) -> int:
-        return _first_match(self.rank_patterns, name, self.rank)
+        return self.rank_patterns.get(name, self.rank)
 
     def scale_of(self, name: str) -> float:
         """What the product B A x is multiplied with."""
         rank = self.rank_of(name)
-        return _first_match(self.alpha_patterns, name, self.alpha) / (
-            math.sqrt(rank) if self.is_rank_stabilized else rank
-        )
+        return self.alpha_patterns.get(name, self.alpha) / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
-    def is_target(self, name: str, layer: int) -> bool:
-        """Whether the adapter changes this projection, as far as the config lists it."""
-        if any(_ends_with(name, end) for end in self.excluded):
+    def is_target(self, name: str) -> bool:
+        """Whether the adapter changes this module: PEFT's rules."""
+        if _is_among(name, self.excluded):
             return False
-        if self.targets is not None and name in self.targets:
+        if not _is_among(name, self.targets):
+            return False
+        # What is named in whole is changed whatever its layer.
+        if self.layers is None or isinstance(self.targets, Expression) or name in self.targets:
             return True
-        in_layers = self.layers is None or layer in self.layers
-        return in_layers and (self.targets is None or any(_ends_with(name, end) for end in self.targets))
+        return self._layer_of(name) in self.layers
+
+    def _layer_of(self, name: str) -> int | None:
+        if not self.layers_patterns:
+            match = _LAYER_NUMBER.match(name)
+            return int(match[1]) if match else None
+        for pattern in self.layers_patterns:
+            if pattern.match(name):
+                return pattern.number(name)
+        return None
 
 
 def parse_lora_config(raw: bytes) -> LoraConfig:
     """Parses the bytes of ``adapter_config.json``.
 
     Raises:
-      BadAdapter: not JSON, a value of the wrong kind, or something other than plain LoRA.
+      BadAdapter: not JSON, a value of the wrong kind, or something other than plain LoRA; the message names the field.
     """
     try:
         config = json.loads(raw)
@@ -154,16 +174,21 @@ def parse_lora_config(raw: bytes) -> LoraConfig:
     for field, value in config.items():
         if field in _USED or field in _HARMLESS or not _is_set(field, value):
             continue
-        raise _refusal(field, value, _REFUSED.get(field, "the field is unknown here and may change what it computes"))
+        shown = field if field.isidentifier() and field.isascii() and len(field) <= _MAX_SHOWN else _show(field)
+        raise _refusal(shown, value, _REFUSED.get(field, "the field is unknown here and may change what it computes"))
+    expressions = Expressions()
+    targets, layers = _targets(config, expressions), _layers(config)
+    _check_layers_fit(config, targets, layers)
     return LoraConfig(
         rank=_rank("r", config.get("r", 8)),
         alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
-        rank_patterns=_patterns(config, "rank_pattern", _rank),
-        alpha_patterns=_patterns(config, "alpha_pattern", _alpha),
+        rank_patterns=_patterns(config, "rank_pattern", _rank, expressions),
+        alpha_patterns=_patterns(config, "alpha_pattern", _alpha, expressions),
         is_rank_stabilized=_flag(config, "use_rslora"),
-        targets=_names(config, "target_modules"),
-        excluded=_names(config, "exclude_modules") or (),
-        layers=_layers(config),
+        targets=targets,
+        excluded=_names(config, "exclude_modules", expressions) or frozenset(),
+        layers=layers,
+        layers_patterns=_layers_patterns(config, expressions),
     )
 
 
@@ -187,47 +212,84 @@ def _check_init(value: Any) -> None:
     raise _refusal("init_lora_weights", value, f"known are true, false, {', '.join(_HARMLESS_INITS)}")
 
 
-def _patterns(config: dict[str, Any], field: str, check: Callable) -> tuple[tuple[re.Pattern[str], Any], ...]:
+def _patterns(
+    config: dict[str, Any], field: str, check: Callable[[str, Any], Any], expressions: Expressions
+) -> NamePatterns:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise _refusal(field, patterns, "expected an object from names to numbers")
-    return tuple((_compile(field, key), check(f"{field}[{key!r}]", value)) for key, value in patterns.items())
-
-
-def _compile(field: str, key: str) -> re.Pattern[str]:
-    """PEFT's rule: the key, as an expression, matches a whole name or the end of one that starts after a dot."""
-    bare = re.sub(r"\[[^\]]*\]", "x", re.sub(r"\\.", "x", key)).replace("(?", "(")
-    quantifiers = re.findall(r"(?:[*+?]|\{[^}]*\})[?+]?", bare)
-    if (
-        len(key) > _MAX_PATTERN_LENGTH
-        or len(quantifiers) > _MAX_PATTERN_QUANTIFIERS
-        or re.search(r"\)(?:[*+]|\{)", bare)
-    ):
-        # Python's matcher backtracks without a time limit, and adapters come from strangers.
-        raise _refusal(field, key, "the expression could take for ever to match; write it without repeated groups")
+    items = [(key, check(f"{field}[{_show(key)}]", value)) for key, value in patterns.items()]
     try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, RecursionError, OverflowError) as e:
-        raise _refusal(field, key, f"not a valid expression: {e}") from None
+        return NamePatterns(items, expressions)
+    except BadExpression as e:
+        raise _refusal(field, e.text, e.reason) from None
 
 
-def _first_match(patterns: tuple[tuple[re.Pattern[str], Any], ...], name: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns if pattern.match(name)), default)
+def _is_among(name: str, names: frozenset[str] | Expression) -> bool:
+    """PEFT's rule: an expression matches the whole name; a listed one is the name or an end of it after a dot."""
+    if isinstance(names, Expression):
+        return names.fullmatch(name)
+    return any(end in names for end in ends(name))
 
 
-def _ends_with(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+def _targets(config: dict[str, Any], expressions: Expressions) -> frozenset[str] | Expression:
+    targets = config.get("target_modules")
+    if targets is None:
+        return frozenset(_DEFAULT_TARGETS)
+    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+        return expressions.compile(_PROJECTIONS)
+    return _names(config, "target_modules", expressions)
 
 
-def _names(config: dict[str, Any], field: str) -> tuple[str, ...] | None:
+def _names(config: dict[str, Any], field: str, expressions: Expressions) -> frozenset[str] | Expression | None:
     names = config.get(field)
-    # A string is an expression or a shorthand; then the file's tensors say what was meant.
-    if names is None or isinstance(names, str):
+    if names is None or (names == "" and field == "exclude_modules"):
         return None
+    if isinstance(names, str):
+        try:
+            return expressions.compile(names)
+        except BadExpression as e:
+            raise _refusal(field, names, e.reason) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _refusal(field, names, "expected a list of module names")
-    # PEFT writes a set, in any order.
-    return tuple(sorted(names))
+    return frozenset(names)
+
+
+def _layers_patterns(config: dict[str, Any], expressions: Expressions) -> tuple[Expression, ...]:
+    patterns = config.get("layers_pattern") or []
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise _refusal("layers_pattern", patterns, "expected the name of what holds the layers, or a list of such")
+    try:
+        return tuple(expressions.compile(pattern, r"(?:^|.*?\.){}\.(\d+)\.") for pattern in patterns)
+    except BadExpression as e:
+        raise _refusal("layers_pattern", patterns, e.reason) from None
+
+
+def _check_layers_fit(
+    config: dict[str, Any], targets: frozenset[str] | Expression, layers: frozenset[int] | None
+) -> None:
+    """Refuses what PEFT refuses, and what it may read in another way than it is written."""
+    if isinstance(config.get("target_modules"), str):
+        for field in ("layers_to_transform", "layers_pattern"):
+            if config.get(field) is not None:
+                raise _refusal(
+                    field,
+                    config[field],
+                    "target_modules is an expression, which says itself for which layers it is; leave the field out, "
+                    "or list module names in target_modules",
+                )
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        raise _refusal("layers_pattern", config["layers_pattern"], "it needs layers_to_transform")
+    if layers is None or isinstance(targets, Expression):
+        return
+    if len(targets) >= _LONG_TARGET_LIST and any(name.startswith("model.") for name in targets):
+        raise _refusal(
+            "target_modules",
+            config["target_modules"],
+            "PEFT shortens a long list of whole names, and then layers_to_transform bears on them; name ends of them",
+        )
 
 
 def _layers(config: dict[str, Any]) -> frozenset[int] | None:
@@ -241,7 +303,7 @@ def _layers(config: dict[str, Any]) -> frozenset[int] | None:
 
 
 def _rank(field: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value < 2**31:
         raise _refusal(field, value, "a rank must be a positive integer")
     return value
 
@@ -268,5 +330,14 @@ def _refusal(field: str, value: Any, reason: str) -> BadAdapter:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    """The value as JSON, in the first characters that it takes. Never raises, whatever JSON had in it."""
+    text = ""
+    try:
+        # In pieces, as the whole may be long, or nested deeper than can be written.
+        for piece in json.JSONEncoder().iterencode(value):
+            text += piece[: _MAX_SHOWN + 1]
+            if len(text) > _MAX_SHOWN:
+                return f"{text[: _MAX_SHOWN - 3]}..."
+    except RecursionError:
+        return f"{text}..."
+    return text

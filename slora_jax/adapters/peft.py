@@ -17,23 +17,28 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from slora_jax.adapters.lora_config import LoraConfig, parse_lora_config
-from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor
+from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor, shown
 from slora_jax.errors import BadAdapter
-from slora_jax.memory.layout import MODULES, AdapterLayout, PoolLayout
+from slora_jax.memory.layout import AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 
 MAX_RANK = 256
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_MAX_CONFIG_BYTES = 4 * 2**20
+# Parsing holds the interpreter's lock: so much takes at most some 15 ms. A config with a rank and an alpha for each
+# projection of the largest Llama takes 150 kB.
+_MAX_CONFIG_BYTES = 512 * 2**10
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MODULE_PATHS = {m: f"{'self_attn' if m in 'qkvo' else 'mlp'}.{m}_proj" for m in MODULES}
+# What PEFT can adapt besides the projections, and is not adapted here.
+_OTHER_MODULES = ("model.embed_tokens", "lm_head")
 _MODULE_OF_PATH = {path: module for module, path in _MODULE_PATHS.items()}
 # With the adapter's name before ".weight" as state dicts taken from a running model have it, or without.
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.model\.layers\.(0|[1-9]\d{0,5})\."
-    r"(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.lora_([AB])(?:\.([^.]+))?\.weight"
+    r"(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.lora_([AB])(?:\.([!-\-/-~]{1,100}))?\.weight"
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -74,6 +79,15 @@ class AdapterHeader:
     modified_ns: tuple[int, int]
 
     @property
+    def digest(self) -> str:
+        """``fingerprint`` as text: equal on hosts that found the same config, table of tensors and size of file.
+
+        Costs nothing, as registering computes it. Weights that differ under one table are found only when they are
+        loaded: see ``HostAdapter.content_hash``.
+        """
+        return self.fingerprint.hex()
+
+    @property
     def ranks(self) -> Mapping[str, int]:
         return self.shape.ranks
 
@@ -92,10 +106,6 @@ class AdapterHeader:
     @property
     def max_rank(self) -> int:
         return max(self.shape.ranks.values())
-
-    def is_same_files(self, other: "AdapterHeader") -> bool:
-        """Whether both describe the same files, not written to in between."""
-        return (self.path, self.fingerprint, self.modified_ns) == (other.path, other.fingerprint, other.modified_ns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,9 +230,14 @@ def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except BadAdapter as e:
-        raise BadAdapter(f"adapter {folder}: {e}") from None
+        raise BadAdapter(printable(f"adapter {folder}: {e}")) from None
     except OSError as e:
-        raise BadAdapter(f"adapter {folder}: cannot be read: {e.strerror or e}") from None
+        raise BadAdapter(printable(f"adapter {folder}: cannot be read: {e.strerror or e}")) from None
+
+
+def printable(text: str) -> str:
+    """Without the halves of characters that names of files may have, and that no client can be sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,18 +257,27 @@ class _Source:
 def _opened(folder: Path) -> Iterator[_Source]:
     if not folder.is_dir():
         raise BadAdapter("no such folder; give a folder that PEFT's save_pretrained wrote")
-    with _open(folder, CONFIG_FILE, "this is not a folder that PEFT's save_pretrained wrote") as file:
+    with _reading(CONFIG_FILE), _open(folder, CONFIG_FILE, "save it with PEFT's save_pretrained") as file:
         status = os.fstat(file.fileno())
-        if status.st_size > _MAX_CONFIG_BYTES:
+        config, config_modified_ns = file.read(_MAX_CONFIG_BYTES + 1), status.st_mtime_ns
+        if len(config) > _MAX_CONFIG_BYTES:
             raise BadAdapter(f"{CONFIG_FILE} has {status.st_size} bytes, more than the {_MAX_CONFIG_BYTES} allowed")
-        config, config_modified_ns = file.read(_MAX_CONFIG_BYTES), status.st_mtime_ns
-    with _open(folder, WEIGHTS_FILE, "save it with PEFT's save_pretrained") as file:
+    with _reading(WEIGHTS_FILE), _open(folder, WEIGHTS_FILE, "save it with PEFT's save_pretrained") as file:
         with _in_weights_file():
             table, file_bytes = read_table(file)
         table_digest = hashlib.sha256(f"{file_bytes}\n".encode() + table).digest()
         fingerprint = hashlib.sha256(table_digest + config).digest()
         modified_ns = (config_modified_ns, os.fstat(file.fileno()).st_mtime_ns)
         yield _Source(config, table, file, file_bytes, table_digest, fingerprint, modified_ns)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Makes an unreadable file a refusal that names it."""
+    try:
+        yield
+    except OSError as e:
+        raise BadAdapter(f"{name}: cannot be read: {e.strerror or e}") from None
 
 
 @contextmanager
@@ -267,11 +291,17 @@ def _in_weights_file() -> Iterator[None]:
 def _open(folder: Path, name: str, remedy: str) -> BinaryIO:
     path = folder / name
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadAdapter(f"{name} is not a regular file; {remedy}")
+        # Should a pipe take its place now, this does not wait for a writer.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     except FileNotFoundError:
-        is_file = False
-    if is_file:
-        return path.open("rb")
+        pass
+    else:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+        raise BadAdapter(f"{name} is not a regular file; {remedy}")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles and name == WEIGHTS_FILE:
         remedy = (
@@ -313,7 +343,44 @@ def _check(source: _Source, config: LoraConfig, pool: PoolLayout) -> tuple[Adapt
 def _pair_tensors(
     entries: list[TensorEntry], config: LoraConfig, pool: PoolLayout
 ) -> dict[tuple[int, str], tuple[TensorEntry, TensorEntry]]:
-    """A and B of every (layer, module), sorted, checked for name, shape and rank."""
+    """A and B of every (layer, module), sorted, checked for name, shape and rank; all that the config targets."""
+    found = _tensors_by_projection(entries, pool)
+    pairs: dict[tuple[int, str], tuple[TensorEntry, TensorEntry]] = {}
+    missing = [name for name in _OTHER_MODULES if config.is_target(name)]
+    num_targets = len(missing)
+    for key in ((layer, module) for layer in range(pool.num_layers) for module in MODULES):
+        name, tensors = _module_name(*key), found.get(key)
+        is_target = config.is_target(name)
+        num_targets += is_target
+        if tensors is None:
+            if is_target:
+                missing.append(name)
+            continue
+        if len(tensors) < 2:
+            (part,) = tensors
+            other = {"A": "B", "B": "A"}[part]
+            raise BadAdapter(f"tensor {tensors[part].name} has no lora_{other} beside it; save the adapter again")
+        if not is_target:
+            raise BadAdapter(
+                f"tensor {tensors['A'].name} is for a module that {CONFIG_FILE} does not target (target_modules, "
+                "exclude_modules, layers_to_transform), so PEFT would ignore it; correct the config or remove the "
+                "tensor"
+            )
+        _check_projection(*key, tensors["A"], tensors["B"], config, pool)
+        pairs[key] = (tensors["A"], tensors["B"])
+    if missing:
+        raise BadAdapter(
+            f"{WEIGHTS_FILE} has no tensors for {len(missing)} of the {num_targets} modules that {CONFIG_FILE} targets "
+            f"(target_modules, exclude_modules, layers_to_transform), the first of them {missing[0]}; save the whole "
+            "adapter, or let the config target what it has"
+        )
+    return pairs
+
+
+def _tensors_by_projection(
+    entries: list[TensorEntry], pool: PoolLayout
+) -> dict[tuple[int, str], dict[str, TensorEntry]]:
+    """The tensors by (layer, module), then "A" and "B"."""
     if not entries:
         raise BadAdapter(f"{WEIGHTS_FILE} holds no tensors; save the adapter again")
     found: dict[tuple[int, str], dict[str, TensorEntry]] = {}
@@ -321,7 +388,7 @@ def _pair_tensors(
     for entry in entries:
         match = _TENSOR_NAME.fullmatch(entry.name)
         if match is None:
-            raise BadAdapter(f"tensor {entry.name} matches nothing here: {_why_unmatched(entry.name)}")
+            raise BadAdapter(f"tensor {shown(entry.name)} matches nothing here: {_why_unmatched(entry.name)}")
         layer, module, part = int(match[1]), _MODULE_OF_PATH[match[2]], match[3]
         if layer >= pool.num_layers:
             raise BadAdapter(
@@ -332,27 +399,13 @@ def _pair_tensors(
         found.setdefault((layer, module), {})[part] = entry
     if len(infixes) > 1:
         raise BadAdapter(f"it mixes tensors of several adapters: {', '.join(list(infixes.values())[:2])}; save one")
-    pairs = {}
-    for key in sorted(found, key=lambda key: (key[0], MODULES.index(key[1]))):
-        tensors = found[key]
-        if len(tensors) < 2:
-            (part,) = tensors
-            missing = {"A": "B", "B": "A"}[part]
-            raise BadAdapter(f"tensor {tensors[part].name} has no lora_{missing} beside it; save the adapter again")
-        _check_projection(*key, tensors["A"], tensors["B"], config, pool)
-        pairs[key] = (tensors["A"], tensors["B"])
-    return pairs
+    return found
 
 
 def _check_projection(
     layer: int, module: str, a: TensorEntry, b: TensorEntry, config: LoraConfig, pool: PoolLayout
 ) -> None:
     name = _module_name(layer, module)
-    if not config.is_target(name, layer):
-        raise BadAdapter(
-            f"tensor {a.name} is for a module that {CONFIG_FILE} does not target (target_modules, exclude_modules, "
-            "layers_to_transform), so PEFT would ignore it; correct the config or remove the tensor"
-        )
     rank = config.rank_of(name)
     if rank > MAX_RANK:
         raise BadAdapter(f"rank {rank} of {name} is too high: at most {MAX_RANK} is served; train with a lower rank")

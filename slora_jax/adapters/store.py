@@ -1,9 +1,10 @@
 """The registry of adapters and their weights in host memory.
 
 A name stands for its *current version*; a version is one immutable adapter, and its object is the handle that requests
-hold. Registering other content under a name in use puts a new version in the old one's place in one step: requests
-that asked for the name before keep the old version and its weights, in the pool or in host memory, later ones get the
-new version. An old version whose files are no longer there when it must be read (again) fails with that reason.
+hold. Registering a name in use puts a new version in the old one's place in one step, whatever the folder holds:
+requests that asked for the name before keep the old version and its weights, in the pool or in host memory, later ones
+get the new version, which is read anew. If its content turns out to be the same, it shares the old one's pages. An old
+version whose files are no longer there when it must be read (again) fails with that reason.
 The store refers only to current versions, so an old or unregistered one is freed, host memory and all, as soon as the
 last request that holds it lets go.
 
@@ -14,6 +15,8 @@ bounded. A load without room waits, first come, first served, until enough is le
 
 import difflib
 import logging
+import math
+import os
 import re
 import sys
 import threading
@@ -29,7 +32,15 @@ from typing import Any, Literal
 import numpy as np
 
 from slora_jax.adapters.host_cache import HostCache
-from slora_jax.adapters.peft import CONFIG_FILE, AdapterHeader, AdapterShape, HostAdapter, load_adapter, read_header
+from slora_jax.adapters.peft import (
+    CONFIG_FILE,
+    AdapterHeader,
+    AdapterShape,
+    HostAdapter,
+    load_adapter,
+    printable,
+    read_header,
+)
 from slora_jax.errors import BadAdapter, UnknownAdapter
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -165,6 +176,7 @@ class AdapterStore:
         capacity: int | None = None,
         host_bytes: Callable[[int], int] | None = None,
         max_pinned_pages: int | None = None,
+        base_name: str | None = None,
         confirm: Callable[[HostAdapter], None] | None = None,
     ):
         """
@@ -179,6 +191,7 @@ class AdapterStore:
           capacity: bytes of host memory for all adapters; None for no bound. Not counted are those registered with
             their weights, which never leave, and what the threads work on.
           max_pinned_pages: pool pages that pinned adapters may take together; None for no bound.
+          base_name: the base model's, which no adapter may have, nor begin with it and a colon.
           host_bytes: bytes that ``stage`` keeps of an adapter of so many pages; by default those of its pages.
           confirm: asked about each adapter read from disk after it was staged, by the thread that loaded it, which it
             may keep waiting: raises BadAdapter if the adapter cannot be served after all.
@@ -186,6 +199,7 @@ class AdapterStore:
         self._model = model
         self._pool_layout = pool_layout
         self._dtype = np.dtype(dtype)
+        self._base_name = base_name
         self._on_change = on_change
         self._stage = stage or (lambda packed: packed)
         self._confirm = confirm or (lambda host: None)
@@ -211,8 +225,8 @@ class AdapterStore:
     def register(self, name: str, path: Path | str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available, checking all that can be checked without reading its weights.
 
-        If the name already stands for the same files, unchanged and not failed, at most its pin changes. If it stands
-        for anything else, this adapter takes its place for new requests; see the module's docstring.
+        If the name stands for an adapter already, the same folder's or another's, this one takes its place for new
+        requests, and its files are read anew; see the module's docstring.
 
         Args:
           name: what requests call it: letters, digits and ``._:@+=-``, in parts separated by ``/``.
@@ -220,19 +234,31 @@ class AdapterStore:
           pinned: it is to stay in the pool.
 
         Raises:
-          BadAdapter: a bad name, the adapter cannot be served exactly as trained, or there is no room for the pin;
-            nothing changes then.
+          BadAdapter: a bad name, the adapter cannot be served exactly as trained, it takes more than all of the host
+            memory that adapters may take, or there is no room for the pin; nothing changes then.
         """
-        _check_name(name)
+        self._check_name(name)
         header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
+        too_large = self._too_large(header)
+        if too_large:
+            raise BadAdapter(too_large)
         with self._changed:
             if len(self._known_shapes) > _MAX_KNOWN_SHAPES:
                 self._known_shapes.clear()
-            version = self._versions.get(name)
-            if version is None or version.status == "failed" or not version.header.is_same_files(header):
-                version = AdapterVersion(self, name, header)
+            version = AdapterVersion(self, name, header)
             self._set_current(name, version, pinned)
             return version.info
+
+    def _too_large(self, header: AdapterHeader) -> str:
+        """Why the adapter can never be loaded, or ""."""
+        size = self._host_bytes(header.num_pages)
+        if size <= self._cache.capacity:
+            return ""
+        return (
+            f"adapter {header.path}: it takes {size / 2**30:.3g} GiB of host memory, but all adapters may take "
+            f"{self._cache.capacity / 2**30:.3g}; "
+            f"raise host_adapter_gigabytes (--host-adapter-memory) to {_round_up(size / 2**30)} or more"
+        )
 
     def pin(self, name: str) -> None:
         """Makes an adapter stay in the pool.
@@ -288,7 +314,7 @@ class AdapterStore:
         Raises:
           BadAdapter: a bad name; nothing changes then.
         """
-        _check_name(name)
+        self._check_name(name)
         host = self._staged(host)
         with self._changed:
             version = AdapterVersion(self, name, host.header)
@@ -299,6 +325,8 @@ class AdapterStore:
     def register_dir(self, folder: Path | str) -> tuple[dict[str, AdapterInfo], dict[str, str]]:
         """Registers each subfolder that holds an ``adapter_config.json``, under the subfolder's name.
 
+        Whatever is wrong with one subfolder costs that one only.
+
         Returns:
           The registered ones, and why the others were refused, both by name.
 
@@ -306,15 +334,19 @@ class AdapterStore:
           BadAdapter: the folder itself cannot be read.
         """
         try:
-            subfolders = sorted(path for path in Path(folder).iterdir() if (path / CONFIG_FILE).is_file())
+            # A link that leads nowhere counts: it is refused, not passed over.
+            subfolders = sorted(path for path in Path(folder).iterdir() if os.path.lexists(path / CONFIG_FILE))
         except OSError as e:
-            raise BadAdapter(f"cannot read the folder of adapters {folder}: {e.strerror}") from None
+            raise BadAdapter(f"cannot read the folder of adapters {folder}: {e.strerror or e}") from None
         infos, refused = {}, {}
         for path in subfolders:
             try:
                 infos[path.name] = self.register(path.name, path)
             except BadAdapter as e:
-                refused[path.name] = str(e)
+                refused[printable(path.name)] = str(e)
+            except Exception as e:
+                logger.exception("adapter %s: reading %s failed", printable(path.name), printable(str(path)))
+                refused[printable(path.name)] = f"adapter {printable(str(path))}: {type(e).__name__}: {e}"
         return infos, refused
 
     def unregister(self, name: str) -> None:
@@ -386,15 +418,8 @@ class AdapterStore:
 
     def _start_loading(self, version: AdapterVersion) -> None:
         """Needs the lock."""
-        size = self._host_bytes(version.num_pages)
         if self._is_closed:
             self._finish(version, None, "the adapter store was closed")
-        elif size > self._cache.capacity:
-            failure = (
-                f"adapter {version.info.path}: it takes {size / 2**30:.3g} GiB of host memory, but all adapters may "
-                f"take {self._cache.capacity / 2**30:.3g}; raise host_adapter_gigabytes"
-            )
-            self._finish(version, None, failure)
         else:
             version.status = "loading"
             self._loading.add(version)
@@ -487,6 +512,18 @@ class AdapterStore:
         with self._changed:
             self._changed.wait_for(lambda: version.status in ("ready", "failed"), timeout)
 
+    def _check_name(self, name: str) -> None:
+        if len(name) > _MAX_NAME_LENGTH or not all(_NAME_PART.fullmatch(part) for part in name.split("/")):
+            raise BadAdapter(
+                f"adapter name {printable(name[:_MAX_NAME_LENGTH])!r} is not allowed: use at most {_MAX_NAME_LENGTH} "
+                "letters, digits and ._:@+=-, in parts separated by '/' that begin with a letter, a digit or '_'"
+            )
+        if self._base_name is not None and (name == self._base_name or name.startswith(f"{self._base_name}:")):
+            raise BadAdapter(
+                f"adapter name {name!r} is taken: {self._base_name!r} is the base model, and names that begin with "
+                f"{self._base_name + ':'!r} are its adapters'; choose another"
+            )
+
     def _unknown(self, name: str) -> UnknownAdapter:
         shown = name[:_MAX_NAME_LENGTH]
         with self._changed:
@@ -499,9 +536,7 @@ class AdapterStore:
         return UnknownAdapter(f"no adapter is named {shown!r}; {hint}")
 
 
-def _check_name(name: str) -> None:
-    if len(name) > _MAX_NAME_LENGTH or not all(_NAME_PART.fullmatch(part) for part in name.split("/")):
-        raise BadAdapter(
-            f"adapter name {name[:_MAX_NAME_LENGTH]!r} is not allowed: use at most {_MAX_NAME_LENGTH} letters, digits "
-            "and ._:@+=-, in parts separated by '/' that begin with a letter, a digit or '_'"
-        )
+def _round_up(gigabytes: float) -> str:
+    """Two digits, and not less."""
+    unit = 10.0 ** (math.floor(math.log10(gigabytes)) - 1)
+    return f"{math.ceil(gigabytes / unit) * unit:.2g}"

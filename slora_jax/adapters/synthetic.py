@@ -8,7 +8,8 @@ import numpy as np
 
 from slora_jax.adapters.peft import MAX_RANK, AdapterHeader, AdapterShape, HostAdapter
 from slora_jax.errors import BadAdapter
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
+from slora_jax.model.modules import MODULES
 
 
 def loaded_adapter(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import flask
 from werkzeug.exceptions import HTTPException
 
+from slora_jax.api.body import UnsupportedBody, read_json
+from slora_jax.api.bounds import check_parts, useful_body_bytes
 from slora_jax.api.deltas import (
     ClientGone,
     GenerationFailed,
@@ -30,8 +32,17 @@ from slora_jax.api.openai import (
     Reply,
     parse_chat,
     parse_completion,
+    resolve_model,
 )
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, Overloaded, UnknownAdapter
+from slora_jax.errors import (
+    BadAdapter,
+    EngineStopped,
+    InvalidRequest,
+    ObjectiveMissed,
+    Overloaded,
+    UnknownAdapter,
+    shown,
+)
 from slora_jax.request import Delta
 
 if TYPE_CHECKING:
@@ -46,6 +57,9 @@ One stream notices nothing (0.2 ms); of 512, each sends an event every 0.1 s. Wi
 every step of the engine and hold it up, for they and the engine's loop share one interpreter lock: with 512
 streams and a step each 20 ms it halved the tokens per second."""
 
+_ITEMS_PER_PIECE = 32
+"""Items of a long list that are written as JSON at a time; each may be a token with twenty alternatives."""
+
 OWNER = "slora-jax"
 
 _log = logging.getLogger(__name__)
@@ -59,16 +73,22 @@ class _Slots:
         self._limit = limit
         self._lock = threading.Lock()
 
-    def take(self) -> None:
-        """Raises Overloaded when all are taken."""
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Takes one for as long as the context lasts.
+
+        Raises:
+          Overloaded: all are taken.
+        """
         with self._lock:
             if self._taken == self._limit:
                 raise Overloaded("all of this server's streams are taken; try again later")
             self._taken += 1
-
-    def give_back(self) -> None:
-        with self._lock:
-            self._taken -= 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken -= 1
 
     def pause(self) -> float:
         """Seconds to rest after an event."""
@@ -89,6 +109,7 @@ class _Rule(NamedTuple):
 _ERRORS = (
     _Rule(PromptTooLong, 400, "invalid_request_error", "context_length_exceeded"),
     _Rule(InvalidRequest, 400, "invalid_request_error"),
+    _Rule(UnsupportedBody, 415, "invalid_request_error"),
     _Rule(BadAdapter, 400, "invalid_request_error", "bad_adapter"),
     _Rule(_Forbidden, 403, "permission_error", "adapter_loading_not_allowed"),
     _Rule(UnknownAdapter, 404, "invalid_request_error", "model_not_found"),
@@ -105,7 +126,7 @@ def create_app(
     *,
     allow_adapter_loading: bool = False,
     max_streams: int = 512,
-    max_body_bytes: int = 32 * 2**20,
+    max_body_bytes: int | None = None,
 ) -> flask.Flask:
     """Builds the WSGI application around a running engine.
 
@@ -113,10 +134,11 @@ def create_app(
       allow_adapter_loading: let clients register adapters from this machine's folders.
       max_streams: most requests answered at a time; one more gets 429. The server needs a thread for each,
         and a few more so that the refusals and ``/health`` are answered too.
-      max_body_bytes: larger bodies get 413.
+      max_body_bytes: larger bodies get 413; ``useful_body_bytes`` of the model's context if None.
     """
     app = flask.Flask("slora_jax")
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
+    app.url_map.merge_slashes = False  # `//health` is not found, rather than somewhere else
     slots = _Slots(max_streams)
     started = int(time.time())
 
@@ -135,19 +157,19 @@ def create_app(
 
     @app.get("/v1/models/<path:name>")
     def model(name: str):
-        if name == engine.model_name:
-            return _json(_base_card(engine, started))
-        return _json(_adapter_card(engine, engine.adapter(name)))
+        adapter = resolve_model(name, engine)
+        return _json(_base_card(engine, started) if adapter is None else _adapter_card(engine, engine.adapter(adapter)))
 
     @app.get("/v1/capacity")
     def capacity():
         arguments = flask.request.args
         if unknown := [name for name in arguments if name not in ("adapter", "prompt_tokens", "max_tokens")]:
-            raise InvalidRequest(f"unknown parameter: {unknown[0]}", unknown[0])
+            raise InvalidRequest(f"unknown parameter: {shown(unknown[0])}; leave it out", unknown[0][:80])
+        if twice := [name for name in arguments if len(arguments.getlist(name)) > 1]:
+            raise InvalidRequest(f"{twice[0]} is given more than once; give it once", twice[0])
         lengths = [_count(arguments.get(name, ""), name) for name in ("prompt_tokens", "max_tokens")]
-        adapter = arguments.get("adapter")
-        result = engine.capacity(None if adapter == engine.model_name else adapter, sum(lengths))
-        return _json(dataclasses.asdict(result))
+        adapter = resolve_model(arguments.get("adapter", engine.model_name), engine)
+        return _json(dataclasses.asdict(engine.capacity(adapter, sum(lengths))))
 
     @app.get("/health")
     def health():
@@ -160,32 +182,38 @@ def create_app(
         body = _adapter_fields(("lora_name", "lora_path"), optional=("pinned",))
         pinned = body.get("pinned", False)
         if not isinstance(pinned, bool):
-            raise InvalidRequest("pinned must be true or false", "pinned")
-        return _json(_adapter_card(engine, engine.register_adapter(body["lora_name"], body["lora_path"], pinned)))
+            raise InvalidRequest(f"pinned must be true or false, got {shown(pinned)}", "pinned")
+        with slots.one():  # a slow disk must not keep the threads that are left for /health and refusals
+            adapter = engine.register_adapter(body["lora_name"], body["lora_path"], pinned)
+        return _json(_adapter_card(engine, adapter))
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
         name = _adapter_fields(("lora_name",))["lora_name"]
-        engine.unregister_adapter(name)
-        return _json({"id": name, "object": "model", "deleted": True})
+        adapter = resolve_model(name, engine)
+        if adapter is None:
+            raise InvalidRequest(f"{name!r} is the base model, which stays; name an adapter", "lora_name")
+        with slots.one():
+            engine.unregister_adapter(adapter)
+        return _json({"id": adapter, "object": "model", "deleted": True})
 
     def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
         if not allow_adapter_loading:
             raise _Forbidden("this server does not load adapters on request; start it with --allow-adapter-loading")
         body = _json_body()
         if not isinstance(body, dict):
-            raise InvalidRequest("the body must be a JSON object")
+            raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
         if unknown := [name for name in body if name not in (*names, *optional)]:
-            raise InvalidRequest(f"unknown field: {unknown[0]}", unknown[0])
+            raise InvalidRequest(f"unknown field: {shown(unknown[0])}; leave it out", unknown[0][:80])
         for name in names:
             if not isinstance(body.get(name), str) or not body[name]:
-                raise InvalidRequest(f"{name} must be a non-empty string", name)
+                raise InvalidRequest(f"{name} must be a non-empty string, got {shown(body.get(name))}", name)
         return body
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException):
         status = error.code or 500
-        message = f"{flask.request.method} {flask.request.path}: {error.description}"
+        message = f"{flask.request.method[:80]} {flask.request.path[:80]}: {error.description}"
         response = _json(_error_body(message, "invalid_request_error" if status < 500 else "server_error"), status)
         if allow := error.get_response().headers.get("Allow"):
             response.headers["Allow"] = allow
@@ -214,8 +242,7 @@ def _generate(
     reply_type: type[Reply],
 ) -> flask.Response:
     with contextlib.ExitStack() as cleanup:
-        slots.take()
-        cleanup.callback(slots.give_back)
+        cleanup.enter_context(slots.one())
         call = parse(_json_body(), engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
@@ -312,10 +339,10 @@ def _count(text: str, name: str) -> int:
 
 
 def _json_body() -> Any:
-    try:
-        return json.loads(flask.request.get_data())
-    except (ValueError, RecursionError) as e:
-        raise InvalidRequest(f"the body is not valid JSON: {e}") from None
+    headers = flask.request.headers
+    body = flask.request.get_data()
+    check_parts(body)
+    return read_json(body, headers.get("Content-Type"), headers.get("Content-Encoding"))
 
 
 def _base_card(engine: "Engine", created: int) -> dict[str, Any]:
@@ -342,7 +369,7 @@ def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:
 
 
 def _json(value: Any, status: int = 200) -> flask.Response:
-    return flask.Response(_dumps(value), status=status, mimetype="application/json")
+    return flask.Response("".join(_pieces(value)).encode("utf-8", "replace"), status, mimetype="application/json")
 
 
 def _event(value: Any) -> bytes:
@@ -350,4 +377,41 @@ def _event(value: Any) -> bytes:
 
 
 def _dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+"""Raises ValueError for a NaN or an infinity, which JSON cannot hold."""
+
+
+def _pieces(value: Any, depth: int = 4) -> Iterator[str]:
+    """JSON, each piece of little work: encoding a reply of many choices at once would keep everybody waiting.
+
+    ``depth`` is how deep an answer's long lists are (choices, choice, logprobs, tokens).
+    """
+    if isinstance(value, dict) and depth:
+        comma = ""
+        yield "{"
+        for key, item in value.items():
+            yield f"{comma}{_encode(key)}:"
+            yield from _pieces(item, depth - 1)
+            comma = ","
+        yield "}"
+    elif isinstance(value, list) and depth:
+        comma = ""
+        yield "["
+        for item in value:
+            yield comma
+            yield from _pieces(item, depth - 1)
+            comma = ","
+        yield "]"
+    elif isinstance(value, list):
+        comma = ""
+        yield "["
+        for start in range(0, len(value), _ITEMS_PER_PIECE):
+            yield comma
+            yield _encode(value[start : start + _ITEMS_PER_PIECE])[1:-1]
+            comma = ","
+        yield "]"
+    else:
+        yield _encode(value)

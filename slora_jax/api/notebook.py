@@ -26,6 +26,9 @@ type Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 type AdapterChoice = str | Path | None
 type SamplingChoice = SamplingParams | Mapping[str, Any] | None
 
+_LOOK_SECONDS = 0.3
+"""How often the progress bar looks what the engine is doing."""
+
 _engines: dict[str, "Engine"] = {}
 _engines_lock = threading.Lock()
 
@@ -131,7 +134,8 @@ def generate(
       adapters: a registered adapter's name, the path of a PEFT folder, or None for the base model; or a list.
       model: a folder, a Hugging Face id, a running ``Engine``, or None for the embedded demo model with its
         demo adapters.
-      sampling: ``SamplingParams`` or a mapping of its fields; or a list.
+      sampling: ``SamplingParams``, or a mapping of its fields, of which those left out are as the model's
+        ``generation_config.json`` says (unless ``generation_config=False``); or a list.
       priority: of all these prompts; higher goes first, with ``scheduler={"policy": "priority"}``.
       slo_ms: milliseconds within which each first token is due, with ``scheduler={"policy": "abort"}``. A prompt that
         cannot meet it has ``finish_reason`` "late" and no text; a stream raises ``ObjectiveMissed``.
@@ -150,9 +154,11 @@ def generate(
       BadAdapter: a folder that cannot be served.
     """
     work = _Work.of(prompts, adapters, sampling)
-    if stream and any(s.n > 1 for s in work.sampling):
+    given = [_sampling_params(choice, {}) for choice in work.choices]  # refused, if so, before a model is loaded
+    if stream and any(s.n > 1 for s in given):
         raise InvalidRequest("stream=True gives one text per prompt; n must be 1", "n")
     engine = _engine(model, engine_options)
+    choices = [_sampling_params(choice, engine.default_sampling) for choice in work.choices]
     requests = [
         Request(
             prompt=_token_ids(prompt, engine, chat),
@@ -162,7 +168,7 @@ def generate(
             priority=priority,
             slo_ms=slo_ms,
         )
-        for i, (prompt, adapter, sampling) in enumerate(zip(work.prompts, work.adapters, work.sampling, strict=True))
+        for i, (prompt, adapter, sampling) in enumerate(zip(work.prompts, work.adapters, choices, strict=True))
     ]
     generations: list[Generation] = []
     with _cancelled_on_error(generations):
@@ -189,7 +195,7 @@ class _Work:
 
     prompts: Sequence[Prompt]
     adapters: Sequence[AdapterChoice]
-    sampling: Sequence[SamplingParams]
+    choices: Sequence[SamplingChoice]
     single: bool
 
     @classmethod
@@ -211,7 +217,7 @@ class _Work:
         return cls(
             prompts=lists.get("prompts", [prompts] * count),
             adapters=lists.get("adapters", [adapters] * count),
-            sampling=[_sampling_params(s) for s in lists.get("sampling", [sampling] * count)],
+            choices=lists.get("sampling", [sampling] * count),
             single=not lists,
         )
 
@@ -242,9 +248,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _sampling_params(value: SamplingChoice) -> SamplingParams:
+def _sampling_params(value: SamplingChoice, defaults: Mapping[str, Any]) -> SamplingParams:
+    """What the caller chose; ``defaults`` stand for the fields that a mapping leaves out."""
     if value is None:
-        return SamplingParams()
+        return SamplingParams(**defaults)
     if isinstance(value, SamplingParams):
         return value
     if not isinstance(value, Mapping):
@@ -253,7 +260,7 @@ def _sampling_params(value: SamplingChoice) -> SamplingParams:
     for name in value:
         if name not in known:
             raise InvalidRequest(f"sampling has no field {name!r}; it has {', '.join(known)}", str(name))
-    return SamplingParams(**value)
+    return SamplingParams(**{**defaults, **value})
 
 
 def _token_ids(prompt: Prompt, engine: "Engine", chat: bool) -> tuple[int, ...]:
@@ -308,16 +315,22 @@ def _run(
                 except Overloaded:
                     if len(outputs) == len(generations):  # others fill the queue, not this call
                         raise
-                    outputs.append(_result_of(generations[len(outputs)]))
-                    bar.update()
-        for generation in generations[len(outputs) :]:
-            outputs.append(_result_of(generation))
-            bar.update()
+                    outputs.append(_result_of(generations[len(outputs)], engine, bar))
+        outputs.extend(_result_of(generation, engine, bar) for generation in generations[len(outputs) :])
     return outputs
 
 
-def _result_of(generation: "Generation") -> RequestOutput:
-    output = generation.result()
+def _result_of(generation: "Generation", engine: "Engine", bar) -> RequestOutput:
+    """Waits for one request, and says in the bar why where that is a compiler."""
+    while True:
+        try:
+            output = generation.result(timeout=_LOOK_SECONDS)
+            break
+        except TimeoutError:
+            words = engine.compiling
+            bar.set_postfix_str(f"compiling {words}, this first time" if words else "")
+    bar.set_postfix_str("", refresh=False)
+    bar.update()
     for completion in output.completions:
         if completion.finish_reason == "abort":
             raise EngineStopped(completion.error or "the engine was closed while generating")

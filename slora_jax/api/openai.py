@@ -5,17 +5,29 @@ Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_pe
 ``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective).
 """
 
-import json
+import itertools
+import math
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 
-from slora_jax.errors import InvalidRequest, UnknownAdapter
-from slora_jax.request import MAX_LOGPROBS, Completion, Delta, Request, RequestOutput, SamplingParams, TokenLogprob
+from slora_jax.api.deltas import GenerationFailed
+from slora_jax.errors import InvalidRequest, UnknownAdapter, shown
+from slora_jax.request import (
+    BOUNDS,
+    MAX_STOPS,
+    Completion,
+    Delta,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+    check_number,
+)
 from slora_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +35,15 @@ if TYPE_CHECKING:
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot hold."""
+
+MAX_CHOICES = 2048
+"""Most completions of one HTTP request, over all of its prompts and ``n``."""
+
+MAX_MESSAGES = 10_000
+"""Most messages of one chat, and most text parts of one message."""
+
+_MOST_NAMED = 5
+"""Unknown fields named in one error."""
 
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 """Fields that describe the caller and never change the answer: taken and ignored."""
@@ -86,13 +107,16 @@ class _Body(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+type _Stops[T] = Annotated[list[T], pydantic.Field(max_length=MAX_STOPS), pydantic.FailFast()]
+
+
 class _StreamOptions(_Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class _Generate(_Body):
-    """Fields of both endpoints. Ranges are checked by ``SamplingParams``."""
+    """Fields of both endpoints. Ranges are checked by ``SamplingParams`` and ``Request``, by ``BOUNDS``."""
 
     model: str
     temperature: float = 1.0
@@ -103,8 +127,8 @@ class _Generate(_Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: Annotated[list[str], pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
-    stop_token_ids: list[int] = []
+    stop: Annotated[_Stops[str], pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
+    stop_token_ids: _Stops[int] = []
     ignore_eos: bool = False
     n: int = 1
     stream: bool = False
@@ -116,8 +140,9 @@ class _Generate(_Body):
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        return SamplingParams(
+    def sampling(self, max_tokens: int, logprobs: int | None, engine: "Engine") -> SamplingParams:
+        """The engine's ``default_sampling`` stands for the fields that the body leaves out, or has null for."""
+        sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_k=0 if self.top_k == -1 else self.top_k,
@@ -133,6 +158,17 @@ class _Generate(_Body):
             ignore_eos=self.ignore_eos,
             n=self.n,
         )
+        defaults = engine.default_sampling
+        left_out = defaults.keys() - self.model_fields_set - {"max_tokens"}
+        if left_out:
+            sampling = sampling.replace(**{name: defaults[name] for name in left_out})
+        vocabulary = engine.model_config.vocab_size
+        if outside := [token for token in sampling.stop_token_ids if token >= vocabulary]:
+            message = (
+                f"must be of the vocabulary [0, {vocabulary}), got {outside[0]}; leave it out, it would never come"
+            )
+            raise InvalidRequest(f"stop_token_ids {message}", "stop_token_ids")
+        return sampling
 
 
 class _CompletionBody(_Generate):
@@ -160,16 +196,20 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     """
     fields = _validated(_CompletionBody, body, _COMPLETION_DEFAULTS)
     adapter = resolve_model(fields.model, engine)
+    check_number("n", fields.n)
     if fields.best_of is not None and fields.best_of != fields.n:
-        raise InvalidRequest(f"best_of ({fields.best_of}) must equal n ({fields.n}): nothing is ranked here", "best_of")
+        message = f"best_of ({shown(fields.best_of)}) must equal n ({fields.n}): nothing is ranked here"
+        raise InvalidRequest(message, "best_of")
     if fields.echo and fields.logprobs is not None:
         raise InvalidRequest("echo with logprobs is not supported: prompts are not scored", "echo")
-    prompts = _completion_prompts(fields.prompt, engine)
+    default = engine.default_sampling.get("max_tokens", 16)
+    sampling = fields.sampling(default if fields.max_tokens is None else fields.max_tokens, fields.logprobs, engine)
+    prompts = _completion_prompts(fields.prompt, fields.n, engine)
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt")
-        max_tokens = min(16, room) if fields.max_tokens is None else fields.max_tokens
-        requests.append(fields.request(prompt, adapter, fields.sampling(max_tokens, fields.logprobs)))
+        is_short = fields.max_tokens is None and room < sampling.max_tokens
+        requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
     return _call(fields, tuple(requests), echo)
 
@@ -178,34 +218,44 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     """Understands the body of ``POST /v1/chat/completions``; raises as ``parse_completion``."""
     fields = _validated(_ChatBody, body, _CHAT_DEFAULTS)
     adapter = resolve_model(fields.model, engine)
-    if fields.top_logprobs is not None and not fields.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-    if fields.top_logprobs is not None and not 0 <= fields.top_logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(
-            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {fields.top_logprobs}", "top_logprobs"
-        )
+    if fields.top_logprobs is not None:
+        check_number("top_logprobs", fields.top_logprobs, BOUNDS["logprobs"])
+        if not fields.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    limits = (fields.max_completion_tokens, fields.max_tokens)
+    for name, limit in zip(("max_completion_tokens", "max_tokens"), limits, strict=True):
+        if limit is not None:
+            check_number(name, limit, BOUNDS["max_tokens"])
+    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    limit = next((limit for limit in limits if limit is not None), None)
+    most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
+    sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
     messages = read_messages(fields.messages)
     prompt = tuple(_tokenizer(engine, "messages").encode_chat(messages))
     room = _room(prompt, engine, "messages")
-    limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
-    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    sampling = fields.sampling(room if limit is None else limit, logprobs)
+    if limit is None:
+        sampling = sampling.replace(max_tokens=min(room, most))
     return _call(fields, (fields.request(prompt, adapter, sampling),))
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:
     """The adapter that ``name`` asks for: ``base`` is None, ``adapter`` or ``base:adapter`` the adapter.
 
+    Every route that is given the name of a model asks this.
+
     Raises:
       UnknownAdapter: neither.
     """
     if name == engine.model_name:
         return None
-    adapters = engine.adapters()
-    for candidate in (name, name.removeprefix(f"{engine.model_name}:")):
-        if candidate in adapters:
-            return candidate
-    raise UnknownAdapter(f"the model {name!r} does not exist; GET /v1/models lists the base model and its adapters")
+    # No adapter's own name begins so: see ``Engine.register_adapter``.
+    adapter = name.removeprefix(f"{engine.model_name}:")
+    try:
+        return engine.adapter(adapter).name
+    except UnknownAdapter:
+        raise UnknownAdapter(
+            f"the model {name[:200]!r} does not exist; GET /v1/models lists the base model and its adapters"
+        ) from None
 
 
 def read_messages(messages: Any) -> list[dict[str, str]]:
@@ -215,28 +265,34 @@ def read_messages(messages: Any) -> list[dict[str, str]]:
       InvalidRequest: not a list of messages, or something other than text in one.
     """
     if not isinstance(messages, list) or not messages:
-        raise InvalidRequest(f"messages must be a non-empty list of messages, got {_shown(messages)}", "messages")
+        raise InvalidRequest(f"messages must be a non-empty list of messages, got {shown(messages)}", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"messages may be at most {MAX_MESSAGES}, got {len(messages)}; join or drop some", "messages"
+        )
     return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _read_message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise InvalidRequest(f"{where} must be an object with role and content, got {_shown(message)}", where)
+        raise InvalidRequest(f"{where} must be an object with role and content, got {shown(message)}", where)
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; got {_shown(role)}", f"{where}.role")
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; got {shown(role)}", f"{where}.role")
     read = {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{where}.content")}
     for name, value in message.items():
         if name in ("role", "content") or value is None:
             continue
         if name == "name":
             if not isinstance(value, str):
-                raise InvalidRequest(f"{where}.name must be a string, got {_shown(value)}", f"{where}.name")
+                raise InvalidRequest(f"{where}.name must be a string, got {shown(value)}", f"{where}.name")
             read["name"] = value
         elif name not in _MESSAGE_DEFAULTS:
-            raise InvalidRequest(f"{where}.{name} is not a known field", f"{where}.{name}")
-        elif value not in _MESSAGE_DEFAULTS[name]:
-            raise InvalidRequest(f"{where}.{name} is not supported; leave it out", f"{where}.{name}")
+            raise InvalidRequest(f"{where} has an unknown field {shown(name)}; leave it out", f"{where}.{name[:80]}")
+        elif not _is_one_of(value, _MESSAGE_DEFAULTS[name]):
+            raise InvalidRequest(
+                f"{where}.{name}={shown(value)} is not supported by this server; leave it out", f"{where}.{name}"
+            )
     return read
 
 
@@ -244,13 +300,15 @@ def _read_content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a string or a list of text parts, got {_shown(content)}", where)
+        raise InvalidRequest(f"{where} must be a string or a list of text parts, got {shown(content)}", where)
+    if len(content) > MAX_MESSAGES:
+        raise InvalidRequest(f"{where} may have at most {MAX_MESSAGES} parts, got {len(content)}; join some", where)
     texts = []
     for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequest(
                 f'{where}[{i}] must be {{"type": "text", "text": ...}}; other parts are not supported, '
-                f"got {_shown(part)}",
+                f"got {shown(part)}",
                 f"{where}[{i}]",
             )
         texts.append(part["text"])
@@ -258,57 +316,76 @@ def _read_content(content: Any, where: str) -> str:
 
 
 def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...] = ()) -> Call:
-    if fields.stream_options is not None and not fields.stream:
-        raise InvalidRequest("stream_options needs stream: true", "stream_options")
     options = fields.stream_options or _StreamOptions()
     return Call(fields.model, requests, fields.stream, options.include_usage, fields.return_token_ids, echo)
 
 
-def _validated[B: _Body](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
+def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
     """Drops what changes nothing, refuses what cannot be done, and checks the types of the rest."""
     if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {_shown(body)}")
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    _refuse_unknown(body, {*kind.model_fields, *defaults, *_LABELS})
     fields = {}
     for name, value in body.items():
         if value is None or name in _LABELS:
             continue
         if name not in defaults:
             fields[name] = value
-        elif value not in defaults[name]:
-            raise InvalidRequest(f"{name}={_shown(value)} is not supported by this server; leave it out", name)
+        elif not _is_one_of(value, defaults[name]):
+            raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
+    if isinstance(options := fields.get("stream_options"), dict):
+        _refuse_unknown(options, _StreamOptions.model_fields, "stream_options.")
     try:
-        return kind(**fields)
+        valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
         raise _first_problem(e) from None
+    if valid.stream_options is not None and not valid.stream:
+        raise InvalidRequest("stream_options needs stream: true", "stream_options")
+    return valid
+
+
+def _refuse_unknown(fields: Mapping[str, Any], known: Container[str], prefix: str = "") -> None:
+    """Here and not by pydantic, which would make an error for each of a million; here the first few are enough."""
+    found = itertools.islice((name for name in fields if name not in known), _MOST_NAMED + 1)
+    unknown = [prefix + name[:80] for name in found]
+    if unknown:
+        names = ", ".join(unknown[:_MOST_NAMED]) + ", ..." * (len(unknown) > _MOST_NAMED)
+        what = "unknown fields" if len(unknown) > 1 else "unknown field"
+        raise InvalidRequest(f"{what}: {names}; leave out what is not meant", unknown[0])
+
+
+def _is_one_of(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether the value is one of these as JSON has them, where 1 is not true."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
 def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
-    problems = error.errors(include_url=False, include_context=False)
-    unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
-    if unknown:
-        names = ", ".join(unknown)
-        return InvalidRequest(f"unknown field{'s' if len(unknown) > 1 else ''}: {names}", unknown[0])
-    problem = problems[0]
-    field = ".".join(map(str, problem["loc"]))
+    problem = error.errors(include_url=False, include_context=False)[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in problem["loc"])[1:]
     if problem["type"] == "missing":
         return InvalidRequest(f"{field} is missing", field)
-    return InvalidRequest(f"{field}: {problem['msg']}, got {_shown(problem['input'])}", field)
+    return InvalidRequest(f"{field}: {problem['msg']}, got {shown(problem['input'])}", field)
 
 
-def _completion_prompts(prompt: Any, engine: "Engine") -> list[tuple[int, ...]]:
+def _completion_prompts(prompt: Any, n: int, engine: "Engine") -> list[tuple[int, ...]]:
     """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
     if isinstance(prompt, str):
         return [_text_prompt(prompt, engine)]
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(p, str) for p in prompt):
-            return [_text_prompt(p, engine) for p in prompt]
+        if type(prompt[0]) is int:
+            _room(prompt, engine, "prompt")  # before each of a million ids is looked at
         if all(type(p) is int for p in prompt):
             return [_checked_ids(prompt, engine)]
+        if len(prompt) * n > MAX_CHOICES:
+            message = f"{len(prompt)} prompts x n={n} are more than {MAX_CHOICES} completions; send several requests"
+            raise InvalidRequest(f"prompt: {message}", "prompt")
+        if all(isinstance(p, str) for p in prompt):
+            return [_text_prompt(p, engine) for p in prompt]
         if all(isinstance(p, list) and all(type(i) is int for i in p) for p in prompt):
             return [_checked_ids(p, engine) for p in prompt]
     raise InvalidRequest(
         "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids; "
-        f"got {_shown(prompt)}",
+        f"got {shown(prompt)}",
         "prompt",
     )
 
@@ -336,7 +413,7 @@ def _checked_ids(ids: Sequence[int], engine: "Engine") -> tuple[int, ...]:
     vocabulary = engine.model_config.vocab_size
     if min(ids) < 0 or max(ids) >= vocabulary:
         bad = next(i for i in ids if not 0 <= i < vocabulary)
-        raise InvalidRequest(f"prompt: token id {bad} is outside the vocabulary [0, {vocabulary})", "prompt")
+        raise InvalidRequest(f"prompt: token id {shown(bad)} is outside the vocabulary [0, {vocabulary})", "prompt")
     return tuple(ids)
 
 
@@ -356,11 +433,6 @@ def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:
             param,
         )
     return room
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class Reply:
@@ -430,6 +502,16 @@ class Reply:
     def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _finite(self, logprob: float) -> float:
+        """The log-probability as JSON can hold it.
+
+        Raises:
+          GenerationFailed: it is no number, as the model's output was not.
+        """
+        if not logprob < math.inf:
+            raise GenerationFailed(f"the answer of {self._call.model!r} is not finite: it overflows on this prompt")
+        return max(logprob, LOWEST_LOGPROB)
+
     def _text(self, token_id: int) -> str:
         """A token as text; one that is only a part of a character is written by its bytes, to stay distinct."""
         if self._tokenizer is None:
@@ -481,11 +563,11 @@ class CompletionReply(Reply):
         shape: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             text = self._text(token.token_id)
-            top = {self._text(i): _finite(p) for i, p in token.top}
+            top = {self._text(i): self._finite(p) for i, p in token.top}
             offset = self._offsets.get(index, 0)
             shape["tokens"].append(text)
-            shape["token_logprobs"].append(_finite(token.logprob))
-            shape["top_logprobs"].append(top | {text: _finite(token.logprob)})
+            shape["token_logprobs"].append(self._finite(token.logprob))
+            shape["top_logprobs"].append(top | {text: self._finite(token.logprob)})
             shape["text_offset"].append(offset)
             self._offsets[index] = offset + len(text)
         return shape
@@ -529,11 +611,7 @@ class ChatReply(Reply):
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
-        return {"token": self._text(token_id), "logprob": _finite(logprob), "bytes": data}
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+        return {"token": self._text(token_id), "logprob": self._finite(logprob), "bytes": data}
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 Waitress reads requests in one thread and answers each in a thread of its own, so every stream holds one
 thread; ``max_streams`` of them may be taken, and ``SPARE_THREADS`` more answer ``/health``, ``/v1/models``
 and refusals meanwhile.
+
+Connections are bounded too. One that has no request running, be it kept alive, half-sent or not read by its
+client, is closed when its place is needed, the one that was answered (or accepted) longest ago first.
 """
 
 import contextlib
+import heapq
 import logging
 import signal
 import socket
@@ -21,7 +25,8 @@ import waitress.task
 import waitress.wasyncore
 
 from slora_jax.api.app import error_body
-from slora_jax.config import validated
+from slora_jax.api.parsing import RequestParser
+from slora_jax.config import Section, Text, validated
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -30,29 +35,36 @@ SPARE_THREADS = 16
 GRACE_SECONDS = 30.0
 """How long after the first signal open streams may take to hear that the server stops."""
 
-_MAX_BODY_BYTES = 64 * 2**20
+_MOST_BODY_BYTES = 64 * 2**20
+_MOST_HEADER_BYTES = 64 * 2**10
 _DEAD_CLIENT_SECONDS = 60
+
+_MOST_ANSWER_BYTES = 2**30
+"""A larger answer is kept in a temporary file until its client has read it."""
+
+_ACCEPTS_PER_TURN = 64
+"""Clients accepted between two looks at the other connections: one alone would make a crowd wait for seconds,
+because every look costs time in proportion to the connections."""
 
 _log = logging.getLogger(__name__)
 
 
-class ServerConfig(pydantic.BaseModel):
+class ServerConfig(Section):
     """What the HTTP server is told; ``server:`` of a config file.
 
     Attributes:
       host, port: where to listen; port 0 takes a free one.
       max_streams: most requests answered at a time, streamed or not; one more gets 429.
-      max_body_bytes: larger request bodies get 413.
+      max_body_bytes: larger request bodies get 413, unread; None for what the model's context has use for
+        (``bounds.useful_body_bytes``).
       allow_adapter_loading: let clients register adapters from this machine's folders by path.
       log_level: of this program's log on stderr.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=0, le=65535)
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
-    max_body_bytes: int = pydantic.Field(32 * 2**20, ge=1024, le=_MAX_BODY_BYTES)
+    max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)
     allow_adapter_loading: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
@@ -82,6 +94,9 @@ class Server:
 
     Args:
       sock: from ``listen``; the server closes it.
+      max_connections: most connections kept, 2 x ``max_streams`` + 256 if None; fewer if the process may not open
+        as many files.
+      max_body_bytes: a request with a larger body is answered 413 once its headers, or too many bytes, are there.
       on_stop: called once, in a thread of its own, when the server stops accepting: it must make running
         requests end (``engine.close``).
     """
@@ -92,32 +107,41 @@ class Server:
         sock: socket.socket,
         *,
         max_streams: int = 512,
+        max_connections: int | None = None,
+        max_body_bytes: int = _MOST_BODY_BYTES,
         on_stop: Callable[[], None] | None = None,
         grace: float = GRACE_SECONDS,
     ):
-        connections = _allow_open_files(2 * max_streams + 256)
-        if connections < max_streams:
-            _log.warning("this process may open %d connections only, fewer than max_streams", connections)
+        self._room = _allow_open_files(max_connections or 2 * max_streams + 256)
+        if self._room < max_streams:
+            _log.warning("this process may open %d connections only, fewer than max_streams", self._room)
+        self._was_full = False
         self.host, self.port = sock.getsockname()[:2]
         self._on_stop = on_stop or (lambda: None)
         self._grace = grace
         self._stopping = False
         self._map: dict[int, waitress.wasyncore.dispatcher] = {}
-        self._waitress = waitress.server.create_server(
+        self._waitress = _Listener(
             app,
             map=self._map,
-            sockets=[sock],
+            _sock=sock,
+            bind_socket=False,
+            sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
             threads=max_streams + SPARE_THREADS,
-            connection_limit=connections,
+            # Reached only if every connection has a request running: then nobody else is accepted.
+            connection_limit=self._room + _ACCEPTS_PER_TURN,
             backlog=_backlog(max_streams),
             asyncore_use_poll=True,  # select() ends at descriptor 1024
             channel_request_lookahead=1,  # keeps reading while a request runs, and so sees the client go
-            max_request_body_size=_MAX_BODY_BYTES,
+            max_request_header_size=_MOST_HEADER_BYTES,
+            max_request_body_size=max_body_bytes + 1,  # the first size that is refused
+            # Never to a temporary file: it would cost a descriptor, and the accepting thread would wait for a disk.
+            inbuf_overflow=max_body_bytes + 1,
+            outbuf_overflow=_MOST_ANSWER_BYTES,
             log_socket_errors=False,
             clear_untrusted_proxy_headers=True,
             ident="slora-jax",
         )
-        self._waitress.channel_class = _Channel
         self._waitress.adj.socket_options = list(_socket_options())
         # Every stream is answered at once or refused by the application; a passing queue is no news.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
@@ -154,7 +178,20 @@ class Server:
             waitress.wasyncore.close_all(self._map, ignore_all=True)
 
     def _turn(self, timeout: float) -> None:
+        self._make_room()
         waitress.wasyncore.loop(timeout=timeout, use_poll=True, map=self._map, count=1)
+
+    def _make_room(self) -> None:
+        """Closes idle connections beyond the room for them; between two turns, when no event waits for any."""
+        excess = len(self._waitress.active_channels) - self._room
+        if excess <= 0:
+            return
+        if not self._was_full:
+            self._was_full = True
+            _log.warning("%d connections are open; idle ones are closed from now on, oldest first", self._room)
+        idle = [channel for channel in self._waitress.active_channels.values() if not channel.requests]
+        for channel in heapq.nsmallest(excess, idle, key=lambda channel: channel.used):
+            channel.handle_close()
 
     def _drain(self) -> None:
         waitress.wasyncore.dispatcher.close(self._waitress)  # the listening socket alone
@@ -178,6 +215,7 @@ def run_server(
     port: int = 8000,
     *,
     max_streams: int = 512,
+    max_body_bytes: int = _MOST_BODY_BYTES,
     sock: socket.socket | None = None,
     on_stop: Callable[[], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
@@ -186,10 +224,16 @@ def run_server(
 
     Args:
       sock: an already listening socket (``listen``); None takes ``host`` and ``port`` now.
-      on_stop: see ``Server``.
+      max_body_bytes, on_stop: see ``Server``.
       on_ready: called with the URL before the first request is read.
     """
-    server = Server(app, sock or listen(host, port, max_streams), max_streams=max_streams, on_stop=on_stop)
+    server = Server(
+        app,
+        sock or listen(host, port, max_streams),
+        max_streams=max_streams,
+        max_body_bytes=max_body_bytes,
+        on_stop=on_stop,
+    )
     with contextlib.closing(server), _stopped_by_signals(server):
         if on_ready is not None:
             on_ready(server.url)
@@ -240,7 +284,36 @@ class _ErrorTask(waitress.task.ErrorTask):
 
 
 class _Channel(waitress.channel.HTTPChannel):
+    """One connection.
+
+    Attributes:
+      used: when something was last written for its client, or when it was accepted; monotonic seconds. What the
+        client sends does not count: one that sends a byte now and then is as idle as one that sends none.
+    """
+
     error_task_class = _ErrorTask
+    parser_class = RequestParser
+
+    def __init__(self, *args, **kwargs):
+        self.used = time.monotonic()
+        super().__init__(*args, **kwargs)
+
+    def write_soon(self, data):
+        self.used = time.monotonic()
+        return super().write_soon(data)
+
+
+class _Listener(waitress.server.TcpWSGIServer):
+    """The listening socket, which accepts a whole crowd at a time."""
+
+    channel_class = _Channel
+
+    def handle_accept(self):
+        for _ in range(_ACCEPTS_PER_TURN):
+            before = len(self.active_channels)
+            super().handle_accept()
+            if len(self.active_channels) == before:  # nobody waits any more
+                break
 
 
 def _backlog(max_streams: int) -> int:

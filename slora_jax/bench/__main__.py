@@ -234,7 +234,7 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
 def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fraction, as_json):
     """What fits on GPUs of a kind, and the least time of a step; no GPU is needed."""
     from slora_jax.bench.plan import GPUS, Load, plan, table
-    from slora_jax.memory.layout import MODULES
+    from slora_jax.model.modules import MODULES
 
     if gpu not in GPUS:
         raise click.UsageError(f"no such GPU: {gpu}; known are {', '.join(GPUS)}")
@@ -398,6 +398,38 @@ def adapters(count: int, kinds: tuple[int, ...], model: str, rank: int, out: Pat
     click.echo(text)
     if out:
         out.write_text(text + "\n")
+
+
+@main.command()
+@click.option("--url", help="A server that is already running; without it the embedded model is served meanwhile.")
+@click.option("--seconds", type=_ABOVE_0, default=20.0, show_default=True, help="How long to measure beside each kind.")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    metavar="NAME",
+    help="Hostile clients of this kind; may be repeated [default: all].",
+)
+@click.option("--body-bytes", type=_COUNT, help="The server's --max-body-bytes, if it was started with one.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def bystander(url: str | None, seconds: float, kinds: tuple[str, ...], body_bytes: int | None, out: Path | None):
+    """A small request's latency, alone and beside each kind of hostile client. It needs an otherwise quiet machine."""
+    from slora_jax.bench.bystander import bystander_report, demo_server, run_bystander
+    from slora_jax.bench.hostile import KINDS
+
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise click.BadParameter(f"{unknown[0]} is none of {', '.join(KINDS)}", param_hint="--kind")
+    rows = []
+    with demo_server() if url is None else contextlib.nullcontext(url) as address:
+        for row in run_bystander(address, seconds, kinds or tuple(KINDS), body_bytes):
+            rows.append(row)
+            verdict = {True: "holds", False: "FAILS", None: ""}[row.get("holds")]
+            text = f"{row['what']:42} p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  {verdict:6}"
+            click.echo(f"{text} {row.get('answers', '')}".rstrip(), err=True)
+    result = bystander_report(rows, command_line())
+    _print_or_write(result, out)
+    if not result["holds"]:
+        raise click.ClickException("a small request waits for others; see above")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 """What the host does for each step, without a device: planning, committing, laying batches out."""
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.bench.simulate import ReadyAdapter
 from slora_jax.config import POLICIES, SchedulerConfig
-from slora_jax.engine.batch import AdapterSlice, Buckets, build_batch
+from slora_jax.engine.batch import AdapterSlice, Buckets, HostBatch, build_batch
+from slora_jax.engine.core import Core, StepResult
 from slora_jax.engine.sampling import build_sampler_inputs
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import Sequence
+from slora_jax.scheduler.sequence import AdapterLoad, ScheduledSequence, Sequence
 
 _NUM_SEQUENCES = 512
 _RANK = 8
@@ -28,87 +28,110 @@ _LLAMA_7B = ModelConfig(
 )  # fmt: skip
 
 
+class StubDevice:
+    """A ``Device`` whose host side is the real one: batches are laid out, and nothing runs.
+
+    Every token sampled is 7, and every copy arrives at once.
+
+    Args:
+      table_width: pages that a sequence can have.
+    """
+
+    def __init__(self, table_width: int):
+        layout = PoolLayout.for_model(_LLAMA_7B)
+        ranks = dict.fromkeys("qkvo", _RANK)
+        self.adapter_layout = layout.adapter(ranks)
+        # Memory of one element, looked at as large: nobody reads the weights here.
+        weights = np.broadcast_to(np.float16(0), self.adapter_layout.packed_shape)
+        self._scales = loaded_adapter("stub", ranks, weights, layout).header.scales
+        self._buckets = Buckets.fine(8192, _NUM_SEQUENCES)
+        self._table_width = table_width
+        self._loads: list[AdapterLoad] = []
+        self._slices: dict[object, AdapterSlice] = {}
+        self._rows: dict[int, int] = {}
+
+    def start_copy(self, load: AdapterLoad) -> None:
+        self._loads.append(load)
+
+    def arrived(self) -> list[AdapterLoad]:
+        loads, self._loads = self._loads, []
+        for load in loads:
+            layout = self.adapter_layout
+            self._slices[load.key] = AdapterSlice(
+                load.pages, layout.ranks, layout.start_a, layout.start_b, self._scales
+            )
+        return loads
+
+    @property
+    def is_copying(self) -> bool:
+        return bool(self._loads)
+
+    def wait_for_copy(self) -> None:
+        pass
+
+    def lay_out(self, entries: tuple[ScheduledSequence, ...]) -> HostBatch:
+        keys = dict.fromkeys(e.sequence.adapter_key for e in entries)
+        adapters = {key: self._slices[key] for key in keys}
+        batch = build_batch(entries, adapters, self._rows, self._buckets, self._table_width)
+        build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, _LLAMA_7B.vocab_size)
+        return batch
+
+    def launch(self, batch: HostBatch) -> "StubStep":
+        self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
+        return StubStep(len(batch.entries))
+
+    def reset(self) -> None:
+        raise AssertionError("nothing runs that could fail")
+
+
+@dataclass(frozen=True)
+class StubStep:
+    """A step that is over as soon as it began."""
+
+    num_entries: int
+
+    def read(self) -> StepResult:
+        return StepResult([7] * self.num_entries, {})
+
+
 class HostLoop:
-    """The engine's loop over a stub of the device: every token sampled is 7, every copy arrives at once.
+    """The engine's loop over a ``StubDevice``, with its time taken part by part.
 
     Attributes:
-      milliseconds: by part of the loop, its time in each step of ``run``.
+      milliseconds: by part of the loop, its time in each turn of ``run``.
     """
 
     def __init__(self, num_waiting: int, num_adapters: int, table_width: int, max_tokens: int, random: bool = False,
                  policy: str = "fcfs"):  # fmt: skip
-        layout = PoolLayout.for_model(_LLAMA_7B)
-        ranks = dict.fromkeys("qkvo", _RANK)
-        shape = layout.adapter(ranks)
-        # Memory of one element, looked at as large: nobody reads the weights here.
-        weights = np.broadcast_to(np.float16(0), shape.packed_shape)
-        self._scales = loaded_adapter("stub", ranks, weights, layout).header.scales
-        self._layout = shape
-        self._adapters = [ReadyAdapter(str(i), shape.num_pages) for i in range(num_adapters)]
-        pages = PageAllocator(2**17)
+        device = StubDevice(table_width)
+        adapters = [ReadyAdapter(str(i), device.adapter_layout.num_pages) for i in range(num_adapters)]
         config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6, policy=policy)
-        self._scheduler = Scheduler(config, pages, time.monotonic)
-        self._buckets = Buckets.geometric(8192, _NUM_SEQUENCES, ratio=2)
-        self._table_width = table_width
-        self._slices: dict[object, AdapterSlice] = {}
-        self._rows: dict[int, int] = {}
-        self._previous = SimpleNamespace(entries=())
+        self._part, self._since = "", 0.0
         self.milliseconds: dict[str, list[float]] = {}
+        self._core = Core(lambda: Scheduler(config, PageAllocator(2**17), time.monotonic), device, self._observe)
         sampling = SamplingParams(max_tokens=max_tokens, temperature=float(random), ignore_eos=True)
         now = time.monotonic()
         for i in range(num_waiting):
-            adapter = self._adapters[i % num_adapters]
+            adapter = adapters[i % num_adapters]
             # Prompts of their own: nothing of them is in the prefix cache.
             sequence = Sequence(i, [i % 30000] * 64, 64, max_tokens, sampling, seed=i, adapter=adapter, arrival=now)
             sequence.tenant = adapter.content_hash
-            self._scheduler.add(sequence)
+            self._core.add(sequence)
 
     @property
     def num_running(self) -> int:
-        return self._scheduler.num_running
+        return self._core.scheduler.num_running
 
     def run(self, num_steps: int) -> None:
         self.milliseconds = {}
         for _ in range(num_steps):
-            self._step()
+            self._core.step()
 
-    def _step(self) -> None:
-        marks = [("", time.perf_counter())]
-        plan = self._scheduler.plan()
-        marks.append(("plan", time.perf_counter()))
-        for load in plan.loads:
-            layout = self._layout
-            self._slices[load.key] = AdapterSlice(
-                load.pages, layout.ranks, layout.start_a, layout.start_b, self._scales
-            )
-            self._scheduler.adapter_arrived(load)
-        if plan.entries:
-            keys = dict.fromkeys(e.sequence.adapter_key for e in plan.entries)
-            adapters = {key: self._slices[key] for key in keys}
-            marks.append(("", time.perf_counter()))
-            batch = build_batch(plan.entries, adapters, self._rows, self._buckets, self._table_width)
-            marks.append(("build_batch", time.perf_counter()))
-            build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, _LLAMA_7B.vocab_size)
-            marks.append(("build_sampler_inputs", time.perf_counter()))
-            self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
-        ended = []
-        for entry in self._previous.entries:
-            if entry.samples:
-                sequence = entry.sequence
-                sequence.num_pending -= 1
-                sequence.tokens.append(7)
-                if len(sequence.tokens) - sequence.num_prompt == sequence.max_tokens:
-                    ended.append(sequence)
-        marks.append(("", time.perf_counter()))
-        self._scheduler.commit(self._previous)
-        marks.append(("commit", time.perf_counter()))
-        for sequence in ended:
-            self._scheduler.finish(sequence)
-        marks.append(("finish", time.perf_counter()))
-        self._previous = plan
-        for (_, start), (part, end) in itertools.pairwise(marks):
-            if part:
-                self.milliseconds.setdefault(part, []).append((end - start) * 1000)
+    def _observe(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._part:
+            self.milliseconds.setdefault(self._part, []).append((now - self._since) * 1000)
+        self._part, self._since = ("" if part in ("rest", "wait") else part), now
 
 
 def run_host(num_steps: int) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:

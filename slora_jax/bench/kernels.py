@@ -42,9 +42,10 @@ from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_
 from slora_jax.config import read_yaml
 from slora_jax.engine.batch import Buckets
 from slora_jax.engine.runner import compiler_options
-from slora_jax.memory.layout import MODULES, AdapterLayout, PoolLayout
+from slora_jax.memory.layout import AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, TokenBatch
+from slora_jax.model.modules import MODULES
 from slora_jax.model.weights import dummy_params
 
 _SEED = 7

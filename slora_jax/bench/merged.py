@@ -15,7 +15,8 @@ from slora_jax.bench.service import Times
 from slora_jax.bench.throughput import check_answers, submit
 from slora_jax.bench.workload import WorkItem
 from slora_jax.engine.generation import Generation
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
+from slora_jax.model.modules import MODULES
 
 MAX_OTHERS_WAITING = 30
 """So many requests of other adapters make the server switch, as in the paper's baseline."""

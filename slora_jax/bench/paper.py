@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.service import Service, Times
-from slora_jax.bench.shares import SplitPages, SplitScheduler
+from slora_jax.bench.shares import FixedShares
 from slora_jax.bench.simulate import H200, StepSpeeds, StepTime, simulate
 from slora_jax.bench.workload import (
     CHAT_ADAPTERS,
@@ -26,9 +26,9 @@ from slora_jax.bench.workload import (
     draw_workload,
 )
 from slora_jax.config import SchedulerConfig
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
-from slora_jax.scheduler.scheduler import Scheduler
 
 
 class Saturated(Protocol):
@@ -206,10 +206,10 @@ class SimulatedServer:
         return settings_of(self.model)
 
     def run(self, point: Point) -> Outcome:
-        pages, create = pages_of(point, self.pool_pages)
+        num_pages, create_budget = budget_of(point, self.pool_pages)
         step_time = StepTime(self.speeds, self.model)
-        run = simulate(point.case, point.workload, point.scheduler, pages, step_time, create)
-        return Outcome(run.times, pages.num_pages, run.num_loads, run.num_prefetch_late)
+        run = simulate(point.case, point.workload, point.scheduler, create_budget, step_time)
+        return Outcome(run.times, num_pages, run.num_loads, run.num_prefetch_late)
 
     def describe(self) -> dict:
         return {
@@ -219,12 +219,11 @@ class SimulatedServer:
         }
 
 
-def pages_of(point: Point, pool_pages: int):
-    """A point's pages, and what makes its scheduler: arguments of ``simulate`` and ``Engine.reschedule``."""
+def budget_of(point: Point, pool_pages: int) -> tuple[int, Callable[[], PageBudget]]:
+    """How many pages a point has, the trash page included, and what makes its budget of them."""
     num_pages = min(point.pool_pages or pool_pages, pool_pages)
-    if point.system == "split":
-        return SplitPages(num_pages), SplitScheduler
-    return PageAllocator(num_pages), Scheduler
+    kind = FixedShares if point.system == "split" else PageBudget
+    return num_pages, lambda: kind(PageAllocator(num_pages))
 
 
 def settings_of(model: ModelConfig) -> tuple[str, ...]:

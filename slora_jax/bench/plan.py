@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from slora_jax.config import PAGE_SIZE
 from slora_jax.engine.batch import padded_rank
 from slora_jax.errors import InvalidRequest
-from slora_jax.memory.layout import ROW_PARALLEL, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import ROW_PARALLEL
 
 _USABLE_MEMORY = 0.926
 """Share of a GPU's memory that JAX gave the engine: 139.6 of 150.8 GB on an H200."""

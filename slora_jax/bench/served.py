@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from slora_jax import Engine
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights, run_merged
-from slora_jax.bench.paper import Outcome, Point, Scale, System, pages_of, settings_of
+from slora_jax.bench.paper import Outcome, Point, Scale, System, budget_of, settings_of
 from slora_jax.bench.throughput import ADAPTED, Weights, compilations_counted, register_adapters, run_loop
 from slora_jax.bench.timing import machine
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, draw_workload
 from slora_jax.config import build_config, read_yaml
-from slora_jax.engine.build import enable_compilation_cache
+from slora_jax.engine.build import BaseModel, EngineParts, enable_compilation_cache, make_parts
 from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -27,8 +27,8 @@ from slora_jax.model.weights import dummy_params
 class EngineServer:
     """A ``Server`` by the wall clock, with random weights.
 
-    One engine serves all systems but the padded products: these are other programs, so they have an engine of their
-    own, which takes the place of the other.
+    Each point has an engine of its own, with its own scheduler and budget of pages, over the same loaded model. Only
+    the padded matmuls are other programs: they have parts of their own, which take the place of the others.
     """
 
     systems: tuple[System, ...] = ("unified", "split", "padded", "merged")
@@ -64,27 +64,26 @@ class EngineServer:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         self._params = dummy_params(self._model, dtype, self._config.seed)
         self._weights = Weights(PoolLayout.for_model(self._model), dtype)
-        self._engine: Engine | None = None
+        self._parts: EngineParts | None = None
         self._is_padded = False
-        self._pool_pages = 0
         self._registered: set[Case] = set()
         self._merged: MergedWeights | None = None
         self._staged: dict[int, jax.Array] = {}
 
     def run(self, point: Point) -> Outcome:
-        engine = self._engine_for(point)
-        pages, create = pages_of(point, self._pool_pages)
-        engine.reschedule(point.scheduler, pages, create)
+        parts = self._parts_for(point)
+        num_pages, create_budget = budget_of(point, parts.device.pool.num_pages)
+        engine = Engine(parts, point.scheduler, create_budget)
         if point.system == "merged":
-            return self._run_merged(engine, point, pages.num_pages)
+            return self._run_merged(engine, point, num_pages)
         self._register(engine, point.case)
-        before = engine.stats()
         with compilations_counted() as compilations:
             _, _, times = run_loop(engine, point.case, point.workload)
             compiled = compilations()
-        after = engine.stats()
-        loads, late = (after[name] - before[name] for name in ("adapter_loads", "adapter_prefetch_late"))
-        return Outcome(times, pages.num_pages, loads, late, num_compilations=compiled)
+        stats = engine.stats()
+        engine.close()
+        loads, late = stats["adapter_loads"], stats["adapter_prefetch_late"]
+        return Outcome(times, num_pages, loads, late, num_compilations=compiled)
 
     def describe(self) -> dict:
         return {
@@ -95,24 +94,24 @@ class EngineServer:
         }
 
     def close(self) -> None:
-        """Stops the engine and gives its memory back."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = self._merged = None
+        """Gives the memory of the engines' parts back."""
+        if self._parts is not None:
+            self._parts.close()
+        self._parts = self._merged = None
         self._registered.clear()
         self._staged.clear()
         gc.unfreeze()
         gc.collect()
 
-    def _engine_for(self, point: Point) -> Engine:
+    def _parts_for(self, point: Point) -> EngineParts:
         is_padded = point.system == "padded"
-        if self._engine is None or is_padded != self._is_padded:
+        if self._parts is None or is_padded != self._is_padded:
             self.close()
             self._is_padded = is_padded
-            self._engine = self._start(point)
-        return self._engine
+            self._parts = self._build(point)
+        return self._parts
 
-    def _start(self, point: Point) -> Engine:
+    def _build(self, point: Point) -> EngineParts:
         config, ops = self._config, GATHERED
         if self._is_padded:
             # Few and small steps, and a pool that leaves memory for the padded copies.
@@ -123,8 +122,8 @@ class EngineServer:
                 }
             )
             ops = padded_lora(max(SETTINGS[point.case.setting]))
-        engine = Engine(config, self._model, self._params, None, "base", lora_ops=ops)
-        self._pool_pages = engine.stats()["pages_total"] + 1
+        parts = make_parts(config, BaseModel(self._model, self._params, None, "base", None), ops)
+        engine = Engine(parts)
         settings = [point.case.setting] if self._is_padded else self.settings
         warming = [Case(setting, len(SETTINGS[setting])) for setting in settings]
         for case in warming:
@@ -135,8 +134,9 @@ class EngineServer:
             count = min(WARM_UP_REQUESTS, self._scale.saturated_requests)
             workload = draw_workload(count, case.num_adapters, self._model.vocab_size, 0, self._scale.longest)
             run_loop(engine, case, workload)
+        engine.close()
         leave_alone_what_exists()
-        return engine
+        return parts
 
     def _register(self, engine: Engine, case: Case) -> None:
         if case not in self._registered:
@@ -162,4 +162,5 @@ class EngineServer:
                 compiled = compilations()
         finally:
             self._merged.restore()
+            engine.close()
         return Outcome(times, pool_pages, switch_seconds=switches, num_compilations=compiled)

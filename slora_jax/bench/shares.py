@@ -1,83 +1,51 @@
 """A pool in two fixed shares, for adapters and for the KV cache: the paper's ablation "without unified memory"."""
 
-from collections.abc import Callable
-
-from slora_jax.config import SchedulerConfig
-from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
-from slora_jax.memory.layout import PoolLayout
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
-from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import AdapterHandle
 
 ADAPTER_SHARE = 0.25
 
 
-class SplitPages(PageAllocator):
-    """Pages of which adapters have ``adapter_pages`` and the KV cache the rest. Every block is an adapter's here."""
+class FixedShares(PageBudget):
+    """Adapters have a quarter of the pages, and the KV cache has the rest. Neither takes from the other.
 
-    def __init__(self, num_pages: int):
-        super().__init__(num_pages)
-        self.adapter_pages = int(ADAPTER_SHARE * self.total)
+    It is for a scheduler without prefix cache and without pins, so that all blocks of the allocator are adapters'.
 
-    @property
-    def num_available(self) -> int:
-        """Pages that a KV cache could be given now."""
-        return self.total - self.adapter_pages - len(self._private)
-
-    def allocate(self, count: int) -> list[int] | None:
-        return super().allocate(count) if count <= self.num_available else None
-
-    def allocate_for_adapter(self, count: int) -> list[int] | None:
-        """Takes pages of the adapters' share, evicting cold adapters; None if those in use leave too few."""
-        if count > self.num_available_for_adapters:
-            return None
-        while self._num_of_blocks + count > self.adapter_pages:
-            self._evict()
-        # Free pages then suffice: the KV cache holds no more than its own share.
-        pages = [self._free.pop() for _ in range(count)]
-        self._private.update(pages)
-        return pages
-
-    @property
-    def num_available_for_adapters(self) -> int:
-        """Pages that adapters could be given now."""
-        return self.adapter_pages - (self._num_of_blocks - self.num_cached)
-
-    @property
-    def _num_of_blocks(self) -> int:
-        return self.total - self.num_free - len(self._private)
-
-
-class _AdapterPages:
-    """Stands for the pages while an adapter is given its own."""
-
-    def __init__(self, pages: SplitPages):
-        self.allocate = pages.allocate_for_adapter
-        self.publish = pages.publish
-
-
-class SplitScheduler(Scheduler):
-    """Adapters that find no room in their share wait, and others pass them; none takes KV pages, nor the reverse.
-
-    Nothing is pinned here.
+    Attributes:
+      adapter_pages: pages of the adapters' share.
     """
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        pages: SplitPages,
-        clock: Callable[[], float],
-        *,
-        costs: PageCosts = EQUAL_COSTS,
-    ):
-        if config.prefix_cache:
-            raise ValueError("a split pool has no prefix cache; turn prefix_cache off")
-        super().__init__(config, pages, clock, costs=costs)
+    allows_prefix_cache = False
 
-    def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
+    def __init__(self, pages: PageAllocator):
+        super().__init__(pages)
+        self.adapter_pages = int(ADAPTER_SHARE * pages.total)
+
+    def allocate_kv(self, count: int) -> list[int] | None:
+        return self.pages.allocate(count) if count <= self._available_for_kv else None
+
+    def allocate_adapter(self, count: int) -> list[int] | None:
+        if count > self._available_for_adapters:
+            return None
+        while self._in_blocks + count > self.adapter_pages:
+            self.pages.evict()
+        # Free pages then suffice: the KV cache holds no more than its own share.
+        return self.pages.allocate(count)
+
+    def has_room(self, kv_pages: int, adapter_pages: int) -> bool:
+        return kv_pages <= self._available_for_kv and adapter_pages <= self._available_for_adapters
+
+    def may_copy(self, adapter_pages: int) -> bool:
+        """Adapters that find no room in their share wait for one in use to end; the others pass them."""
+        return adapter_pages <= self._available_for_adapters
+
+    def spare_for_adapters(self, num_running: int) -> int:
+        return self._available_for_adapters
+
+    def refusal(self, kv_pages: int, adapter_pages: int, pinned_pages: int) -> str | None:
         for what, needed, share in (
-            ("prompt and output", PoolLayout.token_pages(num_tokens), self._pages.total - self._pages.adapter_pages),
-            ("its adapter", adapter.num_pages if adapter else 0, self._pages.adapter_pages),
+            ("prompt and output", kv_pages, self.pages.total - self.adapter_pages),
+            ("its adapter", adapter_pages, self.adapter_pages),
         ):
             if needed > share:
                 return (
@@ -86,16 +54,15 @@ class SplitScheduler(Scheduler):
                 )
         return None
 
-    def _has_room(self, kv_pages: int, adapter_pages: int) -> bool:
-        return kv_pages <= self._pages.num_available and adapter_pages <= self._pages.num_available_for_adapters
+    @property
+    def _available_for_kv(self) -> int:
+        return self.pages.total - self.adapter_pages - self.pages.num_private
 
-    def _spare_for_adapters(self) -> int:
-        return self._pages.num_available_for_adapters
+    @property
+    def _available_for_adapters(self) -> int:
+        return self.adapter_pages - (self._in_blocks - self.pages.num_cached)
 
-    def _can_copy(self, adapter) -> bool:
-        return super()._can_copy(adapter) and self._has_room(0, adapter.num_pages)
-
-    def _start_copy(self, adapter, builder) -> None:
-        pages, self._pages = self._pages, _AdapterPages(self._pages)
-        super()._start_copy(adapter, builder)
-        self._pages = pages
+    @property
+    def _in_blocks(self) -> int:
+        """Pages of adapters, in use or not."""
+        return self.pages.total - self.pages.num_free - self.pages.num_private

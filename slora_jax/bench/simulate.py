@@ -1,4 +1,4 @@
-"""A server in simulated time: the real scheduler and page accounting over a model of how long steps take. No JAX."""
+"""A server in simulated time: the engine's own loop over a device that only knows how long things take. No JAX."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from slora_jax.bench.service import Times
 from slora_jax.bench.workload import Case, WorkItem
 from slora_jax.config import SchedulerConfig
+from slora_jax.engine.core import Core, Outcome, StepResult
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.layout import PoolLayout
-from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import AdapterLoad, Sequence, State, StepPlan
+from slora_jax.scheduler.sequence import AdapterLoad, ScheduledSequence, Sequence
 
 _BYTES = 2
 """Of a weight or a cached number: bfloat16."""
@@ -29,7 +30,7 @@ class StepSpeeds:
     within 10 %; ``step_seconds`` to the whole steps of that file, which all then give within 5 %.
 
     Not modelled: the host, and adapters in steps of many prompt tokens. Full batches of 64, S2 with 100 adapters at the
-    quick scale, answer 64.2 requests a second in simulated time, where the engine answered 49.5.
+    quick scale, answer 64.0 requests a second in simulated time, where the engine answered 49.5.
 
     Attributes:
       weight_bandwidth: bytes a second at which a step of few tokens reads the weights.
@@ -125,80 +126,127 @@ class Run:
 
 
 @dataclass
-class _Copies:
-    """Adapters on their way over one link, one after the other."""
+class SimulatedDevice:
+    """A ``Device`` in simulated time: one GPU that runs one step after the other, and one link for copies.
+
+    Time goes on only where the host waits: for a step, for a copy, or, by ``simulate``, for a request.
+
+    Attributes:
+      step_time: of its steps and copies.
+      now: seconds since the start, as the host knows it.
+    """
 
     step_time: StepTime
-    under_way: deque[tuple[float, AdapterLoad]] = field(default_factory=deque)
+    now: float = 0.0
+    _busy_until: float = 0.0
+    _copies: deque[tuple[float, AdapterLoad]] = field(default_factory=deque)
 
-    def start(self, load: AdapterLoad, now: float) -> None:
-        begin = max(now, self.under_way[-1][0]) if self.under_way else now
-        self.under_way.append((begin + self.step_time.copy_seconds(len(load.pages)), load))
+    def start_copy(self, load: AdapterLoad) -> None:
+        begin = max(self.now, self._copies[-1][0]) if self._copies else self.now
+        self._copies.append((begin + self.step_time.copy_seconds(len(load.pages)), load))
 
-    def arrived(self, now: float) -> list[AdapterLoad]:
+    def arrived(self) -> list[AdapterLoad]:
         loads = []
-        while self.under_way and self.under_way[0][0] <= now:
-            loads.append(self.under_way.popleft()[1])
+        while self._copies and self._copies[0][0] <= self.now:
+            loads.append(self._copies.popleft()[1])
         return loads
+
+    @property
+    def is_copying(self) -> bool:
+        return bool(self._copies)
+
+    def wait_for_copy(self) -> None:
+        self.now = max(self.now, self._copies[0][0])
+
+    def lay_out(self, entries: tuple[ScheduledSequence, ...]) -> tuple[ScheduledSequence, ...]:
+        return entries
+
+    def launch(self, batch: tuple[ScheduledSequence, ...]) -> "SimulatedStep":
+        num_tokens = sum(entry.count for entry in batch)
+        seconds = self.step_time.seconds(num_tokens, *_loads_of(batch))
+        self._busy_until = max(self.now, self._busy_until) + seconds
+        return SimulatedStep(self, self._busy_until, len(batch))
+
+    def reset(self) -> None:
+        raise AssertionError("nothing fails in simulated time")
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """A step that is over at ``end``. All tokens are 0."""
+
+    device: SimulatedDevice
+    end: float
+    num_entries: int
+
+    def read(self) -> StepResult:
+        self.device.now = max(self.device.now, self.end)
+        return StepResult([0] * self.num_entries, {})
 
 
 def simulate(
     case: Case,
     workload: Many[WorkItem],
     config: SchedulerConfig,
-    pages: PageAllocator,
+    create_budget: Callable[[], PageBudget],
     step_time: StepTime,
-    create: Callable[[SchedulerConfig, PageAllocator, Callable[[], float]], Scheduler] = Scheduler,
 ) -> Run:
     """Serves a workload to its end. Deterministic; a run takes about 1 ms of real time a step.
 
-    A step's tokens are known when it ends: the real engine reads them one step later.
-
     Args:
-      pages: of the pool, all free.
-      create: makes the scheduler, as in ``Engine.reschedule``.
+      case: says which ranks the adapters have.
+      workload: the requests.
+      config: of the scheduler.
+      create_budget: makes the budget of the pool's pages.
+      step_time: how long steps and copies take.
     """
     layout = PoolLayout.for_model(step_time.model)
     adapters = [ReadyAdapter(str(i), layout.adapter(dict.fromkeys("qkvo", case.rank(i))).num_pages)
                 for i in range(case.num_adapters)]  # fmt: skip
-    now = 0.0
-    scheduler = create(config, pages, lambda: now)
-    copies = _Copies(step_time)
+    device = SimulatedDevice(step_time)
+
+    def create_scheduler() -> Scheduler:
+        budget = create_budget()
+        return Scheduler(config, budget.pages, lambda: device.now, budget=budget)
+
+    core = Core(create_scheduler, device)
     run = Run([Times(item.arrival) for item in workload])
     order = sorted(range(len(workload)), key=lambda i: workload[i].arrival)
     todo = deque((sequence_id, i) for sequence_id, i in enumerate(order))
     times_of: dict[int, Times] = {}
-    while todo or not scheduler.is_idle or copies.under_way:
-        while todo and workload[todo[0][1]].arrival <= now:
+    while todo or not core.is_idle:
+        while todo and workload[todo[0][1]].arrival <= device.now:
             sequence_id, i = todo.popleft()
             times_of[sequence_id] = run.times[i]
             sequence = _sequence(sequence_id, workload[i], adapters, case)
-            refusal = scheduler.refusal(sequence.num_prompt + sequence.max_tokens, sequence.adapter)
+            refusal = core.scheduler.refusal(sequence.num_prompt + sequence.max_tokens, sequence.adapter)
             assert refusal is None, refusal
-            scheduler.add(sequence)
-        for load in copies.arrived(now):
-            scheduler.adapter_arrived(load)
-        plan = scheduler.plan()
-        for load in plan.loads:
-            copies.start(load, now)
-        run.num_loads += len(plan.loads)
-        run.num_preemptions += plan.num_preempted
-        for sequence in plan.late:
-            scheduler.finish(sequence)
-            times_of[sequence.sequence_id].last = now
-            times_of[sequence.sequence_id].gave_up = True
-        if plan.entries:
-            run.num_steps += 1
-            now += step_time.seconds(plan.num_tokens, *_loads_of(plan))
-            _finish_step(scheduler, plan, times_of, now)
-        else:
-            events = [workload[todo[0][1]].arrival] if todo else []
-            events += [copies.under_way[0][0]] if copies.under_way else []
-            assert events or plan.late or scheduler.is_idle, "sequences wait for nothing"
-            now = max(now, min(events, default=now))
+            core.add(sequence)
+        outcome = core.step()
+        _note(outcome, times_of, device.now)
+        if not outcome.worked:
+            assert todo, "sequences wait for nothing"
+            device.now = max(device.now, workload[todo[0][1]].arrival)
     run.seconds = max(t.last for t in run.times)
-    run.num_prefetch_late = scheduler.num_prefetch_late
+    run.num_steps = core.counts["steps"]
+    run.num_loads = core.counts["adapter_loads"]
+    run.num_preemptions = core.counts["preemptions"]
+    run.num_prefetch_late = core.scheduler.counts()["adapter_prefetch_late"]
     return run
+
+
+def _note(outcome: Outcome, times_of: dict[int, Times], now: float) -> None:
+    """Notes first and last tokens, and requests that were given up."""
+    for emitted in outcome.emitted:
+        times = times_of[emitted.sequence.sequence_id]
+        if times.first is None:
+            times.first = now
+        if emitted.reason is not None:
+            times.last = now
+    for ended in outcome.ended:
+        assert ended.reason == "late", ended.error
+        times = times_of[ended.sequence.sequence_id]
+        times.last, times.gave_up = now, True
 
 
 def _sequence(sequence_id: int, item: WorkItem, adapters: list[ReadyAdapter], case: Case) -> Sequence:
@@ -219,29 +267,11 @@ def _sequence(sequence_id: int, item: WorkItem, adapters: list[ReadyAdapter], ca
     )
 
 
-def _loads_of(plan: StepPlan) -> tuple[int, int]:
+def _loads_of(entries: tuple[ScheduledSequence, ...]) -> tuple[int, int]:
     """Tokens attended to, and pages of distinct adapters."""
     context, adapters = 0, {}
-    for sequence, start, count, _, _ in plan.entries:
+    for sequence, start, count, _, _ in entries:
         context += start + count
         if sequence.adapter is not None:
             adapters[sequence.adapter] = sequence.adapter.num_pages
     return context, sum(adapters.values())
-
-
-def _finish_step(scheduler: Scheduler, plan: StepPlan, times_of: dict[int, Times], now: float) -> None:
-    ended = []
-    for sequence, _, _, samples, _ in plan.entries:
-        if samples:
-            sequence.num_pending -= 1
-            sequence.tokens.append(0)
-            times = times_of[sequence.sequence_id]
-            if times.first is None:
-                times.first = now
-            if sequence.num_output == sequence.max_tokens:
-                times.last = now
-                ended.append(sequence)
-    scheduler.commit(plan)
-    for sequence in ended:
-        assert sequence.state is not State.FINISHED
-        scheduler.finish(sequence)

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import click
 import jax
@@ -23,12 +22,10 @@ from slora_jax.bench.service import Times
 from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import build_config
-from slora_jax.engine import runner
+from slora_jax.engine.build import build_parts
 from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.engine.generation import Generation
-from slora_jax.engine.runner import StepInFlight
 from slora_jax.memory.layout import PoolLayout
-from slora_jax.scheduler.scheduler import Scheduler
 
 ADAPTED = ("q", "k", "v", "o")
 """What adapters change."""
@@ -66,15 +63,27 @@ class Recorder:
 
     Attributes:
       step_seconds: of each call of ``Engine.step`` that did something.
-      parts: of these, by what the host did; "wait" is for the device, "launch" for handing it its programs.
       sequences: running ones at each step.
       peak_pages: most pages of the pool in use.
     """
 
     step_seconds: list[float] = dataclasses.field(default_factory=list)
-    parts: Counter[str] = dataclasses.field(default_factory=Counter)
     sequences: list[int] = dataclasses.field(default_factory=list)
     peak_pages: int = 0
+
+
+class PartTimes:
+    """An observer of the loop (see ``Core``): seconds by part since it was cleared."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self._part, self._since = "rest", 0.0
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._part != "rest":
+            self.seconds[self._part] += now - self._since
+        self._part, self._since = part, now
 
 
 def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None = None):
@@ -84,12 +93,11 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
       Wall seconds, the ``Recorder``, and each request's ``Times``.
     """
     recorder = Recorder()
-    with _parts_recorded(recorder.parts):
-        start = time.perf_counter()
-        todo = sorted(enumerate(workload), key=lambda item: -item[1].arrival)
-        times = [Times(item.arrival) for item in workload]
-        generations: list[Generation | None] = [None] * len(workload)
-        tracing = contextlib.ExitStack()
+    start = time.perf_counter()
+    todo = sorted(enumerate(workload), key=lambda item: -item[1].arrival)
+    times = [Times(item.arrival) for item in workload]
+    generations: list[Generation | None] = [None] * len(workload)
+    with contextlib.ExitStack() as tracing:
         while True:
             now = time.perf_counter() - start
             while todo and todo[-1][1].arrival <= now:
@@ -113,8 +121,7 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
             else:
                 next_arrival = todo[-1][1].arrival - (after - start) if todo else _IDLE_WAIT_SECONDS
                 engine.wait_for_work(min(max(next_arrival, 0.0), _IDLE_WAIT_SECONDS))
-        tracing.close()
-        seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     check_answers(workload, generations)
     return seconds, recorder, times
 
@@ -160,42 +167,6 @@ def submit(engine: Engine, item: WorkItem, adapter: str | None, times: Times, st
 
 
 @contextlib.contextmanager
-def _parts_recorded(parts: Counter[str]) -> Iterator[None]:
-    """Adds up the seconds spent in the parts of ``Engine.step``, none of which calls another."""
-
-    def timed(function: Callable, name: str) -> Callable:
-        def run(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                parts[name] += time.perf_counter() - start
-
-        return run
-
-    def wait(step: StepInFlight):
-        jax.block_until_ready(step.sampled)
-
-    timed_wait, read = timed(wait, "wait"), StepInFlight.read
-
-    def timed_read(step: StepInFlight):
-        timed_wait(step)
-        return read(step)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(StepInFlight, "read", timed_read))
-        for owner, function, name in (
-            (Scheduler, "plan", "plan"),
-            (Scheduler, "commit", "commit"),
-            (runner, "build_batch", "build"),
-            (runner, "build_sampler_inputs", "build"),
-            (jax.stages.Compiled, "__call__", "launch"),
-        ):
-            stack.enter_context(mock.patch.object(owner, function, timed(getattr(owner, function), name)))
-        yield
-
-
-@contextlib.contextmanager
 def compilations_counted() -> Iterator[Callable[[], int]]:
     """Yields a function that says how many programs were compiled, or read from the cache, since."""
     count = 0
@@ -236,7 +207,9 @@ def run_throughput(
             "mesh": {"tp": tp},
         }
     )
-    engine = Engine.create(config, progress=False)
+    parts = build_parts(config, progress=False)
+    observer = PartTimes()
+    engine = Engine(parts, observe=observer)
     try:
         making = time.perf_counter()
         register_adapters(engine, cases, Weights(engine.pool_layout, engine.dtype))
@@ -255,8 +228,9 @@ def run_throughput(
                 warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
             run_loop(engine, case, warm_up)
             workload = draw_workload(requests, case.num_adapters, vocab, seed, longest, trace)
+            observer.seconds.clear()
             yield {
-                **_run_case(engine, case, workload, profile and profile / str(case)),
+                **_run_case(engine, case, workload, observer, profile and profile / str(case)),
                 "start_seconds": start_seconds,
                 "start_compiling_seconds": compiling,
                 "model": Path(model).stem,
@@ -271,10 +245,11 @@ def run_throughput(
             }
     finally:
         engine.close()
+        parts.close()
         gc.unfreeze()
 
 
-def _run_case(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None) -> dict:
+def _run_case(engine: Engine, case: Case, workload: list[WorkItem], observer: PartTimes, profile: Path | None) -> dict:
     before = engine.stats()
     with compilations_counted() as compilations:
         seconds, recorder, times = run_loop(engine, case, workload, profile)
@@ -284,8 +259,8 @@ def _run_case(engine: Engine, case: Case, workload: list[WorkItem], profile: Pat
     counts = {name: after[name] - before[name] for name in after}
     steps = counts["steps"]
     step_milliseconds = np.array(recorder.step_seconds) * 1e3
-    host_seconds = sum(recorder.step_seconds) - recorder.parts["wait"]
-    parts = {name: seconds / steps * 1e3 for name, seconds in sorted(recorder.parts.items())}
+    host_seconds = sum(recorder.step_seconds) - observer.seconds["wait"]
+    parts = {name: seconds / steps * 1e3 for name, seconds in sorted(observer.seconds.items())}
     return {
         "setting": case.setting,
         "n": case.num_adapters,

@@ -16,9 +16,9 @@ from pallas_kernels import LoraSegments
 from pallas_kernels.pool import owner
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.config import PAGE_SIZE
-from slora_jax.memory.layout import MODULES
 from slora_jax.memory.pages import TRASH_PAGE
 from slora_jax.model.llama import TokenBatch
+from slora_jax.model.modules import MODULES
 from slora_jax.scheduler.sequence import ScheduledSequence
 
 _ALIGNMENT = 32
@@ -79,23 +79,28 @@ class Buckets:
       decode: numbers of sequences, and of tokens, of steps in which every sequence has one token; increasing.
       tokens, sequences: those of the other steps; increasing.
       total_ranks: sums of ranks of a step's distinct adapters; increasing.
+      few_ahead: compile ahead only what steps of a few short requests need: up to 256 tokens and 16 sequences, with as
+        many ranks as one adapter has.
     """
 
     decode: tuple[int, ...]
     tokens: tuple[int, ...]
     sequences: tuple[int, ...]
     total_ranks: tuple[int, ...]
+    few_ahead: bool = False
 
     @classmethod
-    def geometric(cls, max_tokens: int, max_sequences: int, ratio: int, smallest: int = 4) -> "Buckets":
-        """Sizes ``smallest, smallest * ratio, ...`` with ``max_tokens`` as the last."""
-        tokens = [smallest]
-        while tokens[-1] * ratio < max_tokens:
-            tokens.append(tokens[-1] * ratio)
+    def coarse(cls, max_tokens: int, max_sequences: int, few_ahead: bool = True) -> "Buckets":
+        """Powers of four: 4, 16, 64, ... sequences that decode, and from 16 on tokens and sequences beside prompts."""
+        tokens = [4]
+        while tokens[-1] * 4 < max_tokens:
+            tokens.append(tokens[-1] * 4)
         if tokens[-1] < max_tokens:
             tokens.append(max_tokens)
-        sequences = tuple(tokens[: tokens.index(_first_at_least(tokens, max_sequences)) + 1])
-        return cls(sequences, tuple(tokens), sequences, tuple(64 * 4**i for i in range(8)))
+        decode = tuple(tokens[: tokens.index(_first_at_least(tokens, max_sequences)) + 1])
+        # A prompt takes as long among four sequences as among sixteen, or nearly.
+        sequences = decode[1:] or (tokens[1],)
+        return cls(decode, tuple(tokens[1:]), sequences, tuple(32 * 4**i for i in range(7)), few_ahead)
 
     @classmethod
     def fine(cls, max_tokens: int, max_sequences: int) -> "Buckets":
@@ -159,6 +164,19 @@ class Buckets:
             for i, (t, s) in enumerate(sizes)
         ]
 
+    def shapes_ahead(self, table_width: int, room: AdapterRoom, max_rank: int) -> "list[BatchShape]":
+        """The shapes to compile before the first step.
+
+        Args:
+          table_width, room: as for ``all_shapes``.
+          max_rank: of the adapters there are, without padding.
+        """
+        shapes = self.all_shapes(table_width, room)
+        if not self.few_ahead:
+            return shapes
+        ranks = (0, _first_at_least(self.total_ranks, max_rank))
+        return [s for s in shapes if s.tokens <= 256 and s.sequences <= 16 and s.total_rank in ranks]
+
 
 def _first_at_least(values: Sequence[int], needed: int) -> int:
     for value in values:
@@ -208,6 +226,12 @@ class BatchShape:
             return cls(tokens, sequences, table_width, 0, 0, (), decode_only, 0)
         pages = _next_power_of_two(room.pages * sequences)
         return cls(tokens, sequences, table_width, total_rank, pages, room.active, decode_only, room.max_rank)
+
+    @property
+    def words(self) -> str:
+        """What to call such a step in a log."""
+        with_adapters = " with adapters" if self.total_rank else ""
+        return f"programs for steps of up to {self.tokens} tokens{with_adapters}"
 
     @property
     def _fields(self) -> dict[str, tuple[slice, tuple[int, ...], np.dtype]]:
@@ -301,12 +325,14 @@ class HostBatch:
       shape: the static shape.
       packed: as of ``shape.zeros``, filled.
       entries: the plan's entries in row order: row i of every per-sequence array.
+      entry_of_row: the place of each row's entry in the plan, ``[len(entries)]``.
       room: what there was room for, with what this batch's adapters need.
     """
 
     shape: BatchShape
     packed: np.ndarray
     entries: tuple[ScheduledSequence, ...]
+    entry_of_row: np.ndarray
     room: AdapterRoom
 
 
@@ -369,7 +395,7 @@ def build_batch(
         place += table_width
     if adapters:
         _fill_segments(arrays, adapters, modules, np.bincount(segment_of, counts, num_adapters + 1)[:num_adapters])
-    return HostBatch(shape, packed, entries, room)
+    return HostBatch(shape, packed, entries, np.array(rows), room)
 
 
 def _token_ids(entries: Sequence[ScheduledSequence], pending_rows: dict[int, int]) -> list[int]:

@@ -1,48 +1,37 @@
-"""The engine: requests in, tokens out. Owns the scheduler, the adapter store, the pool and the runner."""
+"""The engine as its callers see it: requests in, streams of text out, in any thread. The loop itself is ``core``."""
 
+import atexit
+import contextlib
 import gc
 import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from slora_jax.adapters.peft import resolve_adapter_path
-from slora_jax.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
+from slora_jax.adapters.store import AdapterInfo, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import EngineConfig, SchedulerConfig
-from slora_jax.engine.batch import AdapterSlice
-from slora_jax.engine.build import (
-    host_adapter_bytes,
-    load_base,
-    make_buckets,
-    make_pool,
-    pool_layout_of,
-    program_folder,
-)
+from slora_jax.engine.build import EngineParts, build_parts
+from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
-from slora_jax.engine.hosts import Followers
 from slora_jax.engine.meeting import Meeting
-from slora_jax.engine.runner import Runner, StepInFlight
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
-from slora_jax.memory.costs import PageCosts
-from slora_jax.memory.layout import MODULES
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
-from slora_jax.memory.pool import AdapterCopy
-from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import GATHERED, LoraOps
-from slora_jax.model.mesh import ModelMesh
-from slora_jax.request import Request
+from slora_jax.model.modules import MODULES
+from slora_jax.request import Delta, FinishReason, Request, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import AdapterLoad, Sequence, StepPlan
-from slora_jax.text.tokenizer import Tokenizer
+from slora_jax.scheduler.sequence import Emitted, Sequence
+from slora_jax.scheduler.traffic import Whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +42,19 @@ _IDLE_WAIT_SECONDS = 1.0
 class _Answer:
     """Where a sequence's tokens go."""
 
+    sequence: Sequence
     generation: Generation
     output: OutputText
+    index: int
+
+    def end(self, reason: FinishReason, error: str) -> None:
+        try:
+            delta = self.output.end(reason, error)
+        except Exception:
+            # The text that was withheld is lost; that the request ended must not be.
+            logger.exception("the end of an answer could not be turned into text")
+            delta = Delta(self.index, "", finish_reason=reason, error=error)
+        self.generation.put(delta)
 
 
 class Engine:
@@ -63,112 +63,115 @@ class Engine:
     Either call ``start`` and let a background thread run steps, or call ``step`` yourself until it returns False.
 
     Attributes:
+      config: with the scheduler's settings that are in use.
+      parts: what it is made of: device, adapter store, tokenizer. Engines may follow each other over the same parts.
       model_name: the base model's served name.
       model_config: its shape.
       max_model_len: longest sequence, prompt and output, in tokens.
       tokenizer: None for dummy models.
+      default_sampling: fields of ``SamplingParams`` for requests that do not give them; ``submit`` itself adds none.
       pool_layout, dtype: of the pool, and so of packed adapters.
+      device: runs the steps.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
-        model_config: ModelConfig,
-        params: dict,
-        tokenizer: Tokenizer | None,
-        model_name: str,
-        mesh: ModelMesh | None = None,
-        lora_ops: LoraOps = GATHERED,
-        meeting: Meeting | None = None,
+        parts: EngineParts,
+        scheduler: SchedulerConfig | None = None,
+        create_budget: Callable[[], PageBudget] | None = None,
+        observe: Callable[[str], None] = lambda part: None,
     ):
-        dtype = jax.tree.leaves(params)[0].dtype
-        self.config = config
-        self._built_for = config.scheduler
-        self.model_name = model_name
-        self.model_config = model_config
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-        self.pool_layout = layout = pool_layout_of(model_config, mesh)
-        self._pool, self.max_model_len = make_pool(config, model_config, layout, dtype, mesh, meeting)
-        if layout.shards.num_idle:
-            logger.warning(
-                "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
-                layout.shards.num_idle,
-                layout.shards.count,
-                model_config.num_kv_heads,
+        """
+        Args:
+          parts: see ``build_parts``. No other engine may be using them.
+          scheduler: settings in place of the configuration's, with steps no larger than those.
+          create_budget: makes the budget of the pool's pages, or of fewer pages than the pool has; None for the unified
+            pool, whole.
+          observe: see ``Core``.
+
+        Raises:
+          ValueError: larger steps, or more pages, than the parts are made for; or pinned adapters take too many.
+        """
+        built = parts.config.scheduler
+        settings = scheduler or built
+        if settings.max_batch_tokens > built.max_batch_tokens or settings.max_sequences > built.max_sequences:
+            raise ValueError(
+                f"steps of {settings.max_batch_tokens} tokens and {settings.max_sequences} sequences are larger than "
+                f"the {built.max_batch_tokens} and {built.max_sequences} these parts were made for; make others"
             )
-        self._max_rank = lora_ops.max_rank
-        self._pages = PageAllocator(self._pool.num_pages)
-        self._wake_event = threading.Event()
-        self._store = AdapterStore(
-            model_config,
-            layout,
-            dtype,
-            on_change=self._wake,
-            stage=self._pool.stage,
-            capacity=host_adapter_bytes(config, meeting),
-            host_bytes=self._pool.staged_bytes,
-            max_pinned_pages=self._pages.total // 2,
-            confirm=lambda host: self._followers.confirm(host),
-        )
-        self._pinned: tuple[AdapterVersion, ...] = ()
-        self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
-        self._slices: dict[Hashable, AdapterSlice] = {}
-        page_bytes = layout.page_bytes(dtype.itemsize)
-        on_gpu = jax.default_backend() != "cpu"
-        self._costs = PageCosts.estimate(model_config, page_bytes, layout.shards.count, on_gpu)
-        self._scheduler = Scheduler(config.scheduler, self._pages, time.monotonic, costs=self._costs)
-        self._runner = Runner(
-            model_config,
-            params,
-            self._pool,
-            make_buckets(config),
-            self.max_model_len,
-            mesh,
-            program_folder(config),
-            lora_ops,
-        )
-        self._followers = Followers(meeting, self._runner)
-        self._in_flight: tuple[StepPlan, StepInFlight] | None = None
+        self.config = parts.config.model_copy(update={"scheduler": settings})
+        self.parts = parts
+        self.model_name = parts.model_name
+        self.model_config = parts.model_config
+        self.max_model_len = parts.max_model_len
+        self.tokenizer = parts.tokenizer
+        self.default_sampling = parts.default_sampling
+        self.pool_layout = parts.pool_layout
+        self.dtype = parts.dtype
+        self.device = parts.device
+        self._store = parts.store
+        self._wake_event = parts.wake_event
+
+        def unified() -> PageBudget:
+            return PageBudget(PageAllocator(parts.device.pool.num_pages))
+
+        def create_scheduler() -> Scheduler:
+            budget = self._budget = (create_budget or unified)()
+            if budget.pages.num_pages > parts.device.pool.num_pages:
+                raise ValueError(
+                    f"{budget.pages.num_pages} pages are more than the pool's {parts.device.pool.num_pages}"
+                )
+            return Scheduler(settings, budget.pages, time.monotonic, costs=parts.costs, budget=budget)
+
+        self.device.forget()
+        self._core = Core(create_scheduler, self.device, observe)
+        self._store.limit_pins(self._budget.max_pinned_pages)
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
-        self._seeds = np.random.default_rng(config.seed)
+        self._seeds = np.random.default_rng(self.config.seed)
         self._lock = threading.Lock()
         self._closing = threading.Lock()
-        self._submitted: deque[list[tuple[Sequence, _Answer]]] = deque()
+        self._submitted: deque[list[_Answer]] = deque()
         self._cancelled: deque[Generation] = deque()
         self._num_unadmitted = 0
         self._thread: threading.Thread | None = None
+        self._on_failure: Callable[[str], None] = lambda sentence: None
         self._closed: str | None = None
-        self._counts_before: Counter[str] = Counter()
-        self._counts = dict.fromkeys(
-            (
-                "steps", "prefill_tokens", "decode_tokens", "adapter_loads", "adapter_load_bytes", "preemptions",
-                "cached_tokens", "late",
-            ),
-            0,
-        )  # fmt: skip
+        self._on_close = contextlib.ExitStack()
+        self._counts = Counter(cached_tokens=0, late=0)
 
     @classmethod
     def create(cls, config: EngineConfig, progress: bool = True, meeting: Meeting | None = None) -> "Engine":
-        """Loads the base model and registers the configured adapters.
+        """Loads the base model and registers the configured adapters. ``close`` gives everything back.
 
         Args:
+          config: of the engine.
           progress: show bars.
-          meeting: with the other hosts of ``config.mesh``; see ``together``.
+          meeting: where the hosts of ``config.mesh`` meet, if there are several; see ``together``.
 
         Raises:
           UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
-        base = load_base(config, progress, meeting)
-        engine = cls(config, base.model_config, base.params, base.tokenizer, base.name, base.mesh, meeting=meeting)
+        return cls.owning(build_parts(config, progress, meeting))
+
+    @classmethod
+    def owning(cls, parts: EngineParts) -> "Engine":
+        """An engine over parts that ``close`` closes with it, with the configured adapters registered.
+
+        Raises:
+          BadAdapter, UnknownAdapter: what cannot be registered or pinned, and why; the parts are closed then.
+        """
+        engine = cls(parts)
+        engine._on_close.callback(parts.close)
+        config = parts.config
         try:
             for adapter, path in config.adapters.items():
                 engine.register_adapter(adapter, path)
             for directory in config.adapter_dirs:
                 engine.register_adapter_dir(directory)
             for name in config.pinned:
-                engine._store.pin(name)
+                parts.store.pin(name)
+            parts.device.runner.expect(*engine._adapter_needs())
         except BaseException:
             engine.close()
             raise
@@ -188,6 +191,14 @@ class Engine:
         """
         return self._store.get(name).info
 
+    def whereabouts(self, name: str) -> Whereabouts:
+        """Where an adapter is, between its folder and the pool.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+        """
+        return self._core.scheduler.whereabouts(self._store.get(name))
+
     def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         """Makes an adapter available under a name; its weights are loaded when first asked for.
 
@@ -196,8 +207,8 @@ class Engine:
           pinned: bring it to the pool now, and keep it there. An adapter that is registered again without is unpinned.
 
         Raises:
-          BadAdapter: it cannot be served exactly as trained, the name is the base model's, or pinned adapters would
-            take more than half of the pool; nothing changes.
+          BadAdapter: it cannot be served exactly as trained, the name is the base model's or begins with it and a
+            colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
         self._check_adapter_name(name)
         info = self._store.register(name, resolve_adapter_path(path), pinned)
@@ -218,19 +229,30 @@ class Engine:
         if self.config.mesh.num_hosts > 1:
             raise BadAdapter(f"adapter {name}: several hosts read adapters from folders; save it as one")
         self._check_adapter_name(name)
+        most = self.parts.max_rank
+        if most is not None and max(ranks.values()) > most:
+            raise BadAdapter(f"adapter {name} has rank {max(ranks.values())}, but these lora_ops take at most {most}")
         return self._store.register_loaded(name, loaded_adapter(name, ranks, packed, self.pool_layout, scale))
 
     def _check_adapter_name(self, name: str) -> None:
         if name == self.model_name:
             raise BadAdapter(f"adapter name {name!r} is the base model's; choose another")
+        if name.startswith(f"{self.model_name}:"):
+            raise BadAdapter(
+                f"adapter name {name[:200]!r} begins with the base model's and a colon, as clients may write for any "
+                "adapter; leave that part out"
+            )
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
         infos, refused = self._store.register_dir(Path(directory))
-        if self.model_name in infos:
-            self._store.unregister(self.model_name)
-            del infos[self.model_name]
-            refused[self.model_name] = "the name is the base model's"
+        for name in list(infos):
+            try:
+                self._check_adapter_name(name)
+            except BadAdapter as e:
+                self._store.unregister(name)
+                del infos[name]
+                refused[name] = str(e)
         logger.info("registered %d adapters of %s", len(infos), directory)
         for name, reason in refused.items():
             logger.warning("adapter %s refused: %s", name, reason)
@@ -264,41 +286,46 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise EngineStopped(self._closed)
-            waiting = self._scheduler.num_waiting + self._num_unadmitted
+            waiting = self._core.scheduler.num_waiting + self._num_unadmitted
             if waiting + sampling.n > self.config.scheduler.max_waiting:
                 raise Overloaded(
                     f"{waiting} sequences are waiting, and at most {self.config.scheduler.max_waiting} may; "
                     "try again later"
                 )
-            seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
-            leader = None
-            group = []
-            # Under the lock, so that it increases with the sequences' ids.
-            arrival = time.monotonic()
-            for index in range(sampling.n):
-                sequence = Sequence(
-                    sequence_id=next(self._sequence_ids),
-                    tokens=list(request.prompt),
-                    num_prompt=len(request.prompt),
-                    max_tokens=max_tokens,
-                    sampling=sampling,
-                    seed=seed + index,
-                    adapter=adapter,
-                    leader=leader,
-                    arrival=arrival,
-                    tenant=request.adapter or self.model_name,
-                    priority=request.priority,
-                    slo_s=None if request.slo_ms is None else request.slo_ms / 1000,
-                )
-                leader = leader or sequence
-                eos = self.model_config.eos_token_ids
-                output = OutputText(request, index, max_tokens, eos, self.tokenizer)
-                generation.sequences.append(sequence)
-                group.append((sequence, _Answer(generation, output)))
+            group = self._sequences_of(request, generation, adapter, max_tokens)
+            generation.sequences.extend(answer.sequence for answer in group)
             self._submitted.append(group)
             self._num_unadmitted += len(group)
         self._wake()
         return generation
+
+    def _sequences_of(
+        self, request: Request, generation: Generation, adapter: AdapterVersion | None, max_tokens: int
+    ) -> list[_Answer]:
+        """Makes the request's n sequences. Needs the lock, so that ``arrival`` increases with the sequences' ids."""
+        sampling = request.sampling
+        seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
+        eos = () if sampling.ignore_eos else self.model_config.eos_token_ids
+        arrival = time.monotonic()
+        group: list[_Answer] = []
+        for index in range(sampling.n):
+            sequence = Sequence(
+                sequence_id=next(self._sequence_ids),
+                tokens=list(request.prompt),
+                num_prompt=len(request.prompt),
+                max_tokens=max_tokens,
+                sampling=sampling,
+                seed=seed + index,
+                end_token_ids=frozenset((*sampling.stop_token_ids, *eos)),
+                adapter=adapter,
+                leader=group[0].sequence if group else None,
+                arrival=arrival,
+                tenant=request.adapter or self.model_name,
+                priority=request.priority,
+                slo_s=None if request.slo_ms is None else request.slo_ms / 1000,
+            )
+            group.append(_Answer(sequence, generation, OutputText(request, index, self.tokenizer), index))
+        return group
 
     @property
     def gives_up_late(self) -> bool:
@@ -334,7 +361,7 @@ class Engine:
         if request.sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids", "stop")
         max_tokens = min(request.sampling.max_tokens, self.max_model_len - length)
-        refusal = self._scheduler.refusal(length + max_tokens, adapter)
+        refusal = self._core.scheduler.refusal(length + max_tokens, adapter)
         if refusal is not None:
             raise InvalidRequest(refusal, "max_tokens")
         return max_tokens
@@ -346,113 +373,86 @@ class Engine:
     # The loop
 
     def step(self) -> bool:
-        """Plans and starts one step while the previous one runs, then takes the previous one's tokens.
+        """Takes in what callers want, runs one turn of the loop, and hands out what it brought about.
 
         Not thread-safe: for whoever runs the loop.
 
         Returns:
           Whether anything was done; False means that nothing can go on until a request or an adapter arrives.
+
+        Raises:
+          EngineStopped: the engine failed and cannot go on.
         """
         self._take_submitted()
         self._take_cancelled()
-        self._take_arrived()
-        if self._store.pinned is not self._pinned:
-            self._pinned = self._store.pinned
-            self._scheduler.pin(self._pinned)
-        plan = self._scheduler.plan()
-        for sequence, reason in plan.failed:
-            self._end(sequence, "error", reason)
-        for sequence in plan.late:
-            self._give_up(sequence)
-        previous, self._in_flight = self._in_flight, self._launch(plan)
-        if previous is not None:
-            self._commit(*previous)
-        elif self._in_flight is None and self._copies:
-            # Nothing runs until an adapter is there.
-            self._copies[0][1].wait()
-            return True
-        return previous is not None or self._in_flight is not None or bool(plan.failed or plan.late) or plan.is_cut
+        self._core.pin(self._store.pinned)
+        outcome = self._core.step()
+        self._hand_out(outcome)
+        return outcome.worked
 
-    def _launch(self, plan: StepPlan) -> tuple[StepPlan, StepInFlight] | None:
-        for load in plan.loads:
-            host = load.adapter.host()
-            staged = host.packed
-            self._followers.start_copy(staged, load.pages)
-            self._copies.append((load, self._pool.start_copy(staged, load.pages)))
-            self._counts["adapter_loads"] += 1
-            self._counts["adapter_load_bytes"] += staged.nbytes
-        self._counts["preemptions"] += plan.num_preempted
-        if not plan.entries:
-            return None
-        self._counts["steps"] += 1
-        prefill = 0
-        for sequence, start, count, _, _ in plan.entries:
-            if start < sequence.num_prompt:
-                prefill += min(count, sequence.num_prompt - start)
-        self._counts["prefill_tokens"] += prefill
-        self._counts["decode_tokens"] += plan.num_tokens - prefill
-        return plan, self._runner.run(plan.entries, self._adapter_slices(plan), self._followers.run)
+    def _take_submitted(self) -> None:
+        while self._submitted:
+            group = self._submitted.popleft()
+            for answer in group:
+                self._answers[answer.sequence.sequence_id] = answer
+                try:
+                    self._core.add(answer.sequence)
+                except Exception as failure:
+                    logger.exception("a request could not be queued")
+                    self._end(answer.sequence, "error", f"it could not be queued: {in_words(failure)}")
+            with self._lock:
+                self._num_unadmitted -= len(group)
 
-    def _adapter_slices(self, plan: StepPlan) -> dict[Hashable, AdapterSlice]:
-        keys = dict.fromkeys(entry.sequence.adapter_key for entry in plan.entries)
-        keys.pop(None, None)
-        return {key: self._slices[key] for key in keys}
+    def _take_cancelled(self) -> None:
+        while self._cancelled:
+            for sequence in self._cancelled.popleft().sequences:
+                self._end(sequence, "abort", "cancelled by the caller")
 
-    def _take_arrived(self) -> None:
-        """Has arrived adapters written to the pool, in the order in which their copies were started."""
-        while self._copies and self._copies[0][1].is_ready:
-            load, copy = self._copies.popleft()
-            self._followers.finish_copy()
-            self._pool.finish_copy(copy)
-            self._scheduler.adapter_arrived(load)
-            header = load.adapter.header
-            if self._max_rank is not None and max(header.layout.ranks) > self._max_rank:
-                raise ValueError(
-                    f"an adapter has rank {max(header.layout.ranks)}, but this engine was made with lora_ops for at "
-                    f"most {self._max_rank}; make them for the largest rank"
-                )
-            self._slices[load.key] = AdapterSlice(
-                pages=load.pages,
-                ranks=header.layout.ranks,
-                start_a=header.layout.start_a,
-                start_b=header.layout.start_b,
-                scales=header.scales,
-            )
-        if len(self._slices) > 2 * self._pages.total:
-            # There cannot be as many adapters as pages; these are of evicted ones.
-            self._slices = {key: s for key, s in self._slices.items() if self._pages.lookup(key) is not None}
-
-    def _commit(self, plan: StepPlan, step: StepInFlight) -> None:
-        tokens, logprobs = step.read()
-        ended = []
-        for (sequence, _, _, samples, _), token, logprob in zip(step.entries, tokens.tolist(), logprobs, strict=True):
-            if not samples:
-                continue
-            sequence.num_pending -= 1
-            answer = self._answers.get(sequence.sequence_id)
+    def _hand_out(self, outcome: Outcome) -> None:
+        for emitted in outcome.emitted:
+            answer = self._answers.get(emitted.sequence.sequence_id)
             if answer is None:
-                # It ended while this step was running.
-                continue
-            sequence.tokens.append(token)
-            if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
-                answer.generation.cached_tokens = sequence.cached_tokens
-                self._counts["cached_tokens"] += sequence.cached_tokens
-            delta = answer.output.push(token, logprob)
-            answer.generation.put(delta)
-            if delta.finish_reason is not None:
-                ended.append(sequence)
-        self._scheduler.commit(plan)
-        for sequence in ended:
-            self._forget(sequence)
+                continue  # a sequence of the same request failed just now
+            try:
+                self._hand_out_token(answer, emitted, outcome.logprobs.get(emitted.place))
+            except Exception as failure:
+                logger.exception("a token could not be turned into text")
+                self._end(emitted.sequence, "error", f"its text could not be made: {in_words(failure)}")
+        for ended in outcome.ended:
+            if ended.reason == "late":
+                self._give_up(ended)
+            else:
+                self._end(*ended)
 
-    def _end(self, sequence: Sequence, reason, error: str | None = None) -> None:
-        answer = self._answers.get(sequence.sequence_id)
+    def _hand_out_token(self, answer: _Answer, emitted: Emitted, logprob: TokenLogprob | None) -> None:
+        sequence = emitted.sequence
+        if emitted.reason == "error":
+            who = f"adapter {sequence.tenant!r}" if sequence.adapter else "the model"
+            self._end(
+                sequence,
+                "error",
+                f"{who} gave numbers that are not finite, from which no token can be chosen; its weights do not suit "
+                f"the base model in {self.dtype}",
+            )
+            return
+        if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
+            answer.generation.cached_tokens = sequence.cached_tokens
+            self._counts["cached_tokens"] += sequence.cached_tokens
+        delta = answer.output.push(emitted.token, emitted.reason, logprob)
+        answer.generation.put(delta)
+        if delta.finish_reason is not None:
+            del self._answers[sequence.sequence_id]
+            self._core.finish(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> None:
+        answer = self._answers.pop(sequence.sequence_id, None)
         if answer is not None:
-            answer.generation.put(answer.output.end(reason, error))
-        self._forget(sequence)
+            answer.end(reason, error)
+            self._core.finish(sequence)
 
-    def _give_up(self, leader: Sequence) -> None:
+    def _give_up(self, ended: Ended) -> None:
         """Ends all of a request whose first token could not come in time."""
+        leader = ended.sequence
         answer = self._answers.get(leader.sequence_id)
         if answer is None:
             return
@@ -467,128 +467,68 @@ class Engine:
                 f"{slo:.0f} ms; try again later, or with a larger slo_ms",
             )
 
-    def _take_submitted(self) -> None:
-        while self._submitted:
-            group = self._submitted.popleft()
-            for sequence, answer in group:
-                self._answers[sequence.sequence_id] = answer
-                self._scheduler.add(sequence)
-            with self._lock:
-                self._num_unadmitted -= len(group)
-
-    def _take_cancelled(self) -> None:
-        while self._cancelled:
-            generation = self._cancelled.popleft()
-            for sequence in generation.sequences:
-                if sequence.sequence_id in self._answers:
-                    self._end(sequence, "abort", "cancelled by the caller")
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence)
-        self._answers.pop(sequence.sequence_id, None)
-
     def warm_up(self) -> None:
-        """Compiles the steps' shapes and runs each once, so that no request waits for it, if the configuration says so.
+        """Compiles the steps' shapes ahead, as the configuration says, so that no request waits for it.
 
-        Call it before the first step. Shapes with adapters are those for the
-        modules, ranks and pages of the adapters registered so far.
+        Call it before the first step. Shapes with adapters are those for the modules, ranks and pages of the adapters
+        registered so far.
         """
-        on_gpu = jax.default_backend() != "cpu"
-        if not (on_gpu if self.config.warm_up is None else self.config.warm_up):
+        if self.config.warm_up is False:
             return
         start = time.perf_counter()
+        num_shapes = self.device.warm_up(*self._adapter_needs())
+        logger.info("warmed up %d shapes of steps in %.1f s", num_shapes, time.perf_counter() - start)
+
+    def _adapter_needs(self) -> tuple[list[int], int, int]:
+        """Modules that the registered adapters change, their largest rank, and the most pages that one takes."""
         adapters = self.adapters().values()
         changed = {module for info in adapters for module in info.ranks}
-        active = [MODULES.index(module) for module in changed]
         max_rank = max((info.rank for info in adapters), default=1)
         pages = max((info.num_pages for info in adapters), default=1)
-        self._followers.warm_up(active, max_rank, pages)
-        shapes = self._runner.all_shapes(active, max_rank, pages)
-        self._runner.warm_up(shapes, self._followers.compiled)
-        logger.info("warmed up %d shapes of steps in %.1f s", len(shapes), time.perf_counter() - start)
+        return [MODULES.index(module) for module in changed], max_rank, pages
 
-    def reschedule(
-        self,
-        config: SchedulerConfig,
-        pages: PageAllocator | None = None,
-        create: Callable[..., Scheduler] = Scheduler,
-    ) -> None:
-        """Goes on under other scheduler settings, with an empty pool; compiled steps and adapters in host memory stay.
-
-        Counters of ``stats`` go on too. If it raises, nothing changes.
-
-        For whoever runs the loop by calling ``step``, while nothing is under way.
+    def start(self, on_failure: Callable[[str], None] = lambda sentence: None) -> None:
+        """Runs steps in a background thread until ``close``.
 
         Args:
-          config: steps no larger than those that the engine was made for.
-          pages: the pages to hand out, at most the pool's; None for all of them.
-          create: makes the scheduler, of the arguments of ``Scheduler``.
-
-        Raises:
-          ValueError: larger steps, more pages than the pool has, or so few that pinned adapters take more than half.
-          RuntimeError: something is under way.
+          on_failure: called once, by that thread, with the reason in a sentence, if the engine cannot go on; all
+            requests have ended by then, and it answers none any more.
         """
-        built = self._built_for
-        if config.max_batch_tokens > built.max_batch_tokens or config.max_sequences > built.max_sequences:
-            raise ValueError(
-                f"steps of {config.max_batch_tokens} tokens and {config.max_sequences} sequences are larger than the "
-                f"{built.max_batch_tokens} and {built.max_sequences} this engine was made for; make another"
-            )
-        pages = pages or PageAllocator(self._pool.num_pages)
-        if pages.num_pages > self._pool.num_pages:
-            raise ValueError(f"{pages.num_pages} pages are more than the pool's {self._pool.num_pages}")
-        with self._lock:
-            if self._submitted or self._answers or self._in_flight or self._copies or not self._scheduler.is_idle:
-                raise RuntimeError("the engine is not idle; call step until it returns False")
-            scheduler = create(config, pages, time.monotonic, costs=self._costs)
-            self._store.limit_pins(pages.total // 2)
-            self._counts_before.update(self._replaced_counts())
-            self._scheduler.close()
-            self.config = self.config.model_copy(update={"scheduler": config})
-            self._pages, self._scheduler = pages, scheduler
-            self._pinned = self._store.pinned
-            self._scheduler.pin(self._pinned)
-            self._slices.clear()
-
-    def _replaced_counts(self) -> dict[str, int]:
-        """Of the scheduler and the pages, which ``reschedule`` replaces."""
-        return {
-            "adapter_prefetch_hits": self._scheduler.num_prefetch_hits,
-            "adapter_prefetch_late": self._scheduler.num_prefetch_late,
-            "adapter_prefetch_wasted": self._scheduler.num_prefetch_wasted,
-            "evictions": self._pages.num_evictions,
-        }
-
-    def start(self) -> None:
-        """Runs steps in a background thread until ``close``."""
         if self._thread is not None:
             raise EngineStopped("the engine was already started")
+        self._on_failure = on_failure
         self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
         self._thread.start()
+        _close_at_exit(self)
 
     def abandon(self, reason: str) -> None:
-        """Ends all requests with an error, and takes no more, without waiting for the loop.
+        """Ends all requests with an error, and takes no more, without waiting for the loop. Thread-safe.
 
-        For a process that is about to end because the devices will not come back. Thread-safe.
+        For a process that is about to end because its devices will not come back.
         """
         with self._lock:
             self._closed = self._closed or reason
-        self._end_all("error", reason)
+            waiting = [answer for group in self._submitted for answer in group]
+        for answer in (*waiting, *self._answers.copy().values()):
+            answer.end("error", reason)
 
     def close(self) -> None:
-        """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent."""
+        """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent.
+
+        It waits for the step in flight: at the end of a process no thread may be inside of JAX.
+        """
         with self._lock:
             self._closed = self._closed or "the engine was closed"
         self._wake()
         # Two threads may close: whoever returns may end the process, under which the other must not be inside of JAX.
         with self._closing:
-            if self._thread is not None:
+            if self._thread is not None and self._thread is not threading.current_thread():
                 self._thread.join()
             try:
+                self._core.drain()
                 self._end_all("abort", self._closed)
-                self._followers.stop()
             finally:
-                self._store.close()
+                self._on_close.close()
 
     def _loop(self) -> None:
         try:
@@ -596,18 +536,20 @@ class Engine:
                 if not self.step():
                     # The timeout is a safety net only: submit, cancel, close and adapters that get ready all wake.
                     self.wait_for_work(_IDLE_WAIT_SECONDS)
-        except Exception as e:
-            self._followers.explain(e)
-            logger.exception("the engine loop failed")
+        except Exception as failure:
+            sentence = str(failure) if isinstance(failure, EngineStopped) else f"the engine failed: {in_words(failure)}"
+            logger.error("%s", sentence, exc_info=failure)
             with self._lock:
-                self._closed = f"the engine failed: {type(e).__name__}: {e}"
-            self._end_all("error", self._closed)
+                self._closed = sentence
+            self._end_all("error", sentence)
+            self._on_failure(sentence)
 
-    def _end_all(self, reason, error: str) -> None:
+    def _end_all(self, reason: FinishReason, error: str) -> None:
         self._take_submitted()
         for answer in list(self._answers.values()):
-            answer.generation.put(answer.output.end(reason, error))
+            answer.end(reason, error)
         self._answers.clear()
+        self._core.scheduler.abandon()
 
     def _wake(self) -> None:
         self._wake_event.set()
@@ -624,17 +566,31 @@ class Engine:
         """Whether the background loop is alive and answers requests."""
         return self._closed is None and self._thread is not None and self._thread.is_alive()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request, no step in flight and no adapter on its way to the pool."""
+        return not (self._submitted or self._answers) and self._core.is_idle
+
+    @property
+    def compiling(self) -> str | None:
+        """Words for what the loop waits for a compiler to finish; None while it does not."""
+        return self.device.runner.programs.compiling
+
     def stats(self) -> dict[str, int | float]:
         """Counters since the start, and the current load."""
+        scheduler, pages = self._core.scheduler, self._budget.pages
+        counts = Counter(self._counts)
+        counts.update(self._core.counts)
+        counts.update(scheduler.counts())
         return {
-            **self._counts,
-            **{name: count + self._counts_before[name] for name, count in self._replaced_counts().items()},
-            "running": self._scheduler.num_running,
-            "waiting": self._scheduler.num_waiting + self._num_unadmitted,
-            "pages_total": self._pages.total,
-            "pages_used": self._pages.num_used,
-            "pages_cached": self._pages.num_cached,
-            "pages_free": self._pages.num_free,
+            **counts,
+            "adapter_load_bytes": self.device.copied_bytes,
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting + self._num_unadmitted,
+            "pages_total": pages.total,
+            "pages_used": pages.num_used,
+            "pages_cached": pages.num_cached,
+            "pages_free": pages.num_free,
             "host_adapter_bytes": self._store.host_bytes_used,
             "host_adapter_loads": self._store.num_loads,
         }
@@ -655,11 +611,22 @@ class Engine:
             raise InvalidRequest(
                 f"prompt and output together must have 2 to {self.max_model_len} tokens, got {num_tokens}"
             )
-        return self._scheduler.capacity(num_tokens, version)
+        return self._core.scheduler.capacity(num_tokens, version)
 
     def check_integrity(self) -> None:
         """Asserts that every page of the pool is owned exactly once."""
-        self._pages.check_integrity()
+        self._budget.pages.check_integrity()
+
+
+def _close_at_exit(engine: Engine) -> None:
+    """Has the engine closed before the interpreter goes, if it is still there: the loop's thread is a daemon."""
+    reference = weakref.ref(engine)
+
+    def close() -> None:
+        if (alive := reference()) is not None:
+            alive.close()
+
+    atexit.register(close)
 
 
 def leave_alone_what_exists() -> None:

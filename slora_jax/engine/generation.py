@@ -66,7 +66,7 @@ class Generation:
             request_id=self.request.request_id,
             adapter=self.request.adapter,
             prompt_token_ids=self.prompt_token_ids,
-            completions=tuple(self._completion(i) for i in range(self.request.sampling.n)),
+            completions=self._completions(),
             cached_tokens=self.cached_tokens,
         )
 
@@ -79,8 +79,13 @@ class Generation:
         """For the engine: hands a delta to the caller."""
         self._deltas.put(delta)
 
-    def _completion(self, index: int) -> Completion:
-        deltas = [d for d in self._seen if d.index == index]
+    def _completions(self) -> tuple[Completion, ...]:
+        by_index: list[list[Delta]] = [[] for _ in range(self.request.sampling.n)]
+        for delta in self._seen:
+            by_index[delta.index].append(delta)
+        return tuple(self._completion(i, deltas) for i, deltas in enumerate(by_index))
+
+    def _completion(self, index: int, deltas: list[Delta]) -> Completion:
         wants_logprobs = self.request.sampling.logprobs is not None
         return Completion(
             index=index,
@@ -93,40 +98,47 @@ class Generation:
 
 
 class OutputText:
-    """Turns one sequence's tokens into deltas: text, and whether it ends here."""
+    """Turns one sequence's tokens into deltas of text, up to the first stop string.
 
-    def __init__(
-        self, request: Request, index: int, max_tokens: int, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None
-    ):
-        sampling = request.sampling
+    Args:
+      request: of the sequence.
+      index: of the sequence in its request.
+      tokenizer: None gives deltas without text.
+    """
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None):
         self._index = index
-        self._max_tokens = max_tokens
-        self._ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_token_ids)
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
-        self._matcher = StopMatcher(sampling.stop)
-        self._num_tokens = 0
+        self._matcher = StopMatcher(request.sampling.stop)
 
-    def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
-        """Takes the next token. The delta's ``finish_reason`` says whether it was the last."""
-        self._num_tokens += 1
-        text, reason = "", None
-        if token in self._ends:
-            text, reason = self._flush(), "stop"
+    def push(self, token: int, reason: FinishReason | None, logprob: TokenLogprob | None) -> Delta:
+        """Takes the next token.
+
+        Args:
+          token: its id.
+          reason: why the sequence ends with it, as far as its tokens say: "stop" for a token that ends it, which is no
+            part of the text; None if it goes on.
+          logprob: of the token.
+
+        Returns:
+          A delta whose ``finish_reason`` is set if the sequence ends here: for ``reason``, or for a stop string.
+        """
+        text = ""
+        if reason == "stop":
+            text = self._flush()[0]
         elif self._decoder is not None:
             text, stopped = self._matcher.push(self._decoder.push(token))
-            reason = "stop" if stopped else None
-        if reason is None and self._num_tokens >= self._max_tokens:
-            tail, stopped = self._flush_matched()
-            text, reason = text + tail, "stop" if stopped else "length"
+            reason = "stop" if stopped else reason
+        if reason == "length":
+            tail, stopped = self._flush()
+            text, reason = text + tail, "stop" if stopped else reason
         return Delta(self._index, text, (token,), (logprob,) if logprob else (), reason)
 
     def end(self, reason: FinishReason, error: str | None = None) -> Delta:
         """A last delta without a token."""
-        return Delta(self._index, self._flush(), finish_reason=reason, error=error)
+        return Delta(self._index, self._flush()[0], finish_reason=reason, error=error)
 
-    def _flush(self) -> str:
-        return self._flush_matched()[0]
-
-    def _flush_matched(self) -> tuple[str, bool]:
+    def _flush(self) -> tuple[str, bool]:
+        """What was withheld, and whether it holds a stop string."""
         text, stopped = self._matcher.push(self._decoder.flush()) if self._decoder else ("", False)
         return text + ("" if stopped else self._matcher.flush()), stopped

@@ -9,12 +9,13 @@ the devices do: a program runs for the first time only when every host has compi
 when every host has its weights, and the same ones, in memory.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,7 @@ class Followers:
         """
         if self._meeting is None:
             return
-        missing = self._runner.missing((shape, sampler))
-        place = f"step {next(self._places)}" if missing else None
+        place = None if self._runner.is_compiled(shape, sampler) else f"step {next(self._places)}"
         places = np.flatnonzero(packed).astype(np.int32)  # tables are mostly empty
         self._tell(
             "run",
@@ -85,7 +85,7 @@ class Followers:
             meet=place,
         )
         if place is not None:
-            self._runner.prepare(missing)
+            self._runner.prepare(shape, sampler)
             self._meeting.exchange(place, None)
 
     def warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
@@ -133,6 +133,14 @@ class Followers:
         """They write the adapter that was started first into its pages."""
         self._tell("finish_copy")
 
+    def check_alone(self) -> None:
+        """
+        Raises:
+          RuntimeError: there are other hosts, whose devices cannot be known to be in the state of this one's.
+        """
+        if self._meeting is not None:
+            raise RuntimeError("several hosts cannot start anew together; start them all again")
+
     def stop(self) -> None:
         """They end. Nothing can be told afterwards. Idempotent."""
         with self._answered:
@@ -142,10 +150,15 @@ class Followers:
             self._tell("stop")
             self._meeting = None
 
-    def explain(self, error: Exception) -> None:
-        """To be called when the devices fail: if that is because a host was lost, this host says so and ends."""
-        if self._meeting is not None:
-            self._meeting.wait_until_lost(_NOTICE_SECONDS)
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Around what waits for the devices: if they fail because a host was lost, that is said first."""
+        try:
+            yield
+        except Exception:
+            if self._meeting is not None:
+                self._meeting.wait_until_lost(_NOTICE_SECONDS)
+            raise
 
     def _take_answer(self, host: int, answer: dict[str, Any]) -> None:
         with self._answered:
@@ -194,7 +207,7 @@ class Follower:
         packed, _ = batch_shape.zeros()
         packed[places] = values
         if meet is not None:
-            self._runner.prepare((batch_shape, sampler_shape))
+            self._runner.prepare(batch_shape, sampler_shape)
             self._meeting.exchange(meet, None)
         self._runner.launch(batch_shape, packed, sampler_shape, SamplerInputs(**inputs))
 

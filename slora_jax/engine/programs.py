@@ -1,4 +1,4 @@
-"""Compiled programs, in memory and on disk.
+"""Compiled programs, in memory and on disk; who waits for a compiler is told.
 
 JAX's compilation cache saves XLA's part of a start only: to ask it, a program must be traced and lowered first, which
 takes half a second of one thread for each of a hundred programs. What is kept here is found by what a program was made
@@ -9,13 +9,16 @@ on a CPU), so that cache is off while what is kept here is compiled.
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import pickle
 import shutil
 import tempfile
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -29,11 +32,18 @@ logger = logging.getLogger(__name__)
 _KEPT_MAKES = 4
 """Folders of programs that are kept: those of other code, models or pools go, the longest unused first."""
 
+MAX_PASSING = 128
+"""Programs in memory that nobody asked to last: beyond that many the longest unused go."""
+
 
 class Programs:
     """Programs by *shape*: any hashable value whose ``repr`` says all of it.
 
-    A shape that is asked for is taken from memory, else from disk, else compiled.
+    A shape that is asked for is taken from memory, else from disk, else compiled. Memory holds the programs that are to
+    last, and of the others the ``MAX_PASSING`` used last. For one thread; ``compiling`` may be read by any.
+
+    Attributes:
+      compiling: words for what a compiler is working on, None while none works.
     """
 
     def __init__(
@@ -60,50 +70,91 @@ class Programs:
         self._folder = (
             None if folder is None else _claimed(folder / _digest(repr(made_of), *_environment(code, devices)))
         )
-        self._programs: dict[Hashable, jax.stages.Compiled] = {}
+        self.compiling: str | None = None
+        self._lasting: dict[Hashable, jax.stages.Compiled] = {}
+        self._passing: OrderedDict[Hashable, jax.stages.Compiled] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._programs)
+        return len(self._lasting) + len(self._passing)
 
     def __iter__(self) -> Iterator[Hashable]:
-        return iter(self._programs)
+        return itertools.chain(self._lasting, self._passing)
 
     def __contains__(self, shape: Hashable) -> bool:
-        return shape in self._programs
+        return shape in self._lasting or shape in self._passing
 
     def get(self, shape: Hashable) -> jax.stages.Compiled:
         """The shape's program."""
-        program = self._programs.get(shape)
+        program = self._lasting.get(shape)
         if program is None:
-            logger.debug("first step of shape %s: reading or compiling its program", shape)
-            self.prepare([shape])
-            program = self._programs[shape]
+            if shape not in self._passing:
+                self.prepare([shape])
+            self._passing.move_to_end(shape)
+            program = self._passing[shape]
         return program
 
-    def prepare(self, shapes: Iterable[Hashable]) -> None:
-        """Gets these shapes' programs into memory, using all cores."""
-        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self._programs]
+    def prepare(self, shapes: Iterable[Hashable], what: str = "a program", lasting: bool = False) -> None:
+        """Gets these shapes' programs into memory, using all cores.
+
+        If one must be compiled, a line in the log says so before, and another how long it took.
+
+        Args:
+          shapes: whose programs; without ``lasting``, fewer than ``MAX_PASSING``.
+          what: they are for, in words.
+          lasting: they stay in memory.
+        """
+        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
+        if missing:
+            programs = self._got(missing, what)
+            if lasting:
+                self._lasting |= programs
+            else:
+                self._passing |= programs
+                while len(self._passing) > MAX_PASSING:
+                    self._passing.popitem(last=False)
+
+    def _got(self, shapes: Sequence[Hashable], what: str) -> dict[Hashable, jax.stages.Compiled]:
+        """Reads or compiles them."""
         with (
             nullcontext() if self._folder is None else _without_jax_cache(),
             ThreadPoolExecutor(os.cpu_count()) as workers,
         ):
-            getting = [(shape, workers.submit(self._read, shape)) for shape in missing]
-            for i, (shape, reading) in enumerate(getting):
-                if reading.result() is None:
-                    # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
-                    getting[i] = shape, workers.submit(self._compile, shape, self._lower(shape))
-            crowded = []
-            for shape, future in getting:
-                try:
-                    self._programs[shape] = future.result()
-                except jax.errors.JaxRuntimeError as e:
-                    if "RESOURCE_EXHAUSTED" not in str(e):
-                        raise
-                    crowded.append(shape)
-            workers.shutdown()
-            # Compiling tries products on the device: several at a time can want more memory than a pool leaves.
-            for shape in crowded:
-                self._programs[shape] = self._compile(shape, self._lower(shape))
+            readings = {shape: workers.submit(self._read, shape) for shape in shapes}
+            programs = {shape: reading.result() for shape, reading in readings.items()}
+            missing = [shape for shape, program in programs.items() if program is None]
+            if missing:
+                with self._told(what):
+                    programs |= self._compile_all(missing, workers)
+        return programs
+
+    def _compile_all(self, shapes: Sequence[Hashable], workers: Executor) -> dict[Hashable, jax.stages.Compiled]:
+        # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
+        compiling = {shape: workers.submit(self._compile, shape, self._lower(shape)) for shape in shapes}
+        programs, crowded = {}, []
+        for shape, future in compiling.items():
+            try:
+                programs[shape] = future.result()
+            except jax.errors.JaxRuntimeError as e:
+                if "RESOURCE_EXHAUSTED" not in str(e):
+                    raise
+                crowded.append(shape)
+        # Compiling tries products on the device: several at a time can want more memory than a pool leaves.
+        for shape in crowded:
+            programs[shape] = self._compile(shape, self._lower(shape))
+        return programs
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Says, to whoever may be waiting, that something is being compiled meanwhile."""
+        logger.warning("compiling %s, this first time ...", what)
+        start = time.perf_counter()
+        self.compiling = what
+        try:
+            yield
+        finally:
+            self.compiling = None
+        kept = "" if self._folder is None else ", kept on disk"
+        logger.warning("compiled %s in %.1f s%s", what, time.perf_counter() - start, kept)
 
     def _compile(self, shape: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         program = lowered.compile(self._options(shape))

@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,16 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from pallas_kernels import choose_backend
 from slora_jax.adapters.peft import MAX_RANK
-from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, build_batch, padded_rank
+from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
+from slora_jax.engine.core import StepResult
+from slora_jax.engine.forward import Part, choose_forward, on_each_device
 from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
-from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import GATHERED, Llama, LoraOps
-from slora_jax.model.mesh import POOL, ModelMesh
+from slora_jax.model.llama import Llama
+from slora_jax.model.mesh import ModelMesh
 from slora_jax.request import TokenLogprob
 from slora_jax.scheduler.sequence import ScheduledSequence
 
@@ -30,12 +30,17 @@ _CODE = (Path(pallas_kernels.__file__).parent, *(_PACKAGE / name for name in ("e
 _FEW_ROWS = 16
 
 
+_WHOLE = PartitionSpec()
+
+
 def code_digest() -> str:
     """Of the code that decides what devices run: hosts that share a model need the same."""
     return source_digest(_CODE)
 
 
-def _num_rows(shape: BatchShape | SamplerShape) -> int:
+def _num_rows(shape: BatchShape | Part | SamplerShape) -> int:
+    if isinstance(shape, Part):
+        shape = shape.shape
     return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
 
 
@@ -55,32 +60,60 @@ def compiler_options(num_rows: int) -> dict[str, str | bool]:
     }
 
 
+class LaunchArguments(NamedTuple):
+    """What starts the programs of a step, on every host alike."""
+
+    shape: BatchShape
+    packed: np.ndarray
+    sampler: SamplerShape
+    inputs: SamplerInputs
+
+
 @dataclass(frozen=True, slots=True)
-class StepInFlight:
-    """A step the device is working on: its entries in row order, and its outputs when they are read."""
+class LaidOut:
+    """A step ready to be started.
+
+    Attributes:
+      entries: the plan's, in its order.
+      batch: the same as arrays.
+      arguments: of the launch.
+    """
 
     entries: tuple[ScheduledSequence, ...]
+    batch: HostBatch
+    arguments: LaunchArguments
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that the device is working on.
+
+    Attributes:
+      entries: the plan's, in its order.
+      entry_of_row: the place in ``entries`` of each row of the outputs.
+      sampled: the outputs, when they are read.
+    """
+
+    entries: tuple[ScheduledSequence, ...]
+    entry_of_row: np.ndarray
     sampled: Sampled
 
-    def read(self) -> tuple[np.ndarray, list[TokenLogprob | None]]:
-        """Waits for the step.
-
-        Returns:
-          Sampled tokens ``[len(entries)]`` int32 (of no meaning where the entry does not sample), and for each entry
-          its log-probabilities, or None where it asked for none.
-        """
-        tokens = np.asarray(self.sampled.tokens)[: len(self.entries)]
-        logprobs: list[TokenLogprob | None] = [None] * len(self.entries)
+    def read(self) -> StepResult:
+        """Waits for the step."""
+        order = self.entry_of_row
+        tokens = np.empty(len(order), np.int32)
+        tokens[order] = np.asarray(self.sampled.tokens)[: len(order)]
+        logprobs: dict[int, TokenLogprob] = {}
         if self.sampled.logprob is not None:
             chosen, top_ids, top_values = (
                 np.asarray(a) for a in (self.sampled.logprob, self.sampled.top_tokens, self.sampled.top_logprobs)
             )
-            for row, entry in enumerate(self.entries):
-                count = entry.sequence.sampling.logprobs
+            for row, place in enumerate(order.tolist()):
+                count = self.entries[place].sequence.sampling.logprobs
                 if count is not None:
                     top = zip(top_ids[row, :count].tolist(), top_values[row, :count].tolist(), strict=True)
-                    logprobs[row] = TokenLogprob(int(tokens[row]), float(chosen[row]), tuple(top))
-        return tokens, logprobs
+                    logprobs[place] = TokenLogprob(int(tokens[place]), float(chosen[row]), tuple(top))
+        return StepResult(tokens.tolist(), logprobs)
 
 
 class Runner:
@@ -91,198 +124,171 @@ class Runner:
 
     Attributes:
       model, params: the base model.
+      programs: the compiled ones.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Llama,
         params: dict,
         pool: UnifiedPool,
         buckets: Buckets,
         max_len: int,
         mesh: ModelMesh | None = None,
         program_folder: Path | None = None,
-        lora_ops: LoraOps = GATHERED,
     ):
         """
         Args:
-          config: the whole model's.
+          model: what steps compute.
           params: its weights, on the mesh's devices.
           pool: on the same.
           buckets: shapes that batches are padded to.
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
-          program_folder: see ``Programs``; for the model's own ``lora_ops`` only.
-          lora_ops: what computes low-rank updates on one device.
+          program_folder: see ``Programs``.
         """
-        dtype = pool.array.dtype
-        backend = choose_backend(jax.devices()[0], config.head_dim, dtype)
-        self.model = Llama(config, dtype, backend, mesh.size if mesh else 1, lora_ops)
+        self.model = model
         self.params = params
         self._mesh = mesh
+        self._forward = choose_forward(model, mesh)
         self._everywhere = mesh.replicated if mesh else None
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
         self._buckets = buckets
-        self._vocab_size = config.vocab_size
+        self._vocab_size = model.config.vocab_size
         self._table_width = PoolLayout.token_pages(max_len)
-        self._tokens = jnp.zeros(buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows: dict[int, int] = {}
+        self.reset()
         # One device has no reason to count ranks: its kernels work on real ones.
         self._room = AdapterRoom(max_rank=padded_rank(1) if mesh else MAX_RANK)
-        self._programs = Programs(
+        self.programs = Programs(
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
-            program_folder if lora_ops is GATHERED else None,
-            (config, backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
+            program_folder,
+            (model.config, model.backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )
 
-    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
-        """Every shape that a step can have, until adapters come that need more room.
+    def expect(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> None:
+        """Has steps with adapters make room for these from now on, so that their shapes need not change when they come.
 
         Args:
-          active: the modules that adapters change, which steps will count on from now on; none without adapters.
-          max_rank: their largest rank, likewise.
-          pages: the most that one of them takes, likewise.
+          active: the modules that adapters change; none without adapters.
+          max_rank: their largest rank.
+          pages: the most that one of them takes.
         """
         self._room = self._room.including(active, max_rank, pages)
-        return self._buckets.all_shapes(self._table_width, self._room)
 
-    def missing(self, shapes: Sequence[BatchShape | SamplerShape]) -> list[BatchShape | SamplerShape]:
-        """Those whose programs are not in memory."""
-        return [shape for shape in shapes if shape not in self._programs]
+    def all_shapes(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> list[BatchShape]:
+        """The shapes to compile ahead, by ``Buckets.shapes_ahead``, for the adapters that are given as to ``expect``.
 
-    def prepare(self, shapes: Sequence[BatchShape | SamplerShape]) -> None:
-        """Gets the programs of these shapes into memory, from disk or by compiling them."""
-        self._programs.prepare(shapes)
+        They serve until adapters come that need more room.
+        """
+        self.expect(active, max_rank, pages)
+        return self._buckets.shapes_ahead(self._table_width, self._room, max_rank)
+
+    def is_compiled(self, shape: BatchShape, sampler: SamplerShape) -> bool:
+        """Whether all programs of such a step are in memory."""
+        return all(key in self.programs for key in (*self._forward.keys(shape), sampler))
+
+    def prepare(self, shape: BatchShape, sampler: SamplerShape) -> None:
+        """Gets the programs of such a step into memory, from disk or by compiling them."""
+        # All at once: what is missing is compiled side by side.
+        self.programs.prepare((*self._forward.keys(shape), sampler), shape.words)
 
     def warm_up(self, shapes: Sequence[BatchShape], when_compiled: Callable[[], None] = lambda: None) -> None:
-        """Compiles what steps of these shapes run, with greedy and with plain random sampling, and runs it.
+        """Compiles what steps of these shapes run, with greedy and with plain random sampling, to stay in memory.
 
-        It runs on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms (7B, H200) that
-        all of a step's requests would wait. Other ways of sampling, and shapes not given here, are compiled when a step
-        first needs them.
+        On a GPU it runs, too, on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms
+        (7B, H200) that all of a step's requests would wait. Other ways of sampling, and shapes not given here, are
+        compiled when a step first needs them.
 
         Args:
+          shapes: as of ``all_shapes``.
           when_compiled: called between compiling and running, to wait for other hosts.
         """
         samplers = {
             n: [SamplerShape(n, random=random, filtered=False, history=0, logprobs=False) for random in (False, True)]
             for n in dict.fromkeys(shape.sequences for shape in shapes)
         }
-        self._programs.prepare((*itertools.chain(*samplers.values()), *shapes))
+        forwards = itertools.chain(*map(self._forward.keys, shapes))
+        self.programs.prepare(
+            (*itertools.chain(*samplers.values()), *forwards), f"{len(shapes)} shapes of steps", lasting=True
+        )
         when_compiled()
+        if jax.default_backend() == "cpu":
+            return
         for shape in shapes:
             its_samplers = samplers[shape.sequences]
             for sampler in its_samplers:
                 packed, _ = shape.zeros()
                 _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
                 self.launch(shape, packed, sampler, inputs)
-                # One at a time: many at once, on CPU devices of two hosts, wait for each other's collectives for ever.
+                # One at a time: many at once, on several hosts, can wait for each other's collectives for ever.
                 self._tokens.block_until_ready()
             # Both have run: other shapes of as many sequences need only one to go with.
             del its_samplers[1:]
 
-    def _lower(self, shape: BatchShape | SamplerShape) -> jax.stages.Lowered:
-        if isinstance(shape, BatchShape):
-            packed = self._struct((shape.packed_size,), jnp.int32)
-            return _forward.lower(
-                self.params, packed, self._tokens, self._pool.array, model=self.model, shape=shape, mesh=self._mesh
-            )
+    def _lower(self, shape: BatchShape | Part | SamplerShape) -> jax.stages.Lowered:
+        if not isinstance(shape, SamplerShape):
+            return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-        return _sample.lower(
-            self._head,
-            hidden,
-            inputs.replace(history=self._struct((shape.sequences, shape.history), jnp.int32)),
-            self._tokens,
-            model=self.model,
-            shape=shape,
-            num_tokens_out=self._buckets.max_sequences,
-            mesh=self._mesh,
-        )
+        inputs = inputs.replace(history=self._struct((shape.sequences, shape.history), jnp.int32))
+        sampler = _sampler(shape, self.model, self._mesh, self._buckets.max_sequences)
+        return sampler.lower(self._head, hidden, inputs, self._tokens)
 
     def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
-    def run(
-        self,
-        entries: tuple[ScheduledSequence, ...],
-        adapters: Mapping[object, AdapterSlice],
-        on_launch: Callable[[BatchShape, np.ndarray, SamplerShape, SamplerInputs], None],
-    ) -> StepInFlight:
-        """Starts a step and returns at once.
+    def lay_out(self, entries: tuple[ScheduledSequence, ...], adapters: Mapping[object, AdapterSlice]) -> LaidOut:
+        """Lays a plan's entries out as arrays. Changes nothing.
 
         Args:
-          entries: at least one; each of another sequence. Pending tokens are those of the previous ``run``.
+          entries: at least one; each of another sequence. Pending tokens are those of the step started last.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
-          on_launch: is given the arguments of ``launch``, before that.
         """
         batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._room)
-        self._room = batch.room
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
+        return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs))
+
+    def start(self, step: LaidOut) -> StepInFlight:
+        """Starts a step and returns at once. It must be the one that was laid out last."""
+        batch = step.batch
+        sampled = self.launch(*step.arguments)
+        self._room = batch.room
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
-        on_launch(batch.shape, batch.packed, sampler, inputs)
-        sampled = self.launch(batch.shape, batch.packed, sampler, inputs)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
-        return StepInFlight(batch.entries, sampled)
+        return StepInFlight(step.entries, batch.entry_of_row, sampled)
+
+    def reset(self) -> None:
+        """Forgets the tokens of the step started last: the next step's sequences have none pending."""
+        self._tokens = jnp.zeros(self._buckets.max_sequences, jnp.int32, device=self._everywhere)
+        self._rows = {}
 
     def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        hidden, self._pool.array = self._programs.get(shape)(self.params, packed, self._tokens, self._pool.array)
-        sampled = self._programs.get(sampler)(self._head, hidden, inputs, self._tokens)
+        self.prepare(shape, sampler)
+        hidden, self._pool.array = self._forward.start(
+            self.programs.get, shape, self.params, packed, self._tokens, self._pool.array
+        )
+        sampled = self.programs.get(sampler)(self._head, hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
 
 
-def _on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):
-    """``step(params, *arguments)``, or what it gives when every device of the mesh runs it on its slices."""
-    if mesh is None:
-        return step(params, *arguments)
-    return jax.shard_map(
-        step,
-        mesh=mesh.mesh,
-        in_specs=(mesh.param_specs(params), *in_specs),
-        out_specs=out_specs,
-        check_vma=False,
-    )(params, *arguments)
+def _sampler(shape: SamplerShape, model: Llama, mesh: ModelMesh | None, num_tokens_out: int):
+    """The function that is compiled for a sampler, of ``(head, hidden, inputs, tokens)``."""
 
-
-_WHOLE = PartitionSpec()
-
-
-@partial(jax.jit, static_argnames=("model", "shape", "mesh"), donate_argnames="pool")
-def _forward(params, packed, previous_tokens, pool, *, model: Llama, shape: BatchShape, mesh: ModelMesh | None):
-    """Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool."""
-
-    def step(params, packed, previous_tokens, pool):
-        batch = shape.unpack(packed, previous_tokens)
-        hidden, pool = model.apply({"params": params}, batch, pool)
-        return hidden[jnp.maximum(batch.query_start[1:] - 1, 0)], pool
-
-    arguments = (packed, previous_tokens, pool)
-    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
-
-
-@partial(jax.jit, static_argnames=("model", "shape", "num_tokens_out", "mesh"))
-def _sample(
-    params,
-    hidden,
-    inputs: SamplerInputs,
-    previous_tokens,
-    *,
-    model: Llama,
-    shape: SamplerShape,
-    num_tokens_out: int,
-    mesh: ModelMesh | None,
-) -> Sampled:
     def step(params, hidden, inputs, previous_tokens):
         logits = model.apply({"params": params}, hidden, method=Llama.logits)
         return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
 
-    arguments = (hidden, inputs, previous_tokens)
-    return _on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+    def sampled(params, *arguments) -> Sampled:
+        return on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+
+    # A function of its own each time: what JAX remembers of it goes with it.
+    return jax.jit(sampled)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from slora_jax.request import MAX_LOGPROBS
-from slora_jax.scheduler.sequence import ScheduledSequence
+from slora_jax.scheduler.sequence import NOT_FINITE, ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ class Sampled:
     """What one step sampled. ``top_*`` and ``logprob`` are None unless asked for.
 
     Attributes:
-      tokens: ``[N]`` int32, N the most sequences any step has, so that the next step's shape does not depend on S.
+      tokens: ``[N]`` int32, N the most sequences any step has, so that the next step's shape does not depend on S;
+        ``NOT_FINITE`` where the logits were not finite.
       logprob: ``[S]`` float32 of the sampled token, before penalties and temperature.
       top_tokens, top_logprobs: ``[S, MAX_LOGPROBS]``, most likely first.
     """
@@ -176,6 +177,8 @@ def sample(
     if shape.history:
         scores = _penalize(scores, inputs, previous_tokens)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    # NaN counts as the largest number there is, so the largest score tells of all.
+    is_finite = jnp.isfinite(jnp.take_along_axis(scores, tokens[:, None], axis=1)[:, 0])
     if shape.random:
         drawn = _draw(scores, inputs, shape.filtered)
         tokens = jnp.where(inputs.temperature > 0, drawn, tokens)
@@ -184,6 +187,7 @@ def sample(
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         logprob = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
         top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    tokens = jnp.where(is_finite, tokens, NOT_FINITE)
     return Sampled(jnp.pad(tokens, (0, num_tokens_out - num_sequences)), logprob, top_tokens, top_logprobs)
 
 

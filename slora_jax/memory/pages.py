@@ -75,6 +75,11 @@ class PageAllocator:
         return self.total - self.num_free - self.num_cached
 
     @property
+    def num_private(self) -> int:
+        """Pages that are owned, but not through a block."""
+        return len(self._private)
+
+    @property
     def total(self) -> int:
         """All pages that can be handed out."""
         return self.num_pages - 1
@@ -94,7 +99,7 @@ class PageAllocator:
         if count > self.num_available:
             return None
         while len(self._free) < count:
-            self._evict()
+            self.evict()
         split = len(self._free) - count
         pages = self._free[split:][::-1]
         del self._free[split:]
@@ -191,7 +196,8 @@ class PageAllocator:
         _, number, key = entry
         return self._cold.get(key) == number
 
-    def _evict(self) -> None:
+    def evict(self) -> None:
+        """Frees the pages of the cached block that is worth least; there must be one."""
         while not self._is_current(entry := heapq.heappop(self._by_worth)):
             pass
         self._clock, _, key = entry

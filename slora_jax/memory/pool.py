@@ -79,6 +79,13 @@ class UnifiedPool:
         self._staged: dict[int, tuple[weakref.ref, weakref.ref]] = {}
         self._staging = threading.Lock()
 
+    def reset(self) -> None:
+        """Makes the array anew, all zeros, whatever became of the old one; staged adapters stay."""
+        if not self.array.is_deleted():
+            self.array.delete()
+        self.array = jnp.zeros(self._shape, self._dtype, device=self._on_device)
+        self.array.block_until_ready()
+
     def stage(self, packed: np.ndarray) -> StagedAdapter:
         """Brings an adapter to where the device copies it from. Thread-safe; takes long, so not for the loop's thread.
 

@@ -4,7 +4,8 @@ Axis letters of shape comments: T tokens of the step, S sequences, h hidden_size
 
 ``Llama(config, dtype).apply({"params": params}, batch, pool)`` is a pure function. Layers are unrolled: a scan over
 stacked layers copies every layer's weights each step. They are calls of one jitted function, so that all are traced
-and lowered once; XLA inlines the calls.
+and lowered once; XLA inlines the calls. The same in three pieces, to be compiled apart: ``Llama.begin``,
+``run_layers`` for some layers at a time, ``Llama.end``.
 
 With ``num_shards`` N, ``apply`` is what one of N devices runs, inside ``jax.shard_map`` over the axis ``mesh.TP``, on
 its slices of parameters and pool (``mesh.param_spec``). Collectives of a layer, T tokens, ranks padded to R: one
@@ -13,7 +14,7 @@ gate, up and an all-reduce ``[T, R]`` for each of o, down.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -37,9 +38,10 @@ from pallas_kernels import (
     plan_lora,
     rotary_write_kv,
 )
-from slora_jax.memory.layout import MODULES, ROW_PARALLEL, local_shapes, split_ranks
-from slora_jax.model.config import ModelConfig, RopeScaling
+from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TP, param_spec
+from slora_jax.model.modules import MODULES, ROW_PARALLEL, local_shapes, split_ranks
+from slora_jax.model.rope import plain_turns
 from slora_jax.model.shards import Shards
 
 Q, K, V, O, GATE, UP, DOWN = range(len(MODULES))  # noqa: E741
@@ -140,18 +142,21 @@ class Llama(nn.Module):
         Returns:
           Hidden states ``[T, h]`` after the final norm, and the pool with the tokens' K and V.
         """
-        x = self._embed(batch.token_ids)
-        step = self._plan(batch, pool.shape[3])
-        for i, block in enumerate(self.layers):
-            layer = np.int32(i)
-            if self.is_initializing():
-                x, pool = block(x, step, pool, layer)
-            else:
-                params = block.variables["params"]
-                x, pool = _apply_block(
-                    params, x, step, pool, layer, self.config, self.dtype, self.backend, self.num_shards, self.lora_ops
-                )
-        return self.norm(x), pool
+        x, step = self.begin(batch, pool.shape[3])
+        if self.is_initializing():
+            for i, block in enumerate(self.layers):
+                x, pool = block(x, step, pool, np.int32(i))
+        else:
+            x, pool = run_layers(self, [block.variables["params"] for block in self.layers], 0, x, step, pool)
+        return self.end(x), pool
+
+    def begin(self, batch: TokenBatch, row_width: int) -> tuple[jax.Array, StepTables]:
+        """What comes before the layers: hidden states ``[T, h]``, and what all layers share; ``row_width`` is W."""
+        return self._embed(batch.token_ids), self._plan(batch, row_width)
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """What comes behind the layers: the final norm of hidden states ``[T, h]``."""
+        return self.norm(x)
 
     def _embed(self, token_ids: jax.Array) -> jax.Array:
         if self.num_shards == 1:
@@ -287,6 +292,26 @@ class Block(nn.Module):
         return x + reduce(self.down, nn.silu(gate) * up, DOWN), pool
 
 
+def run_layers(
+    model: Llama, layers: Sequence[dict], first: int | jax.Array, x: jax.Array, step: StepTables, pool: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states ``[T, h]`` and the pool after some consecutive layers.
+
+    Args:
+      model: whose layers they are.
+      layers: the parameters of each.
+      first: the number of the first of them; an array, int32, where one program is to serve any of them.
+      x, step: as from ``Llama.begin``.
+      pool: ``[layers, 2, rows, W]``.
+    """
+    for i, params in enumerate(layers):
+        layer = np.int32(first + i) if isinstance(first, int) else first + i
+        x, pool = _apply_block(
+            params, x, step, pool, layer, model.config, model.dtype, model.backend, model.num_shards, model.lora_ops
+        )
+    return x, pool
+
+
 @partial(jax.jit, static_argnames=("config", "dtype", "backend", "num_shards", "lora_ops"))
 def _apply_block(
     params,
@@ -366,22 +391,13 @@ def _dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine ``[T, D / 2]`` float32 of each position's rotary angles (arXiv 2104.09864)."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    if config.rope_scaling is not None:
-        frequency = _llama3_scaled(frequency, config.rope_scaling)
-    angle = positions.astype(jnp.float32)[:, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _llama3_scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1's scaling: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
-    wavelength = 2.0 * math.pi / frequency
-    ratio = scaling.original_max_position_embeddings / wavelength
-    blend = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return (1.0 - blend) * frequency / scaling.factor + blend * frequency
+    """Cosine and sine ``[T, D / 2]`` float32 of each position's rotary angles; see ``model.rope``."""
+    scaling = config.rope_scaling
+    turns = (plain_turns if scaling is None else scaling.turns)(config.rope_theta, config.head_dim)
+    angle = positions.astype(jnp.float32)[:, None] * turns
+    if scaling is None or scaling.gain == 1.0:
+        return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * scaling.gain, jnp.sin(angle) * scaling.gain
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, num_shards: int = 1) -> dict:

@@ -6,7 +6,8 @@ transposed and cast. With several devices each gets its slice only (``Shards``),
 neither read into memory nor sent anywhere.
 """
 
-import json
+import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,9 +24,12 @@ from tqdm import tqdm
 
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.json_files import parse_json, read_json, shown
 from slora_jax.model.llama import abstract_params
 from slora_jax.model.mesh import ModelMesh, ParamPath
 from slora_jax.model.shards import Run, Shards, joined_runs
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -34,6 +38,10 @@ _NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' copies of the same 
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # buffers that old checkpoints carry along
 _INIT_STD = 0.02
 _SCRATCH_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 100 * 10**6  # what safetensors allows
+_MAX_AXES = 8
+_SHARD = re.compile(r"[^/\\\0\ud800-\udfff]{1,250}\.safetensors")
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_model(spec: str) -> Path:
@@ -41,7 +49,7 @@ def resolve_model(spec: str) -> Path:
 
     Raises:
       InvalidRequest: there is no such folder or id, or it cannot be reached.
-      UnsupportedModel: the folder holds no ``config.json`` or no safetensors.
+      UnsupportedModel: the folder holds no ``config.json`` or no safetensors, or an adapter too.
     """
     if spec == "demo":
         from slora_jax.demo.model import demo_model_path
@@ -58,6 +66,11 @@ def resolve_model(spec: str) -> Path:
         folder = _download(spec)
     if not (folder / "config.json").is_file():
         raise UnsupportedModel(f"{folder} has no config.json; a model folder holds config.json and *.safetensors")
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{folder} holds a model and an adapter (adapter_config.json), which transformers would apply to it; move "
+            "the adapter to a folder of its own"
+        )
     weight_files(folder)
     return folder
 
@@ -89,25 +102,31 @@ def _download(repo_id: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights: those the index names, or ``model.safetensors``, or all ``*.safetensors``.
+    """The files that hold a model's weights: ``model.safetensors``, or those the index names, or all ``*.safetensors``.
+
+    Where there are both of the first, transformers takes the one file.
 
     Raises:
-      UnsupportedModel: there are none, or one that the index names is missing.
+      UnsupportedModel: there are none, one that the index names is missing, or the index is none.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UnsupportedModel(f"{index} cannot be read ({type(e).__name__}: {e}); fetch it again") from None
-        files = [folder / name for name in names]
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.is_file():
+        files = [single]
+    elif index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UnsupportedModel(f"{index}: weight_map must be an object, got {shown(weight_map)}; fetch it again")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or not _SHARD.fullmatch(name):
+                raise UnsupportedModel(
+                    f"{index}: weight_map has {shown(name)} for {shown(tensor)}, not the name of a *.safetensors file"
+                )
+        files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.is_file():
                 raise UnsupportedModel(f"{file} is missing, though {_INDEX} names it; the download is not complete")
-    elif (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         got = f"only pickles ({', '.join(pickles[:3])}), and unpickling can run any code" if pickles else "none"
@@ -116,6 +135,43 @@ def weight_files(folder: Path) -> list[Path]:
             "model.save_pretrained(folder, safe_serialization=True)"
         )
     return files
+
+
+def untied_where_different(folder: Path, config: ModelConfig) -> ModelConfig:
+    """``config``, without ``tie_word_embeddings`` where the files hold an ``lm_head`` that is not the embedding.
+
+    So transformers 5 does: what was trained is in the files, and such a config is wrong. Reads both tensors, where both
+    are there.
+
+    Raises:
+      UnsupportedModel: a file cannot be read; the message names it.
+    """
+    if not config.tie_word_embeddings:
+        return config
+    tensors = _read_headers(folder)
+    if _EMBEDDING not in tensors or _LM_HEAD not in tensors:
+        return config
+    try:
+        if _same(tensors[_EMBEDDING], tensors[_LM_HEAD]):
+            return config
+    except OSError as e:
+        raise UnsupportedModel(f"{folder}: the weights cannot be read: {e}") from None
+    logger.warning("%s: tie_word_embeddings is true, but %s is not the embedding; they are not tied", folder, _LM_HEAD)
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _same(one: "_Tensor", other: "_Tensor") -> bool:
+    """Whether two tensors have the same bytes, dtype and shape."""
+    if (one.dtype_name, one.shape, one.nbytes) != (other.dtype_name, other.shape, other.nbytes):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for at in range(0, one.nbytes, _SCRATCH_BYTES):
+            size = min(_SCRATCH_BYTES, one.nbytes - at)
+            if first.read(size) != second.read(size):
+                return False
+    return True
 
 
 def load_params(
@@ -127,7 +183,7 @@ def load_params(
 
     Args:
       folder: holds the safetensors, with or without an index.
-      config: the shape that they must have.
+      config: the shape that they must have, of ``untied_where_different``.
       dtype: what to cast them to.
       mesh: the devices that share the model; None takes the default device.
       progress: show a progress bar, in bytes.
@@ -434,38 +490,74 @@ def _read_headers(folder: Path) -> dict[str, _Tensor]:
     for file in weight_files(folder):
         try:
             found = _read_header(file)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UnsupportedModel(
-                f"{file} is not a whole safetensors file ({type(e).__name__}: {e}); fetch it again"
-            ) from None
+        except (OSError, _Damaged, UnsupportedModel) as e:
+            raise UnsupportedModel(f"{file} is not a whole safetensors file: {e}; fetch it again") from None
         for name in found.keys() & tensors.keys():
             raise UnsupportedModel(
-                f"tensor {name!r} is both in {tensors[name].file.name} and in {file.name}; add {_INDEX} or delete one"
+                f"tensor {shown(name)} is both in {tensors[name].file.name} and in {file.name}; add {_INDEX} or delete "
+                "one"
             )
         tensors |= found
     return tensors
 
 
+class _Damaged(Exception):
+    """What is wrong with a safetensors file."""
+
+
 def _read_header(file: Path) -> dict[str, _Tensor]:
-    """Reads the table of contents: a little-endian 64-bit length, that much JSON, then the tensors' bytes."""
+    """Reads the table of contents: a little-endian 64-bit length, that much JSON, then the tensors' bytes.
+
+    As safetensors asks, the tensors' bytes follow each other without gaps or overlaps, to the end of the file.
+
+    Raises:
+      OSError, _Damaged, UnsupportedModel: it cannot be read, or is not this; the message names the tensor.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise ValueError("no header")
-        header = json.loads(stream.read(length))
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
-        if not 0 <= start <= end <= size - 8 - length:
-            raise ValueError(f"tensor {name!r} lies outside the file")
-        if dtype is not None and math.prod(shape) * dtype.itemsize != end - start:
-            raise ValueError(f"tensor {name!r} has {end - start} bytes, not those of its shape {shape}")
-        tensors[name] = _Tensor(file, entry["dtype"], shape, 8 + length + start, end - start)
+        if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise _Damaged("no header")
+        header = parse_json(stream.read(length), "its header")
+    if not isinstance(header.pop("__metadata__", {}), dict):
+        raise _Damaged("__metadata__ is no object")
+    data = 8 + length
+    tensors = {name: _tensor_of(file, data, name, entry) for name, entry in header.items()}
+    at = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != at:
+            raise _Damaged(f"the bytes of tensor {shown(name)} do not begin where those before it end")
+        at += tensor.nbytes
+    if at != size:
+        raise _Damaged(f"the tensors end at byte {at} of {size}; the file may have been cut short, or added to")
     return tensors
+
+
+def _tensor_of(file: Path, data: int, name: str, entry: Any) -> _Tensor:
+    """A tensor from its entry in the header; ``data`` is where the tensors' bytes begin."""
+
+    def sizes(field: str, most: int) -> list[int]:
+        value = entry.get(field)
+        if (
+            not isinstance(value, list)
+            or len(value) > most
+            or not all(type(item) is int and 0 <= item < 2**63 for item in value)
+        ):
+            raise _Damaged(f"{field} of tensor {shown(name)} is {shown(value)}")
+        return value
+
+    if not isinstance(entry, dict):
+        raise _Damaged(f"the entry of tensor {shown(name)} is {shown(entry)}, no object")
+    dtype_name, shape, offsets = entry.get("dtype"), sizes("shape", _MAX_AXES), sizes("data_offsets", 2)
+    if not isinstance(dtype_name, str):
+        raise _Damaged(f"dtype of tensor {shown(name)} is {shown(dtype_name)}")
+    if len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise _Damaged(f"data_offsets of tensor {shown(name)} is {shown(offsets)}")
+    start, end = offsets
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - start:
+        raise _Damaged(f"tensor {shown(name)} has {end - start} bytes, not those of its shape {tuple(shape)}")
+    return _Tensor(file, dtype_name, tuple(shape), data + start, end - start)
 
 
 def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: ModelConfig) -> None:
@@ -482,7 +574,7 @@ def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: M
                 )
             if tensor.dtype_name not in _DTYPES:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype_name}, supported are "
+                    f"{tensor.file}: tensor {name!r} has dtype {shown(tensor.dtype_name)[1:-1]}, supported are "
                     f"{', '.join(_DTYPES)}; give the unquantized checkpoint"
                 )
             if tensor.shape != shape:
@@ -494,11 +586,11 @@ def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: M
                     f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype_name} but {first!r} has "
                     f"{tensors[first].dtype_name}; save the model in one dtype"
                 )
-    redundant = {"lm_head.weight", "model.embed_tokens.weight"} if config.tie_word_embeddings else set()
+    redundant = {_EMBEDDING, _LM_HEAD} if config.tie_word_embeddings else set()
     extra = sorted(name for name in tensors.keys() - used - redundant if not _DERIVED.fullmatch(name))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UnsupportedModel(
-            f"{tensors[extra[0]].file}: tensor {extra[0]!r}{more} belongs to no layer that config.json describes; "
+            f"{tensors[extra[0]].file}: tensor {shown(extra[0])}{more} belongs to no layer that config.json describes; "
             "ignoring weights would change the model's answers"
         )

@@ -2,13 +2,16 @@
 
 import hashlib
 from array import array
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from slora_jax.config import PAGE_SIZE
 from slora_jax.request import SamplingParams
+
+NOT_FINITE = -1
+"""What a step gives in place of a token where the model's logits were not finite numbers."""
 
 
 class AdapterHandle(Protocol):
@@ -41,6 +44,10 @@ class AdapterHandle(Protocol):
         ...
 
 
+type EndReason = Literal["stop", "length", "error"]
+"""Why a sequence ends with a token: it is one that ends, the last that is allowed, or ``NOT_FINITE``."""
+
+
 class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -54,11 +61,14 @@ class Sequence:
     The host runs one step behind the device: a token sampled by a step in flight is *pending*, its value unknown
     here, but it is already counted and can be scheduled.
 
+    Only ``slora_jax.scheduler`` changes a sequence once it was given to ``Scheduler.add``.
+
     Attributes:
       sequence_id: unique and increasing: the order of arrival.
       tokens: prompt and output tokens whose values are known.
       num_prompt: prompt tokens among them.
       max_tokens: most output tokens, already cut to what ``max_model_len`` leaves.
+      end_token_ids: token ids any of which ends the sequence: EOS, unless it is ignored, and the request's own.
       num_scheduled: leading tokens whose KV is in the pool or being computed by a step in flight.
       num_done: leading tokens whose KV is in the pool for certain; full pages of them may be published.
       num_pending: sampled tokens not yet read back (0 or 1 when a step is planned).
@@ -80,6 +90,7 @@ class Sequence:
     max_tokens: int
     sampling: SamplingParams
     seed: int
+    end_token_ids: frozenset[int] = frozenset()
     adapter: AdapterHandle | None = None
     leader: "Sequence | None" = None
     arrival: float = 0.0
@@ -131,6 +142,22 @@ class Sequence:
         return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
+class Emitted(NamedTuple):
+    """A token that a step gave a sequence.
+
+    Attributes:
+      sequence: it; ``tokens`` ends with the token, unless that is ``NOT_FINITE``.
+      token: the token's id.
+      place: the sequence's place in the plan's entries.
+      reason: why the sequence ended with this token; None if it goes on. "error" stands for ``NOT_FINITE``.
+    """
+
+    sequence: Sequence
+    token: int
+    place: int
+    reason: EndReason | None
+
+
 class ScheduledSequence(NamedTuple):
     """Part of a step: the KV of ``count`` tokens from position ``start``; then a new token if ``samples``."""
 
@@ -172,3 +199,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(entry.count for entry in self.entries)
+
+    def without(self, sequences: Collection[int]) -> "StepPlan":
+        """The same plan without the entries of these sequences, named by their ids."""
+        return replace(self, entries=tuple(e for e in self.entries if e.sequence.sequence_id not in sequences))

@@ -165,15 +165,18 @@ def test_a_refused_adapter_changes_nothing(store, tmp_path):
 # Versions
 
 
-def test_registering_the_same_again_changes_nothing(store, tmp_path):
-    folder = write_adapter(tmp_path)
-    info = store.register("a", folder)
-    version = store.get("a")
-    host = version.wait(WAIT)
-    again = store.register("a", str(folder))
-    assert store.get("a") is version
-    assert again.created == info.created
-    assert again.content_hash == host.content_hash
+def test_registering_again_reads_the_folder_anew_whatever_sizes_and_times_say(store, tmp_path):
+    folder = write_adapter(tmp_path, make_tensors(seed=0))
+    store.register("a", folder)
+    old = store.get("a")
+    old_host = old.wait(WAIT)
+    write_unnoticed(folder, make_tensors(seed=1))
+    store.register("a", folder)
+    new = store.get("a")
+    assert new is not old and new.wait(WAIT).content_hash != old_host.content_hash
+    assert old.host() is old_host, "requests that began with it keep it"
+    store.register("a", str(folder))
+    assert store.get("a").wait(WAIT).content_hash == new.content_hash, "so that both share their pages"
 
 
 def test_changed_content_is_a_new_version_and_the_old_one_stays(store, tmp_path):
@@ -317,12 +320,17 @@ def test_a_load_without_room_waits_until_something_is_let_go(four):
     assert d.status == "registered", "nobody wants it any more"
 
 
-def test_an_adapter_larger_than_host_memory_fails_with_the_reason(tmp_path, changes):
-    folder = write_adapter(tmp_path)
+def test_an_adapter_larger_than_host_memory_is_not_registered(tmp_path, changes):
+    folder = write_adapter(tmp_path / "adapters" / "a")
     store = small_store(0, changes, like=folder)
-    store.register("a", folder)
-    with pytest.raises(BadAdapter, match="of host memory, but all adapters may take 0; raise host_adapter_gigabytes"):
-        store.get("a").wait(WAIT)
+    reason = (
+        r"takes 5.72e-06 GiB of host memory, but all adapters may take 0; raise host_adapter_gigabytes "
+        r"\(--host-adapter-memory\) to 5.8e-06 or more"
+    )
+    with pytest.raises(BadAdapter, match=reason):
+        store.register("a", folder)
+    infos, refused = store.register_dir(tmp_path / "adapters")
+    assert not infos and not store.infos() and "raise host_adapter_gigabytes" in refused["a"]
     store.close()
 
 
@@ -444,7 +452,7 @@ def test_a_pin_is_what_the_last_registration_says(tmp_path):
     store.register("a", folders[0], pinned=True)
     first = store.get("a")
     store.register("a", folders[0])
-    assert store.pinned == () and store.get("a") is first and not first.info.pinned
+    assert store.pinned == () and not store.get("a").info.pinned
     store.pin("a")
     store.register("a", folders[1], pinned=True)
     assert store.pinned == (store.get("a"),) != (first,)
@@ -512,6 +520,43 @@ def test_register_dir(store, tmp_path):
     assert list(refused) == ["dora", "not allowed"]
     assert "use_dora=true" in refused["dora"]
     assert "is not allowed" in refused["not allowed"]
+
+
+def test_a_bad_folder_costs_itself_only(store, tmp_path, monkeypatch):
+    for name in ("good", "memory", "recursion", "system"):
+        write_adapter(tmp_path / name)
+    errors = {"memory": MemoryError(), "recursion": RecursionError("too deep"), "system": OSError(5, "I/O error")}
+    for name in ("loop", "pipe", "folder"):
+        write_adapter(tmp_path / name)
+        (tmp_path / name / "adapter_config.json").unlink()
+    (tmp_path / "loop" / "adapter_config.json").symlink_to("adapter_config.json")
+    os.mkfifo(tmp_path / "pipe" / "adapter_config.json")
+    (tmp_path / "folder" / "adapter_config.json").mkdir()
+    write_adapter(tmp_path / os.fsdecode(b"\xff"))
+    original = store_module.read_header
+
+    def read(folder, *args):
+        if folder.name in errors:
+            raise errors[folder.name]
+        return original(folder, *args)
+
+    monkeypatch.setattr(store_module, "read_header", read)
+    infos, refused = store.register_dir(tmp_path)
+    assert list(infos) == ["good"]
+    assert set(refused) == {*errors, "loop", "pipe", "folder", r"\udcff"}
+    assert all(reason.encode() for reason in refused.values()), "each can be printed"
+    assert "RecursionError: too deep" in refused["recursion"]
+
+
+@pytest.mark.parametrize("name", ["Base-1B", "Base-1B:pirate"])
+def test_names_of_the_base_model_are_refused(tmp_path, name):
+    store = AdapterStore(MODEL, POOL, np.float32, base_name="Base-1B")
+    write_adapter(tmp_path / "adapters" / name)
+    with pytest.raises(BadAdapter, match="is taken: 'Base-1B' is the base model"):
+        store.register(name, tmp_path / "adapters" / name)
+    infos, refused = store.register_dir(tmp_path / "adapters")
+    assert not infos and "is taken" in refused[name]
+    store.register("Base-1B-pirate", tmp_path / "adapters" / name)
 
 
 def test_register_dir_that_is_not_there(store, tmp_path):

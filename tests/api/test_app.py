@@ -5,6 +5,7 @@ import pytest
 from werkzeug.test import EnvironBuilder
 
 from slora_jax.api.app import create_app
+from slora_jax.request import SamplingParams
 from tests.helpers.fake_engine import FAILS, LATE, WAITS, FakeEngine
 
 
@@ -95,6 +96,25 @@ def test_default_max_tokens(client, engine):
     assert body["usage"]["completion_tokens"] == 16
     body = client.post("/v1/completions", json={"model": "base", "prompt": "x" * 295}).get_json()
     assert body["usage"]["completion_tokens"] == 5
+
+
+def test_fields_left_out_are_as_the_generation_config_says(client, engine):
+    engine.default_sampling = {"temperature": 0.25, "top_k": 7, "max_tokens": 9}
+
+    def sampling(path: str, **fields) -> SamplingParams:
+        answer = client.post(f"/v1/{path}", json={"model": "base"} | fields)
+        assert answer.status_code == 200, answer.get_json()
+        return engine.generations[-1].request.sampling
+
+    for path, prompt in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        assert sampling(path, **prompt) == SamplingParams(max_tokens=9, temperature=0.25, top_k=7)
+        nulls = dict.fromkeys(("temperature", "top_k", "max_tokens", "top_p"))
+        assert sampling(path, **prompt, **nulls) == SamplingParams(max_tokens=9, temperature=0.25, top_k=7)
+        assert sampling(path, **prompt, temperature=1.0, top_k=-1, max_tokens=3) == SamplingParams(max_tokens=3)
+    assert sampling("completions", prompt="x" * 295).max_tokens == 5
 
 
 def test_stop(client):
@@ -343,7 +363,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"stop": ""}, "stop"),
-        ({"stop": [1]}, "stop.0"),
+        ({"stop": [1]}, "stop[0]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"seed": 2**70}, "seed"),
         ({"presence_penalty": 3}, "presence_penalty"),
@@ -370,7 +390,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 )
 def test_bad_completion_parameters(client, fields, param):
     message = error(complete(client, **fields), 400, None, param)
-    assert param.split(".")[0] in message or "surrogate" in message
+    assert param.split(".")[0].split("[")[0] in message or "surrogate" in message
 
 
 @pytest.mark.parametrize(
@@ -465,6 +485,12 @@ def test_routes(client):
     assert "POST" in response.headers["Allow"]
 
 
+def test_too_many_parts(client):
+    for body in (b"[" * 100_000, json.dumps({"prompt": [[]] * 50_000}).encode()):
+        assert "lists and objects" in error(client.post("/v1/completions", data=body), 400)
+    assert "context" in error(complete(client, prompt="[" * 100_000), 400, "context_length_exceeded", "prompt")
+
+
 def test_too_large_a_body(engine):
     client = create_app(engine, max_body_bytes=1000).test_client()
     error(complete(client, prompt="x" * 1000), 413)
@@ -476,6 +502,47 @@ def test_overload(engine, tmp_path):
     error(response, 429, "engine_overloaded")
     assert int(response.headers["Retry-After"]) >= 1
     assert [g.cancelled for g in small.generations] == [True, True]
+
+
+def test_an_answer_that_cannot_be_built_ends_in_an_error(client, monkeypatch):
+    """Whatever fails after the tokens are there, the client hears of it in OpenAI's shape."""
+
+    monkeypatch.setattr("slora_jax.api.openai.LOWEST_LOGPROB", None)  # no number is larger or smaller than that
+    error(complete(client, logprobs=1), 500, "internal_error")
+    chunks, done = events(complete(client, logprobs=1, stream=True))
+    assert (chunks[-1]["error"]["code"], done) == ("internal_error", False)
+    assert complete(client).status_code == 200
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_no_answer_holds_what_is_no_json(client, engine, monkeypatch, number):
+    monkeypatch.setattr(engine, "stats", lambda: {"share": number})
+    error(client.get("/health"), 500, "internal_error")
+
+
+def test_long_answers_are_whole(client):
+    """Long lists are written in several pieces."""
+    body = complete(client, n=3, max_tokens=200, logprobs=2, return_token_ids=True).get_json()
+    for choice in body["choices"]:
+        length = 200 - choice["index"]  # as the engine has it
+        assert [len(choice["logprobs"][name]) for name in ("tokens", "top_logprobs", "text_offset")] == [length] * 3
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        assert len(choice["token_ids"]) == length
+    exact = complete(client, max_tokens=32, logprobs=2).get_json()["choices"][0]["logprobs"]
+    assert {len(items) for items in exact.values()} == {32}
+
+
+def test_loads_take_streams(engine, tmp_path):
+    """A load may wait for a disk; the threads beyond the streams are for what is answered at once."""
+    client = create_app(engine, max_streams=1, allow_adapter_loading=True).test_client()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    fields = {"lora_name": "new", "lora_path": str(tmp_path)}
+    open_stream = complete(client, prompt=WAITS, stream=True, echo=True)
+    error(post(client, "/v1/load_lora_adapter", **fields), 429, "engine_overloaded")
+    error(post(client, "/v1/unload_lora_adapter", lora_name="pirate"), 429, "engine_overloaded")
+    assert client.get("/health").status_code == 200
+    open_stream.close()
+    assert post(client, "/v1/load_lora_adapter", **fields).status_code == 200
 
 
 def test_more_streams_than_allowed(engine):

@@ -51,10 +51,27 @@ def test_no_prompts(ask):
     assert ask([]) == []
 
 
+def test_fields_left_out_are_as_the_generation_config_says(ask, engine):
+    engine.default_sampling = {"temperature": 0.25, "max_tokens": 9}
+    ask(["a"] * 4, sampling=[None, {"top_k": 3}, {"temperature": 1.0, "max_tokens": 2}, SamplingParams()])
+    chosen = [generation.request.sampling for generation in engine.generations]
+    assert chosen[:2] == [SamplingParams(9, 0.25), SamplingParams(9, 0.25, top_k=3)]
+    assert chosen[2:] == [SamplingParams(2), SamplingParams()]
+
+
 def test_progress_is_quiet_for_one_prompt(ask, capsys):
     ask("a")
     ask(["a", "b"], progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_the_bar_says_that_a_compiler_is_waited_for(ask, engine, capsys):
+    engine.compiling = "programs for steps of up to 64 tokens"
+    threading.Timer(1.0, engine.go.set).start()
+    ask([WAITS] * 2)
+    shown = capsys.readouterr().err
+    assert "compiling programs for steps of up to 64 tokens" in shown
+    assert "compiling" not in shown.rpartition("2/2")[2], "nor after the end"
 
 
 def test_kinds_of_prompts(ask, engine):

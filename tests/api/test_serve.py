@@ -231,9 +231,9 @@ def test_bad_arguments(args, message):
     [
         ("modle: x", "modle"),
         ("server: {prot: 1}", "server.prot"),
-        ("server: 5", "server must be a mapping"),
+        ("server: 5", "must be a mapping, got int"),
         ("scheduler: {max_seqs: 1}", "scheduler.max_seqs"),
-        ("adapters: [a]", "adapters must be a mapping"),
+        ("adapters: [a]", "must be a mapping, got list"),
         ("- a\n- b", "mapping"),
         ("a: [", "not valid YAML"),
     ],

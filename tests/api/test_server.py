@@ -22,9 +22,16 @@ from tests.helpers.fake_engine import FAILS, WAITS, FakeEngine
 
 
 @contextlib.contextmanager
-def serving(engine, max_streams=512, **app_options):
+def serving(engine, max_streams=512, max_connections=None, **app_options):
     app = create_app(engine, max_streams=max_streams, **app_options)
-    server = Server(app, listen("127.0.0.1", 0), max_streams=max_streams, on_stop=engine.close)
+    server = Server(
+        app,
+        listen("127.0.0.1", 0),
+        max_streams=max_streams,
+        max_connections=max_connections,
+        max_body_bytes=app.config["MAX_CONTENT_LENGTH"],
+        on_stop=engine.close,
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -188,6 +195,109 @@ def test_malformed_http_and_huge_bodies_are_refused_in_json(engine):
                 head, _, body = b"".join(iter(lambda: sock.recv(4096), b"")).partition(b"\r\n\r\n")
             assert int(head.split()[1]) == status
             assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def answer_to(server, data):
+    """Status and JSON of what comes back for these bytes, until the server closes."""
+    with connect(server) as sock:
+        sock.sendall(data)
+        head, _, body = b"".join(iter(lambda: sock.recv(4096), b"")).partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_a_large_body_is_refused_by_its_length_unread(engine):
+    with serving(engine, max_body_bytes=1000) as server:
+        status, body = answer_to(server, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n")
+        assert (status, body["error"]["type"]) == (413, "invalid_request_error")
+        chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert answer_to(server, chunked + b"fff\r\n" + b" " * 1001)[0] == 413
+        with connect(server) as sock:
+            body = json.dumps(completion("x")).encode()
+            sock.sendall(
+                request_bytes("/v1/completions", completion("x")).replace(
+                    b"Content-Length: %d" % len(body), b"Content-Length: 1000"
+                )
+                + b" " * (1000 - len(body))
+            )
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_sends_a_large_body_all_the_same_gets_its_answer(engine):
+    with serving(engine) as server:
+        status, body = ask(server, "/v1/completions", completion("x" * 2**21))
+        assert (status, body["error"]["type"]) == (413, "invalid_request_error")
+
+
+IDLE = {
+    "silent": b"",
+    "half a header": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ",
+    "half a body": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+}
+
+
+def is_open(sock):
+    sock.setblocking(False)
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    finally:
+        sock.settimeout(20)
+
+
+@pytest.mark.parametrize("sent", IDLE.values(), ids=IDLE.keys())
+def test_idle_connections_make_room_oldest_first(engine, sent):
+    with serving(engine, max_streams=4, max_connections=50) as server, contextlib.ExitStack() as sockets:
+        busy = [sockets.enter_context(connect(server)) for _ in range(4)]
+        for sock in busy:
+            sock.sendall(request_bytes("/v1/completions", completion(WAITS)))
+        wait_until(lambda: len(engine.running) == 4)
+        used = http.client.HTTPConnection(server.host, server.port, timeout=20)
+        sockets.callback(used.close)
+        idle = []
+        for i in range(300):
+            idle.append(sockets.enter_context(connect(server)))
+            idle[-1].sendall(sent)
+            if i % 20 == 0:  # keeps this one younger than twenty others
+                used.request("GET", "/v1/models")
+                used.getresponse().read()
+        assert ask(server, "/health")[0] == 200
+        assert ask(server, "/v1/completions", completion("x"))[0] == 429
+        wait_until(lambda: sum(map(is_open, idle)) <= 45)
+        states = [is_open(sock) for sock in idle]
+        assert states == sorted(states) and sum(states) >= 40, "those that came last are open"
+        assert is_open(used.sock) and all(map(is_open, busy))
+        engine.go.set()
+        assert all(sock.recv(100).startswith(b"HTTP/1.1 200") for sock in busy)
+
+
+def test_bytes_that_trickle_in_make_no_connection_younger(engine):
+    with serving(engine, max_connections=8) as server, contextlib.ExitStack() as sockets:
+        slow = sockets.enter_context(connect(server))
+        slow.sendall(IDLE["half a header"])
+        others = [sockets.enter_context(connect(server)) for _ in range(7)]
+        slow.sendall(b"a byte later")
+        wait_until(lambda: ask(server, "/health")[0] == 200 and not is_open(slow))
+        assert sum(map(is_open, others)) >= 6
+
+
+SOFT_LIMIT = """
+    import resource, sys
+    from slora_jax.api.server import Server, listen
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    Server(lambda environ, start: [], listen("127.0.0.1", 0), max_streams=64).close()
+    print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+def test_the_limit_on_open_files_is_raised_to_what_the_connections_need():
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SOFT_LIMIT)], capture_output=True, text=True, check=True
+    )
+    assert int(out.stdout) >= 2 * 64 + 256
 
 
 def test_keep_alive(engine):

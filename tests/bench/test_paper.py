@@ -30,8 +30,11 @@ from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.served import EngineServer
 from slora_jax.bench.workload import Case, draw_workload
 from slora_jax.config import build_config, read_yaml
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.engine.build import BaseModel, make_parts
+from slora_jax.errors import BadAdapter
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 from slora_jax.model.weights import dummy_params
 from tests.helpers.engine_cases import FIXTURES, compiled_fast, greedy, run
 from tests.helpers.engine_cases import Case as OracleCase
@@ -171,9 +174,9 @@ def test_a_small_pool_of_one_run_does_not_shrink_the_next(toy):
         totals = []
         for run in (point, dataclasses.replace(point, pool_pages=None)):
             outcome = server.run(run)
-            totals.append(server._engine.stats()["pages_total"])
+            totals.append(outcome.pool_pages)
             assert outcome.num_loads == len({item.adapter for item in workload}), "each run begins with an empty pool"
-    assert totals == [49, 299]
+    assert totals == [50, 300]
 
 
 def test_without_torch_the_comparison_with_peft_says_what_is_missing(monkeypatch):
@@ -249,13 +252,13 @@ def small_case():
 def test_an_engine_refuses_an_adapter_of_a_higher_rank_than_its_padded_products():
     config = build_config({"model": "grouped", "dummy": True, "compilation_cache": None, "pool": {"pages": 60}})
     params = dummy_params(GROUPED, jnp.dtype(jnp.float32), 0)
-    engine = Engine(config, GROUPED, params, None, "base", lora_ops=padded_lora(4))
+    base = BaseModel(GROUPED, params, None, "base", None)
+    engine = Engine.owning(make_parts(config, base, padded_lora(4)))
     ranks = {"q": 4, "v": 8}
     packed = adapter(np.random.default_rng(4), engine.pool_layout, ranks)[1]
-    engine.register_loaded_adapter("r8", ranks, packed)
-    generation = engine.submit(greedy((1, 2), "r8", 4))
-    with pytest.raises(ValueError, match="rank 8, but this engine was made with lora_ops for at most 4"):
-        run(engine, generation)
+    with pytest.raises(BadAdapter, match="rank 8, but these lora_ops take at most 4"):
+        engine.register_loaded_adapter("r8", ranks, packed)
+    engine.close()
 
 
 def test_merged_weights_answer_as_the_adapter_on_the_fly(small_case):
@@ -265,10 +268,10 @@ def test_merged_weights_answer_as_the_adapter_on_the_fly(small_case):
         run(engine, engine.submit(greedy(asked["prompt"], adapter, 16)))[0].completions[0].token_ids
         for adapter in (None, "qv-r8")
     )
-    header = engine._store.get("qv-r8").header
+    header = engine.parts.store.get("qv-r8").header
     packed = load_adapter(header, engine.dtype).packed
     (scale,) = set(header.scales) - {0.0}
-    merged = MergedWeights(engine._runner.params, engine.pool_layout)
+    merged = MergedWeights(engine.device.runner.params, engine.pool_layout)
     merged.merge(header.ranks, merged.stage(packed), scale)
     (result,) = run(engine, engine.submit(greedy(asked["prompt"], None, 16)))
     assert result.completions[0].token_ids == on_the_fly != base

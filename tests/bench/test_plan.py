@@ -10,8 +10,8 @@ from slora_jax.bench.__main__ import main
 from slora_jax.bench.plan import GPUS, Load, message_bytes, plan, table
 from slora_jax.config import read_yaml
 from slora_jax.errors import InvalidRequest
-from slora_jax.memory.layout import MODULES
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 
 ROOT = Path(__file__).parents[2]
 QKVO = dict.fromkeys("qkvo", 16)

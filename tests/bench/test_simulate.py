@@ -8,13 +8,15 @@ import pytest
 
 from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point, Scale, SimulatedServer, run_experiment, saturated_rate
 from slora_jax.bench.service import Service, Times
-from slora_jax.bench.shares import SplitPages, SplitScheduler
+from slora_jax.bench.shares import FixedShares
 from slora_jax.bench.simulate import H200, StepTime, simulate
 from slora_jax.bench.workload import Case, OpenTrace, WorkItem, draw_chat_workload, draw_workload
 from slora_jax.config import SchedulerConfig
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
+from slora_jax.scheduler.scheduler import Scheduler
 
 RESULTS = Path(__file__).parents[2] / "slora_jax" / "bench" / "results" / "kernels_h200.json"
 LLAMA_7B = ModelConfig(
@@ -157,27 +159,35 @@ def test_thousands_of_adapters_are_all_served_twice_the_same():
     case = Case("S1", 5000)
     workload = draw_workload(300, 5000, 100, 7, longest=40, trace=OpenTrace(50.0, 2.0, 0.0))
     config = SchedulerConfig(policy="vtc", prefix_cache=False)
-    runs = [simulate(case, workload, config, PageAllocator(400), StepTime(H200, LLAMA_7B)) for _ in range(2)]
+    runs = [
+        simulate(case, workload, config, lambda: PageBudget(PageAllocator(400)), StepTime(H200, LLAMA_7B))
+        for _ in range(2)
+    ]
     assert runs[0] == runs[1] and all(t.last for t in runs[0].times) and runs[0].num_loads > 250
 
 
 def test_neither_share_of_a_split_pool_takes_from_the_other():
-    pages = SplitPages(401)
     most = {"adapters": 0, "kv": 0}
-    allocate, for_adapter = pages.allocate, pages.allocate_for_adapter
 
-    def watch(given):
-        pages.check_integrity()
-        in_blocks = sum(len(block.pages) for block in pages._blocks.values())
-        most["adapters"] = max(most["adapters"], in_blocks)
-        most["kv"] = max(most["kv"], pages.total - pages.num_free - in_blocks)
-        return given
+    class Watched(FixedShares):
+        def _watched(self, given):
+            self.pages.check_integrity()
+            # Between taking an adapter's pages and publishing them they count as private.
+            adapters = self.pages.total - self.pages.num_free - self.pages.num_private
+            most["adapters"] = max(most["adapters"], adapters)
+            most["kv"] = max(most["kv"], self.pages.num_private)
+            return given
 
-    pages.allocate = lambda count: watch(allocate(count))
-    pages.allocate_for_adapter = lambda count: watch(for_adapter(count))
+        def allocate_kv(self, count):
+            return self._watched(super().allocate_kv(count))
+
+        def allocate_adapter(self, count):
+            return self._watched(super().allocate_adapter(count))
+
     workload = draw_workload(200, 50, 100, 7, longest=200)
     config = SchedulerConfig(prefix_cache=False)
-    run = simulate(Case("S2", 50), workload, config, pages, StepTime(H200, LLAMA_7B), SplitScheduler)
+    budget = lambda: Watched(PageAllocator(401))  # noqa: E731
+    run = simulate(Case("S2", 50), workload, config, budget, StepTime(H200, LLAMA_7B))
     assert all(t.last for t in run.times) and run.num_loads >= 50
     assert 84 < most["adapters"] <= 100 and 284 < most["kv"] <= 300 + 16
 
@@ -185,7 +195,7 @@ def test_neither_share_of_a_split_pool_takes_from_the_other():
 def split(workload, num_pages):
     config = SchedulerConfig(prefix_cache=False)
     step_time = StepTime(H200, LLAMA_7B)
-    return simulate(Case("S2", 1), workload, config, SplitPages(num_pages), step_time, SplitScheduler)
+    return simulate(Case("S2", 1), workload, config, lambda: FixedShares(PageAllocator(num_pages)), step_time)
 
 
 def test_a_request_that_fits_the_shares_is_served_though_one_share_could_not_hold_all_of_it():
@@ -201,8 +211,9 @@ def test_a_request_that_a_share_cannot_hold_is_refused(prompt, num_pages, messag
 
 
 def test_a_split_pool_has_no_prefix_cache():
+    pages = PageAllocator(100)
     with pytest.raises(ValueError, match="prefix_cache"):
-        SplitScheduler(SchedulerConfig(), SplitPages(100), lambda: 0.0)
+        Scheduler(SchedulerConfig(), pages, lambda: 0.0, budget=FixedShares(pages))
 
 
 def test_a_chat_workload_has_the_papers_means():

@@ -86,7 +86,7 @@ def test_throughput_of_a_toy(shape):
     assert 0 < result["pages_peak"] <= result["pages_total"] == 63
     assert 0 < result["host_seconds"] < result["wall_seconds"]
     parts = result["host_parts_milliseconds_per_step"]
-    assert set(parts) == {"plan", "build", "launch", "wait", "commit"} and min(parts.values()) > 0
+    assert set(parts) == {"plan", "copy", "build", "launch", "wait", "commit"} and min(parts.values()) > 0
     assert sum(parts.values()) - parts["wait"] < result["host_milliseconds_per_step"]
     assert result["step_milliseconds"]["p50"] <= result["step_milliseconds"]["p99"]
 

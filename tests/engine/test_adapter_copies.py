@@ -7,7 +7,7 @@ import pytest
 
 from slora_jax.adapters.peft import load_adapter
 from slora_jax.errors import BadAdapter, InvalidRequest
-from slora_jax.scheduler import scheduler
+from slora_jax.scheduler import traffic
 from slora_jax.scheduler.capacity import Capacity
 from tests.helpers.engine_cases import greedy, run
 
@@ -36,8 +36,8 @@ class SlowCopy:
 
 def slow_engine(case, polls: int, **options):
     engine = case.engine(pages=PAGES, **options)
-    start_copy = engine._pool.start_copy
-    engine._pool.start_copy = lambda staged, pages: SlowCopy(start_copy(staged, pages), polls)
+    start_copy = engine.device.pool.start_copy
+    engine.device.pool.start_copy = lambda staged, pages: SlowCopy(start_copy(staged, pages), polls)
     return engine
 
 
@@ -63,7 +63,7 @@ class Asked:
             if completion.finish_reason != "abort":
                 assert list(completion.token_ids) == request["tokens"][:NUM_TOKENS], request["id"]
         self._asked.clear()
-        assert self._engine.stats()["pages_used"] == 0 and not self._engine._copies
+        assert self._engine.stats()["pages_used"] == 0 and not self._engine.device.is_copying
         return [result.completions[0].finish_reason for result in results]
 
 
@@ -71,7 +71,7 @@ def step_until_copying(engine, polls: int = 600) -> None:
     for _ in range(polls):
         engine.step()
         engine.check_integrity()
-        if engine._copies:
+        if engine.device.is_copying:
             return
         engine.wait_for_work(timeout=0.1)
     raise AssertionError("no copy was started")
@@ -106,26 +106,26 @@ def test_a_name_gets_other_weights_while_its_copies_are_under_way(tiny_case, tmp
         if engine.stats()["adapter_loads"] < 2:
             step_until_copying(engine)
         engine.unregister_adapter("mine")
-    assert engine._copies
+    assert engine.device.is_copying
     assert asked.check() == ["length"] * 3
     assert engine.stats()["adapter_loads"] == 2
     assert "mine" not in engine.adapters()
 
 
 def test_an_adapter_larger_than_all_copies_may_be_is_copied_alone(tiny_case, monkeypatch):
-    monkeypatch.setattr(scheduler, "_COPY_SHARE", 9)
+    monkeypatch.setattr(traffic, "COPY_SHARE", 9)
     engine = slow_engine(tiny_case, polls=2)
     limit = engine.stats()["pages_total"] // 9
     assert {info.num_pages for info in engine.adapters().values()} == {limit, limit + 1}
     asked = Asked(tiny_case, engine)
-    start_copy = engine._pool.start_copy
+    start_copy = engine.device.pool.start_copy
     in_flight = []
 
     def counted(staged, pages):
-        in_flight.append(len(engine._copies))
+        in_flight.append(engine.device.is_copying)
         return start_copy(staged, pages)
 
-    engine._pool.start_copy = counted
+    engine.device.pool.start_copy = counted
     for adapter in ("mlp-r3", "qv-r8", None, "all7-r1", "qv-r8"):
         asked.submit(adapter)
     asked.check()
@@ -137,7 +137,7 @@ def test_fifty_adapters_take_turns_in_a_pool_of_three(tiny_case, polls, prefix_c
     loaded = {}
     source = tiny_case.engine()
     for adapter in source.adapters():
-        header = source._store.get(adapter).header
+        header = source.parts.store.get(adapter).header
         (scale,) = set(header.scales) - {0.0}
         loaded[adapter] = header.ranks, load_adapter(header, source.dtype).packed, scale
     engine = slow_engine(tiny_case, polls, scheduler={"prefix_cache": prefix_cache})
@@ -178,12 +178,9 @@ def test_six_adapters_in_use_and_host_memory_for_two(tiny_case, tmp_path):
     # Each byte travels once for each time that the pool lacks it.
     assert 6 <= loads <= engine.stats()["adapter_loads"]
     assert engine.stats()["host_adapter_bytes"] <= _two_adapters(tiny_case)
-    assert not any(version._holds for version in engine._store._versions.values())
-    lost = next(
-        name
-        for name, version in engine._store._versions.items()
-        if version.status == "registered" and engine._pages.lookup(("adapter", version.content_hash)) is None
-    )
+    assert not any(engine.whereabouts(name).is_held for name in engine.adapters())
+    # Neither in host memory nor in the pool: it must be read again.
+    lost = next(name for name in engine.adapters() if engine.whereabouts(name) == ("registered", False, "absent"))
     shutil.rmtree(tmp_path / lost)
     results = run(engine, *(engine.submit(greedy(prompt, name, NUM_TOKENS)) for name in names[:6]))
     for name, result in zip(names, results, strict=False):
@@ -223,4 +220,4 @@ def test_a_pinned_adapter_is_there_before_its_first_request(tiny_case):
 
 def _two_adapters(case) -> int:
     engine = case.engine(pages=PAGES)
-    return 2 * engine._pool.staged_bytes(max(info.num_pages for info in engine.adapters().values()))
+    return 2 * engine.device.pool.staged_bytes(max(info.num_pages for info in engine.adapters().values()))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from slora_jax import Request, SamplingParams
+from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.peft import load_adapter
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.engine.build import available_memory
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from tests.helpers.engine_cases import forced_logits, greedy, make_engine, run
 
@@ -306,7 +307,7 @@ def test_requests_outlive_their_adapters_name(engine):
 
 def test_weights_from_memory_answer_like_the_same_weights_from_disk(tiny_case):
     engine = tiny_case.engine()
-    header = engine._store.get("qv-r8").header
+    header = engine.parts.store.get("qv-r8").header
     packed = load_adapter(header, engine.dtype).packed
     (scale,) = set(header.scales) - {0.0}
     start = time.perf_counter()
@@ -320,7 +321,7 @@ def test_weights_from_memory_answer_like_the_same_weights_from_disk(tiny_case):
     assert engine.stats()["adapter_loads"] == 7, "equal weights, but other adapters"
     assert engine.stats()["adapter_load_bytes"] == 7 * packed.nbytes
     assert engine.stats()["cached_tokens"] == 0
-    staged = {id(engine._store.get(name).host().packed) for name in names[1:]}
+    staged = {id(engine.parts.store.get(name).host().packed) for name in names[1:]}
     assert len(staged) == 1, "host memory is shared"
 
 
@@ -390,83 +391,66 @@ def test_close_ends_what_runs_and_refuses_what_comes(tiny_case):
         engine.submit(greedy(PROMPT))
 
 
-def test_a_failing_step_ends_every_request_with_the_reason(tiny_case, monkeypatch):
+def test_a_device_that_fails_again_and_again_ends_the_engine_with_the_reason(tiny_case, monkeypatch):
     engine = tiny_case.engine()
 
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine._runner, "run", fail)
-    engine.start()
-    result = engine.submit(greedy(PROMPT)).result(timeout=10)
-    assert result.completions[0].finish_reason == "error"
-    assert "out of memory" in result.completions[0].error
-    with pytest.raises(EngineStopped, match="out of memory"):
+    monkeypatch.setattr(engine.device, "launch", fail)
+    sentences = []
+    engine.start(on_failure=sentences.append)
+    errors = []
+    for _ in range(3):
+        (completion,) = engine.submit(greedy(PROMPT)).result(timeout=10).completions
+        assert completion.finish_reason == "error"
+        errors.append(completion.error)
+    assert all("out of memory" in error for error in errors)
+    with pytest.raises(EngineStopped, match="3 times in a row: RuntimeError: out of memory"):
         engine.submit(greedy(PROMPT))
-    assert not engine.is_running
     engine.close()
+    assert not engine.is_running and len(sentences) == 1 and sentences[0] in errors[-1]
 
 
-# Other scheduler settings
+# Engines that follow each other over the same parts
 
 
-def test_an_idle_engine_goes_on_under_other_settings_with_an_empty_pool(tiny_case):
+def test_another_engine_over_the_same_parts_has_other_settings_and_an_empty_pool(tiny_case):
     engine = tiny_case.engine()
     adapter = next(iter(engine.adapters()))
     (before,) = run(engine, engine.submit(greedy(PROMPT, adapter, 8)))
     config = engine.config.scheduler
-    engine.reschedule(config.model_copy(update={"policy": "priority", "max_sequences": 2}), PageAllocator(60))
-    assert engine.stats()["pages_used"] == engine.stats()["pages_cached"] == 0 and engine.stats()["pages_total"] == 59
+    other = Engine(
+        engine.parts,
+        config.model_copy(update={"policy": "priority", "max_sequences": 2}),
+        lambda: PageBudget(PageAllocator(60)),
+    )
+    assert other.stats()["pages_used"] == other.stats()["pages_cached"] == 0 and other.stats()["pages_total"] == 59
     request = dataclasses.replace(greedy(PROMPT, adapter, 8), priority=3)
-    (after,) = run(engine, engine.submit(request))
-    assert tokens_of(after) == tokens_of(before) and engine.stats()["adapter_loads"] == 2
-    engine.reschedule(config)
+    (after,) = run(other, other.submit(request))
+    assert tokens_of(after) == tokens_of(before) and other.stats()["adapter_loads"] == 1
+    third = Engine(engine.parts)
     with pytest.raises(InvalidRequest, match="priority"):
-        engine.submit(request)
-    generation = engine.submit(greedy(PROMPT, None, 8))
-    with pytest.raises(RuntimeError, match="not idle"):
-        engine.reschedule(config)
-    run(engine, generation)
-    with pytest.raises(ValueError, match="make another"):
-        engine.reschedule(config.model_copy(update={"max_sequences": config.max_sequences + 1}))
+        third.submit(request)
+    (again,) = run(third, third.submit(greedy(PROMPT, adapter, 8)))
+    assert tokens_of(again) == tokens_of(before)
+    with pytest.raises(ValueError, match="make others"):
+        Engine(engine.parts, config.model_copy(update={"max_sequences": config.max_sequences + 1}))
     with pytest.raises(ValueError, match="the pool's"):
-        engine.reschedule(config, PageAllocator(10_000))
+        Engine(engine.parts, config, lambda: PageBudget(PageAllocator(10_000)))
+    engine.close()
 
 
-def test_counters_go_on_when_an_engine_is_rescheduled(tiny_case):
-    counters = ("adapter_prefetch_hits", "adapter_prefetch_late", "adapter_prefetch_wasted", "evictions")
-    engine = tiny_case.engine()
-    config, adapters = engine.config.scheduler, list(engine.adapters())
-    few = 1 + sum(info.num_pages for info in engine.adapters().values())
-
-    def serve_all() -> None:
-        run(engine, *(engine.submit(greedy(PROMPT, name, 2)) for name in adapters for _ in range(3)))
-
-    engine.reschedule(config, PageAllocator(few))
-    serve_all()
-    first = {name: engine.stats()[name] for name in counters}
-    assert first["adapter_prefetch_late"] > 0 and first["evictions"] > 0
-    engine.reschedule(config, PageAllocator(few))
-    assert {name: engine.stats()[name] for name in counters} == first
-    serve_all()
-    assert engine.stats()["evictions"] > first["evictions"]
-    assert engine.stats()["adapter_prefetch_late"] > first["adapter_prefetch_late"]
-
-
-def test_pins_that_would_take_more_than_half_of_the_new_pages_are_refused_before_anything_changes(tiny_case):
+def test_pins_that_would_take_more_than_half_of_the_pages_are_refused(tiny_case):
     name = "qv-r8"
-    engine = tiny_case.engine(pinned=[name])
-    pages = engine.adapters()[name].num_pages
-    config = engine.config.scheduler
-    scheduler, allocator = engine._scheduler, engine._pages
+    parts = tiny_case.engine(pinned=[name]).parts
+    pages = parts.store.get(name).num_pages
     with pytest.raises(ValueError, match=f"pinned adapters take {pages} pages, more than the {pages - 1}"):
-        engine.reschedule(config.model_copy(update={"policy": "lcfs"}), PageAllocator(2 * pages))
-    assert engine._scheduler is scheduler and engine._pages is allocator and engine.config.scheduler is config
-    engine.reschedule(config, PageAllocator(2 * pages + 1))
+        Engine(parts, create_budget=lambda: PageBudget(PageAllocator(2 * pages)))
+    engine = Engine(parts, create_budget=lambda: PageBudget(PageAllocator(2 * pages + 1)))
     with pytest.raises(BadAdapter, match=f"pinned ones may take {pages} together"):
         engine.register_adapter("more", str(tiny_case.adapters / "mlp-r3"), pinned=True)
-    engine.reschedule(config)
-    engine.register_adapter("more", str(tiny_case.adapters / "mlp-r3"), pinned=True)
+    Engine(parts).register_adapter("more", str(tiny_case.adapters / "mlp-r3"), pinned=True)
 
 
 def test_a_containers_limit_bounds_the_host_memory(tmp_path):
@@ -476,3 +460,76 @@ def test_a_containers_limit_bounds_the_host_memory(tmp_path):
     for limit, available in (("max\n", 2**20), ("1500\n", 500), ("900\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
         assert min(2**20, available_memory(tmp_path)) == available
+
+
+# Faults, injected under a running engine; the scheduler's side of this is tests/host/test_core.py
+
+
+def texts(outputs):
+    return [(c.token_ids, c.text, c.finish_reason) for output in outputs for c in output.completions]
+
+
+@pytest.mark.parametrize("method", ["launch", "lay_out", "arrived", "start_copy"])
+def test_a_fault_of_the_device_ends_what_it_must_and_the_engine_goes_on(tiny_case, monkeypatch, method):
+    engine = tiny_case.engine(scheduler={"max_sequences": 4})
+    requests = [greedy(r["prompt"], r["adapter"], 12) for r in tiny_case.requests] * 2
+    expected = texts(run(engine, *(engine.submit(r) for r in requests)))
+    real, calls = getattr(engine.device, method), []
+
+    def faulty(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("injected")
+        return real(*args)
+
+    monkeypatch.setattr(engine.device, method, faulty)
+    if method == "start_copy":
+        engine.device.forget()
+        engine = Engine(engine.parts)  # with an empty pool, so that adapters are copied again
+    answers = texts(run(engine, *(engine.submit(r) for r in requests)))
+    assert len(calls) > 3
+    failed = [answer for answer in answers if answer[2] == "error"]
+    assert len(failed) <= 4 < len(answers)
+    assert all(got == right for got, right in zip(answers, expected, strict=True) if got[2] != "error")
+    assert engine.stats()["recoveries"] == (0 if method == "lay_out" else 1)
+    assert texts(run(engine, *(engine.submit(r) for r in requests))) == expected
+
+
+def test_a_fault_of_the_text_is_its_own_requests(tiny_case, monkeypatch):
+    engine = tiny_case.engine()
+    prompts = [[5, 6, 7], [8, 9, 10], [11, 12]]
+    expected = texts(run(engine, *(engine.submit(greedy(p, None, 10)) for p in prompts)))
+    generations = [engine.submit(greedy(p, None, 10)) for p in prompts]
+    put, seen = generations[1].put, []
+
+    def faulty(delta):
+        seen.append(delta)
+        if len(seen) == 4:
+            raise UnicodeDecodeError("utf-8", b"?", 0, 1, "injected")
+        put(delta)
+
+    generations[1].put = faulty
+    answers = texts(run(engine, *generations))
+    assert [answers[0], answers[2]] == [expected[0], expected[2]]
+    tokens, _, reason = answers[1]
+    assert reason == "error" and tokens == expected[1][0][:3]
+    assert engine.stats()["pages_used"] == 0
+
+
+def test_an_adapter_whose_answers_are_not_finite_ends_its_requests_with_its_name(tiny_case, tmp_path):
+    folder = shutil.copytree(tiny_case.adapters / "qv-r8", tmp_path / "huge")
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights = {n: np.full_like(w, 1e37) if "lora_B" in n else w for n, w in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    engine = tiny_case.engine()
+    engine.register_adapter("huge", str(folder))
+    others = [r for r in tiny_case.requests if r["adapter"] != "huge"][:4]
+    generations = [engine.submit(greedy(r["prompt"], r["adapter"], 12)) for r in others]
+    bad = [engine.submit(greedy(PROMPT, "huge", 12, **changes)) for changes in ({}, {"temperature": 1.0, "seed": 1})]
+    results = run(engine, *generations, *bad)
+    for request, result in zip(others, results, strict=False):
+        assert list(result.completions[0].token_ids) == request["tokens"][:12]
+    for result in results[-2:]:
+        (completion,) = result.completions
+        assert completion.finish_reason == "error" and "adapter 'huge' gave numbers that are not" in completion.error
+        assert completion.token_ids == ()

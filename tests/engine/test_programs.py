@@ -138,3 +138,45 @@ def test_what_finds_no_memory_beside_others_is_compiled_alone():
     crowded.programs.prepare([1, 2, 3])
     assert crowded.lowered == [1, 2, 3, 2, 3]
     assert crowded.results(1, 2, 3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+
+
+def test_who_waits_for_a_compiler_is_told(tmp_path, caplog):
+    told = []
+
+    class Watched(Counting):
+        def lower(self, shape):
+            told.append(self.programs.compiling)
+            return super().lower(shape)
+
+    watched = Watched(tmp_path)
+    watched.programs.prepare([1, 2], "what the test needs")
+    assert told == ["what the test needs"] * 2 and watched.programs.compiling is None
+    before, after = (record.getMessage() for record in caplog.records)
+    assert before == "compiling what the test needs, this first time ..."
+    assert after.startswith("compiled what the test needs in ") and after.endswith(" s, kept on disk")
+    caplog.clear()
+    watched.programs.prepare([1, 2], "what is in memory")
+    Counting(tmp_path).programs.prepare([1, 2], "what is on disk")
+    assert not caplog.records
+
+
+def test_a_compiler_that_fails_leaves_nobody_waiting():
+    class Failing(Counting):
+        def lower(self, shape):
+            raise RuntimeError("no such thing")
+
+    failing = Failing(None)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        failing.programs.get(1)
+    assert failing.programs.compiling is None and not len(failing.programs)
+
+
+def test_programs_in_memory_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("slora_jax.engine.programs.MAX_PASSING", 3)
+    counting = Counting(tmp_path)
+    counting.programs.prepare([1, 2], lasting=True)
+    assert counting.results(3, 4, 5, 3, 6) == [[float(n)] * 3 for n in (3, 4, 5, 3, 6)]
+    assert list(counting.programs) == [1, 2, 5, 3, 6] and len(counting.programs) == 5
+    assert 4 not in counting.programs, "the longest unused went"
+    assert counting.results(4) == [[4.0] * 3]
+    assert counting.lowered == [1, 2, 3, 4, 5, 6], "and came back from disk"

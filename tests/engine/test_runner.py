@@ -7,13 +7,14 @@ import pytest
 
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets
-from slora_jax.memory.layout import MODULES
+from slora_jax.engine.forward import ForwardInParts, WholeForward
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
+from slora_jax.model.modules import MODULES
 from tests.helpers.engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
 FINE = Buckets.fine(1100, 200)
-COARSE = Buckets.geometric(512, 200, ratio=4)
+COARSE = Buckets.coarse(512, 200)
 
 
 def test_sizes():
@@ -22,7 +23,9 @@ def test_sizes():
     assert Buckets(decode, tokens, (224,), (256 * 200,)) == FINE
     assert Buckets.fine(16, 16) == Buckets((2, 8, 16), (64,), (16,), (256 * 16,))
     assert Buckets.fine(2048, 512).tokens[-4:] == (768, 1024, 1536, 2048)
-    assert Buckets((4, 16, 64, 256), (4, 16, 64, 256, 512), (4, 16, 64, 256), COARSE.total_ranks) == COARSE
+    ranks = (32, 128, 512, 2048, 8192, 32768, 131072)
+    assert Buckets((4, 16, 64, 256), (16, 64, 256, 512), (16, 64, 256), ranks, few_ahead=True) == COARSE
+    assert Buckets.coarse(16, 3) == Buckets((4,), (16,), (16,), ranks, few_ahead=True)
 
 
 @pytest.mark.parametrize("buckets", [FINE, COARSE])
@@ -42,6 +45,18 @@ def test_all_shapes_are_all_shapes(buckets):
     assert {s.total_rank for s in both} == {0, *buckets.total_ranks}
 
 
+def test_few_shapes_are_compiled_ahead_on_a_cpu():
+    room = AdapterRoom((0,), 64, 16)
+    ahead = COARSE.shapes_ahead(7, room, max_rank=33)
+    sizes = [(4, 4), (16, 16), (16, 16), (64, 16), (256, 16)]
+    assert [(s.tokens, s.sequences) for s in ahead] == 2 * sizes
+    assert [s.total_rank for s in ahead] == 5 * [0] + 5 * [128]
+    assert COARSE.shapes_ahead(7, AdapterRoom(), max_rank=1) == ahead[:5]
+    assert FINE.shapes_ahead(7, room, 33) == FINE.all_shapes(7, room)
+    every = Buckets.coarse(512, 200, few_ahead=False)
+    assert every.shapes_ahead(7, room, 33) == COARSE.all_shapes(7, room)
+
+
 def test_room_for_adapters_only_grows():
     room = AdapterRoom(max_rank=8)
     assert FINE.shape(20, 20, 7, room=room).adapter_pages == 0
@@ -54,14 +69,14 @@ def test_room_for_adapters_only_grows():
 
 def test_an_adapter_of_many_pages_is_foreseen():
     limits = {"max_batch_tokens": 16, "max_sequences": 4}
-    engine = make_engine(FIXTURES / "llama3_gqa" / "model", warm_up=True, scheduler=limits, max_model_len=64)
+    engine = make_engine(FIXTURES / "llama3_gqa" / "model", scheduler=limits, max_model_len=64)
     packed = synthetic_weights(64, MODULES, engine.pool_layout, engine.dtype, seed=1)
     engine.register_loaded_adapter("large", dict.fromkeys(MODULES, 64), packed)
     assert engine.adapters()["large"].num_pages > 16
     engine.warm_up()
-    compiled = set(engine._runner._programs)
+    compiled = set(engine.device.runner.programs)
     run(engine, engine.submit(greedy((1, 2, 3), "large", 4)))
-    assert set(engine._runner._programs) == compiled
+    assert set(engine.device.runner.programs) == compiled
 
 
 def test_a_warm_engine_compiles_no_more():
@@ -69,19 +84,66 @@ def test_a_warm_engine_compiles_no_more():
     limits = {"max_batch_tokens": 16, "max_sequences": 4}
     engine = make_engine(case / "model", warm_up=True, scheduler=limits, max_model_len=64, few_shapes=False)
     engine.warm_up()
-    compiled = set(engine._runner._programs)
-    assert len(compiled) == 5  # (4, 4), (4, 4) decoding and (16, 4); two samplers
+    compiled = set(engine.device.runner.programs)
+    # (4, 4) decoding and (16, 16), of three programs each; for as many sequences each, two samplers.
+    assert len(compiled) == 10
     random = {"temperature": 1.0, "seed": 3}
     for changes in ({}, random):
         run(engine, *(engine.submit(greedy((1, 2, 3), None, 4, **changes)) for _ in range(3)))
-    assert set(engine._runner._programs) == compiled
+    assert set(engine.device.runner.programs) == compiled
     run(engine, engine.submit(greedy((1, 2, 3), None, 4, temperature=1.0, seed=3, top_k=2)))
-    assert len(engine._runner._programs) == 6, "what was not foreseen is compiled when needed"
+    assert len(engine.device.runner.programs) == 12, "what was not foreseen is compiled when needed"
+
+
+def test_short_requests_wait_for_no_compiler(caplog):
+    """The README's five questions, in small: one after the other, then all at once, greedy and not."""
+    case = FIXTURES / "llama3_gqa"
+    limits = {"max_batch_tokens": 512, "max_sequences": 256}
+    engine = make_engine(case / "model", case / "adapters", scheduler=limits, max_model_len=256, few_shapes=False)
+    engine.warm_up()
+    compiled = set(engine.device.runner.programs)
+    prompt = range(1, 40)
+    adapters = [None, *engine.adapters()]
+    caplog.clear()
+    for changes in ({}, {"temperature": 1.0, "seed": 3}):
+        for adapter in adapters:
+            for length in (3, 39):
+                run(engine, engine.submit(greedy(prompt[:length], adapter, 20, **changes)))
+        run(engine, *(engine.submit(greedy(prompt[1:], adapter, 20, **changes)) for adapter in adapters))
+    assert set(engine.device.runner.programs) == compiled
+    assert "compiling" not in caplog.text
+
+
+def test_a_forward_in_parts_is_the_whole_forward():
+    config = ModelConfig(64, 32, 48, 6, 4, 2, 8)
+    model = Llama(config, jnp.dtype(jnp.float32), "reference")
+    key = jax.random.key(0)
+    leaves, tree = jax.tree.flatten(abstract_params(config, jnp.float32))
+    keys = jax.random.split(key, len(leaves))
+    params = tree.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    shape = BatchShape(8, 4, 3, 0, 0, (), False, 0)
+    packed, arrays = shape.zeros()
+    arrays["token_ids"][:5] = [1, 2, 3, 4, 5]
+    arrays["query_start"][1:] = [3, 5, 5, 5]
+    arrays["context_len"][:2] = [3, 2]
+    arrays["page_table"][:2, 0] = [1, 2]
+    tokens = jnp.zeros(4, jnp.int32)
+    results = []
+    for forward in (WholeForward(model, None), ForwardInParts(model, None)):
+        pool = jnp.zeros((6, 2, 16 * 3, config.kv_size))
+        programs = {k: forward.lower(k, params, tokens, pool).compile() for k in forward.keys(shape)}
+        results.append(forward.start(programs.get, shape, params, packed, tokens, pool))
+        assert pool.is_deleted()
+    (hidden, pool), (again, same_pool) = results
+    np.testing.assert_allclose(again[:2], hidden[:2], rtol=1e-5, atol=1e-6)
+    # Page 0 takes what padding writes.
+    np.testing.assert_allclose(same_pool[:, :, 16:], pool[:, :, 16:], rtol=1e-5, atol=1e-6)
+    assert np.ptp(np.asarray(hidden[:2])) > 0.1
 
 
 def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
     case = FIXTURES / "llama3_gqa"
-    monkeypatch.setattr("slora_jax.engine.engine.program_folder", lambda config: tmp_path)
+    monkeypatch.setattr("slora_jax.engine.build.program_folder", lambda config: tmp_path)
 
     def tokens():
         engine = make_engine(case / "model", case / "adapters", warm_up=True)
@@ -95,10 +157,10 @@ def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
     assert tokens() == first
 
 
-def test_warming_up_is_off_on_a_cpu_unless_asked_for():
-    engine = make_engine(FIXTURES / "llama3_gqa" / "model")
+def test_warming_up_can_be_switched_off():
+    engine = make_engine(FIXTURES / "llama3_gqa" / "model", warm_up=False)
     engine.warm_up()
-    assert not len(engine._runner._programs)
+    assert not len(engine.device.runner.programs)
 
 
 @pytest.mark.parametrize("total_rank", [0, 64])

@@ -15,8 +15,9 @@ from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.config import build_config
 from slora_jax.engine import runner
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, Buckets, build_batch
-from slora_jax.memory.layout import MODULES
+from slora_jax.engine.build import load_base, make_parts
 from slora_jax.model.llama import Llama
+from slora_jax.model.modules import MODULES
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
 FIXTURES = Path(__file__).parents[1] / "oracle" / "fixtures"
@@ -52,9 +53,9 @@ def make_engine(
     config = build_config(fields | options)
     if not few_shapes:
         return Engine.create(config, progress=False)
-    with mock.patch("slora_jax.engine.engine.make_buckets", _few_buckets):
-        engine = Engine.create(config, progress=False)
-    engine._runner.all_shapes(range(len(MODULES)), max_rank=64)
+    parts = make_parts(config, load_base(config, progress=False), buckets=_few_buckets(config))
+    parts.device.runner.all_shapes(range(len(MODULES)), max_rank=64)
+    engine = Engine.owning(parts)
     return engine
 
 
@@ -115,10 +116,10 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
     sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=array("i", pages))
     slices = {}
     if adapter is not None:
-        version = engine._store.get(adapter)
+        version = engine.parts.store.get(adapter)
         host = version.wait()
         adapter_pages = tuple(range(pages[-1] + 1, pages[-1] + 1 + version.num_pages))
-        engine._pool.finish_copy(engine._pool.start_copy(host.packed, adapter_pages))
+        engine.device.pool.finish_copy(engine.device.pool.start_copy(host.packed, adapter_pages))
         layout = host.header.layout
         slices["key"] = AdapterSlice(adapter_pages, layout.ranks, layout.start_a, layout.start_b, host.header.scales)
         sequence.adapter_key = "key"
@@ -126,11 +127,11 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
     batch = build_batch(
         [entry], slices, {}, Buckets((1,), (64, 320), (1,), (64,)), 64, AdapterRoom(tuple(range(len(MODULES))))
     )
-    model = engine._runner.model
-    hidden, engine._pool.array = _forced_hidden(
-        engine._runner.params, batch.packed, engine._pool.array, model=model, shape=batch.shape
+    model = engine.device.runner.model
+    hidden, engine.device.pool.array = _forced_hidden(
+        engine.device.runner.params, batch.packed, engine.device.pool.array, model=model, shape=batch.shape
     )
-    logits = model.apply({"params": engine._runner.params}, hidden, method=Llama.logits)
+    logits = model.apply({"params": engine.device.runner.params}, hidden, method=Llama.logits)
     return np.asarray(logits)[: len(tokens)]
 
 

@@ -6,8 +6,11 @@ the base model is named ``base``. One thread takes a step for every running requ
 
 import queue
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.model.config import ModelConfig
@@ -110,8 +113,18 @@ class FakeEngine:
     model_name = "base"
     max_model_len = 300
     gives_up_late = False
+    default_sampling: Mapping[str, Any] = MappingProxyType({})
+    compiling: str | None = None
 
-    def __init__(self, folder: Path, *, max_running: int = 100_000, with_tokenizer: bool = True, step_seconds=0.0005):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_running: int = 100_000,
+        with_tokenizer: bool = True,
+        step_seconds=0.0005,
+        logprob=-0.5,
+    ):
         self._backend = Tokenizer.from_folder(byte_level_folder(folder))
         self.tokenizer = self._backend if with_tokenizer else None
         self.model_config = ModelConfig(self._backend.vocab_size, 8, 8, 1, 1, 1, 8)
@@ -121,6 +134,7 @@ class FakeEngine:
         self._adapters = {name: AdapterInfo(name) for name in ("pirate", "json", "org/haiku")}
         self._max_running = max_running
         self._step_seconds = step_seconds
+        self._logprob = logprob
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -182,7 +196,8 @@ class FakeEngine:
     def warm_up(self) -> None:
         pass
 
-    def start(self) -> None:
+    def start(self, on_failure=lambda sentence: None) -> None:
+        self.fail = on_failure
         self._thread.start()
 
     def close(self) -> None:
@@ -239,6 +254,6 @@ class FakeEngine:
         logprobs = ()
         if request.sampling.logprobs is not None:
             top = tuple((t, -1.0 - t) for t in range(request.sampling.logprobs))
-            logprobs = (TokenLogprob(token, -0.5 if sequence.done > 1 else float("-inf"), top),)
+            logprobs = (TokenLogprob(token, self._logprob if sequence.done > 1 else float("-inf"), top),)
         reason = "stop" if stopped else "length" if last else None
         return Delta(index, text, (token,), logprobs, reason)

@@ -8,8 +8,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slora_jax.adapters.peft import HostAdapter
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 
 MODEL = ModelConfig(64, 24, 40, 3, 6, 2, 4)
 POOL = PoolLayout.for_model(MODEL)
@@ -73,10 +74,18 @@ def make_config(**fields) -> dict:
 
 
 def write_adapter(folder: Path, tensors: dict[str, np.ndarray] | None = None, **config) -> Path:
+    """A folder whose config targets just what the tensors are for, unless ``config`` says otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = make_tensors() if tensors is None else tensors
+    config = {"target_modules": targets_of(tensors)} | config
     (folder / "adapter_config.json").write_text(json.dumps(make_config(**config)))
-    save_file(make_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
+
+
+def targets_of(tensors: dict[str, np.ndarray]) -> list[str]:
+    """Whole names of the projections that the tensors are for: ``model.layers.0.self_attn.q_proj``."""
+    return sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors})
 
 
 def unpack_delta(host: HostAdapter, layer: int, module: str) -> np.ndarray:

@@ -5,8 +5,9 @@ import pytest
 
 from slora_jax.config import PAGE_SIZE
 from slora_jax.errors import InvalidRequest
-from slora_jax.memory.layout import MODULES, PoolLayout, module_shapes
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES, module_shapes
 from slora_jax.model.shards import Shards
 
 LLAMA_7B = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128)

@@ -12,6 +12,7 @@ from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, OVERDUE_TURN, WaitingQueue
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence, State
+from tests.helpers.checking_device import CheckedLoop
 
 
 class Handle:
@@ -19,6 +20,7 @@ class Handle:
 
     status = "ready"
     failure = ""
+    holds = 1
 
     def __init__(self, name, num_pages=1):
         self.content_hash, self.num_pages = name, num_pages
@@ -184,34 +186,18 @@ def test_one_start_in_eight_is_for_the_overdue_within_a_plan_too():
     assert [s for s in order if s in new] == new[::-1][:28]
 
 
-def run_step(scheduler, is_done=lambda sequence: len(sequence.tokens) == 76):
-    """One step, with each sampled token read before the next; copies of adapters arrive at once."""
-    plan = scheduler.plan()
-    for load in plan.loads:
-        scheduler.adapter_arrived(load)
-    for entry in plan.entries:
-        if entry.samples:
-            entry.sequence.num_pending -= 1
-            entry.sequence.tokens.append(1)
-    scheduler.commit(plan)
-    for entry in plan.entries:
-        if is_done(entry.sequence):
-            scheduler.finish(entry.sequence)
-
-
 def test_what_started_overdue_is_preempted_last():
     now = 0.0
-    pages = PageAllocator(8)
     config = SchedulerConfig(policy="priority", max_wait_s=5, max_batch_tokens=64, max_sequences=8, prefix_cache=False)
-    scheduler = Scheduler(config, pages, lambda: now)
+    loop = CheckedLoop(config, 8, lambda: now)
     sequences = []
     for i, priority in enumerate([-5, *[3] * 8]):
         sequences.append(Sequence(i, [i] * 16, 16, 60, SamplingParams(), 0, arrival=now, priority=priority))
-        scheduler.add(sequences[-1])
+        loop.core.add(sequences[-1])
         now = 6.0
     victim = sequences[0]
     for _ in range(600):
-        run_step(scheduler)
+        loop.step()
         if victim.state is State.FINISHED:
             break
     assert victim.is_overdue and victim.epoch == 0
@@ -219,14 +205,12 @@ def test_what_started_overdue_is_preempted_last():
 
 
 def test_the_lowest_priority_is_preempted_first():
-    pages = PageAllocator(8)
     config = SchedulerConfig(policy="priority", max_batch_tokens=64, max_sequences=8, prefix_cache=False)
-    scheduler = Scheduler(config, pages, lambda: 0.0)
+    loop = CheckedLoop(config, 8)
     sequences = [Sequence(i, [i] * 16, 16, 60, SamplingParams(), 0, priority=p) for i, p in enumerate((0, 2, 1))]
     for sequence in sequences:
-        scheduler.add(sequence)
-    while not scheduler.is_idle:
-        run_step(scheduler)
+        loop.core.add(sequence)
+    loop.run()
     assert sequences[0].epoch > 0 and sequences[1].epoch == 0
 
 
@@ -412,7 +396,7 @@ def test_a_plan_looks_at_as_many_of_50000_as_of_5000(policy, monkeypatch):
 def test_a_tenant_whose_overdue_request_is_passed_is_not_forgotten_under_vtc():
     now = [0.0]
     config = SchedulerConfig(policy="vtc", max_wait_s=1.0, prefix_cache=False, max_batch_tokens=512)
-    scheduler = Scheduler(config, PageAllocator(21), lambda: now[0])
+    loop = CheckedLoop(config, 21, lambda: now[0])
 
     def add(number, tenant, prompt, max_tokens, adapter=None):
         sequence = Sequence(
@@ -426,30 +410,27 @@ def test_a_tenant_whose_overdue_request_is_passed_is_not_forgotten_under_vtc():
             tenant=tenant,
             arrival=now[0],
         )
-        scheduler.add(sequence)
+        loop.core.add(sequence)
         return sequence
-
-    def step():
-        run_step(scheduler, lambda sequence: sequence.num_output >= sequence.max_tokens)
 
     slow = Handle(None)
     slow.status = "loading"
     add(0, "slow", 16, 4, slow)
-    step()
+    loop.step()
     add(1, "base", 16 * 14, 30)  # holds most of the pool
-    step()
+    loop.step()
     for number in range(2, 8):
         add(number, "base", 8, 1)
     for _ in range(3):
-        step()
+        loop.step()
     lacks_pages = add(20, "other", 16 * 10, 4)
     now[0] = 5.0
     for _ in range(2):
-        step()
+        loop.step()
     slow.status, slow.content_hash = "ready", "slow"
     for _ in range(60):
-        step()
-    assert lacks_pages.state is State.FINISHED and scheduler.is_idle
+        loop.step()
+    assert lacks_pages.state is State.FINISHED and loop.scheduler.is_idle
 
 
 def test_what_is_given_up_does_not_start_in_the_same_plan():

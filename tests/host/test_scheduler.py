@@ -4,22 +4,22 @@ import random
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 
 from slora_jax.adapters.host_cache import HostCache
-from slora_jax.config import PAGE_SIZE, SchedulerConfig
+from slora_jax.config import SchedulerConfig
 from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
 from slora_jax.memory.layout import PoolLayout
-from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
 from slora_jax.scheduler.queue import LOOK_AHEAD, WaitingQueue
-from slora_jax.scheduler.scheduler import MAX_HELD_ADAPTERS, Scheduler
 from slora_jax.scheduler.sequence import Sequence, State
+from slora_jax.scheduler.traffic import MAX_HELD_ADAPTERS
+from tests.helpers.checking_device import CheckedLoop, CheckingDevice, NumberStep, RecordingScheduler, next_token
 
 
 @dataclass(eq=False)
@@ -99,108 +99,9 @@ class CachedAdapter:
             self.memory.cache.let_go(self)
 
 
-@dataclass
-class Loop:
-    """Runs plans as the engine does, one step behind, and keeps a model of the pool's content to check against.
-
-    An adapter's copy arrives ``copy_steps`` steps after the plan that started it.
-    ``kv`` maps a page to the (adapter, tokens up to and including its rows) it holds, which is what attention reads.
-    """
-
-    scheduler: Scheduler
-    pages: PageAllocator
-    kv: dict = field(default_factory=dict)
-    weights: dict = field(default_factory=dict)
-    copy_steps: int = 1
-    copies: deque = field(default_factory=deque)
-    memory: HostMemory | None = None
-    num_steps: int = 0
-    in_flight: object = None
-    computed_tokens: int = 0
-    preempted: int = 0
-
-    def step(self):
-        while self.copies and self.copies[0][0] <= self.num_steps:
-            load = self.copies.popleft()[1]
-            assert self.pages.lookup(load.key) == load.pages, "evicted while it was copied"
-            for page in load.pages:
-                self.weights[page] = load.adapter.content_hash
-                self.kv.pop(page, None)
-            self.scheduler.adapter_arrived(load)
-        plan = self.scheduler.plan()
-        self.pages.check_integrity()
-        assert all(load.adapter.status == "ready" and load.adapter.holds for load in plan.loads)
-        for sequence, _ in plan.failed:
-            self.scheduler.finish(sequence)
-        if self.memory:
-            self.memory.step()
-        self.copies.extend((self.num_steps + self.copy_steps, load) for load in plan.loads)
-        self.num_steps += 1
-        seen = set()
-        for entry in plan.entries:
-            sequence = entry.sequence
-            assert sequence.sequence_id not in seen and sequence.state is State.RUNNING
-            seen.add(sequence.sequence_id)
-            assert entry.count > 0 and (entry.start + entry.count) <= len(sequence.pages) * PAGE_SIZE
-            self._write(entry)
-            if sequence.adapter is not None:
-                adapter_pages = self.scheduler.adapter_pages(sequence)
-                assert len(adapter_pages) == sequence.adapter.num_pages
-                assert {self.weights[p] for p in adapter_pages} == {sequence.adapter.content_hash}
-        self.computed_tokens += plan.num_tokens
-        self.preempted += plan.num_preempted
-        previous, self.in_flight = self.in_flight, plan if plan.entries else None
-        if previous:
-            self._commit(previous)
-        self.pages.check_integrity()
-        return plan
-
-    def _write(self, entry):
-        """Computes KV as attention would: every earlier row must hold this very sequence's prefix."""
-        sequence = entry.sequence
-        tokens = [*sequence.tokens, *(["pending"] * sequence.num_pending)][: entry.start + entry.count]
-        identity = sequence.adapter.content_hash if sequence.adapter else None
-        for position in range(entry.start + entry.count):
-            page = sequence.pages[position // PAGE_SIZE]
-            if position >= entry.start:
-                if position % PAGE_SIZE == 0:
-                    self.weights.pop(page, None)
-                    self.kv[page] = (identity, position // PAGE_SIZE, [])
-                self.kv[page][2][position % PAGE_SIZE :] = [tokens[position]]
-            held_by, index, held = self.kv[page]
-            assert (held_by, index) == (identity, position // PAGE_SIZE)
-            assert held[position % PAGE_SIZE] in (tokens[position], "pending")
-
-    def _commit(self, plan):
-        ended = []
-        for entry in plan.entries:
-            if entry.samples:
-                sequence = entry.sequence
-                sequence.num_pending -= 1
-                if sequence.state is not State.FINISHED:
-                    sequence.tokens.append(next_token(sequence.tokens))
-                    if len(sequence.tokens) - sequence.num_prompt == sequence.max_tokens:
-                        ended.append(sequence)
-        self.scheduler.commit(plan)
-        for sequence in ended:
-            self.scheduler.finish(sequence)
-
-    def run(self, limit=2000):
-        for _ in range(limit):
-            self.step()
-            if self.scheduler.is_idle and self.in_flight is None and not self.copies:
-                return
-        raise AssertionError("the queue did not drain")
-
-
-def next_token(tokens):
-    return (tokens[-1] * 7 + len(tokens)) % 1000
-
-
 def make_loop(num_pages=100, costs=EQUAL_COSTS, **config):
     defaults = {"max_batch_tokens": 32, "max_sequences": 8}
-    pages = PageAllocator(num_pages)
-    return Loop(Scheduler(SchedulerConfig(**(defaults | config)), pages, lambda: 0.0, costs=costs), pages)
+    return CheckedLoop(SchedulerConfig(**(defaults | config)), num_pages, costs=costs)
 
 
 def make_sequence(i, prompt, max_tokens=4, adapter=None, leader=None):
@@ -218,7 +119,7 @@ def expected_output(prompt, count):
 def test_a_prompt_is_prefilled_in_chunks_then_decoded_one_token_a_step():
     loop = make_loop()
     sequence = make_sequence(0, range(70), max_tokens=3)
-    loop.scheduler.add(sequence)
+    loop.core.add(sequence)
     plans = []
     while sequence.state is not State.FINISHED:
         plans.append([(e.start, e.count, e.samples) for e in loop.step().entries])
@@ -235,18 +136,18 @@ def test_a_prompt_is_prefilled_in_chunks_then_decoded_one_token_a_step():
 
 def test_new_requests_join_the_next_step():
     loop = make_loop()
-    loop.scheduler.add(make_sequence(0, range(5), max_tokens=50))
+    loop.core.add(make_sequence(0, range(5), max_tokens=50))
     loop.step()
-    loop.scheduler.add(make_sequence(1, range(5), max_tokens=5))
+    loop.core.add(make_sequence(1, range(5), max_tokens=5))
     assert {e.sequence.sequence_id for e in loop.step().entries} == {0, 1}
 
 
 def test_decoding_sequences_are_served_before_prompts():
     loop = make_loop(max_batch_tokens=16, max_sequences=8)
     for i in range(3):
-        loop.scheduler.add(make_sequence(i, [i] * 4, max_tokens=20))
+        loop.core.add(make_sequence(i, [i] * 4, max_tokens=20))
     loop.step()
-    loop.scheduler.add(make_sequence(9, range(100)))
+    loop.core.add(make_sequence(9, range(100)))
     plan = loop.step()
     assert [(e.sequence.sequence_id, e.count) for e in plan.entries] == [(0, 1), (1, 1), (2, 1), (9, 13)]
 
@@ -256,7 +157,7 @@ def test_prompt_pages_are_found_again_by_the_same_adapter_only():
     loop = make_loop()
     for i, who in enumerate((adapter, twin, other, None)):
         sequence = make_sequence(i, range(40), adapter=who)
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
         loop.run()
         assert sequence.cached_tokens == (32 if i == 1 else 0)
 
@@ -265,7 +166,7 @@ def test_the_whole_prompt_is_never_taken_from_the_cache():
     loop = make_loop()
     for i in range(2):
         sequence = make_sequence(i, range(32))
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
         loop.run()
     assert sequence.cached_tokens == 16, "the last token must be computed to have logits"
 
@@ -273,10 +174,10 @@ def test_the_whole_prompt_is_never_taken_from_the_cache():
 def test_siblings_wait_for_the_leader_and_share_its_prompt():
     loop = make_loop()
     leader = make_sequence(0, range(64))
-    loop.scheduler.add(leader)
+    loop.core.add(leader)
     siblings = [make_sequence(i, range(64), leader=leader) for i in (1, 2)]
     for sibling in siblings:
-        loop.scheduler.add(sibling)
+        loop.core.add(sibling)
     loop.run()
     assert [s.cached_tokens for s in siblings] == [48, 48]
     assert all(s.tokens == leader.tokens for s in siblings)
@@ -287,11 +188,11 @@ def test_siblings_run_when_the_leader_is_cancelled(state):
     loop = make_loop()
     leader = make_sequence(0, range(64))
     sibling = make_sequence(1, range(64), leader=leader)
-    loop.scheduler.add(leader)
-    loop.scheduler.add(sibling)
+    loop.core.add(leader)
+    loop.core.add(sibling)
     if state == "running":
         loop.step()
-    loop.scheduler.finish(leader)
+    loop.core.finish(leader)
     loop.run()
     assert sibling.tokens[64:] == expected_output(range(64), 4)
 
@@ -300,8 +201,8 @@ def test_a_loading_adapter_is_passed_by_others_and_then_served():
     slow = StubAdapter("slow", 3, status="registered")
     loop = make_loop()
     first, second = make_sequence(0, range(8), adapter=slow), make_sequence(1, range(8), max_tokens=9)
-    loop.scheduler.add(first)
-    loop.scheduler.add(second)
+    loop.core.add(first)
+    loop.core.add(second)
     assert [e.sequence.sequence_id for e in loop.step().entries] == [1]
     assert slow.holds == 1
     slow.status = "ready"
@@ -315,13 +216,13 @@ def test_a_failed_adapter_fails_its_own_requests_only():
     broken = StubAdapter("broken", 3, status="registered", failure="truncated")
     loop = make_loop()
     mine, other = make_sequence(0, range(8), adapter=broken), make_sequence(1, range(8))
-    loop.scheduler.add(mine)
-    loop.scheduler.add(other)
+    loop.core.add(mine)
+    loop.core.add(other)
     loop.step()
     broken.status = "failed"
     plan = loop.step()
     assert plan.failed == ((mine, "truncated"),)
-    loop.scheduler.finish(mine)
+    loop.core.finish(mine)
     loop.run()
     assert other.tokens[8:] == expected_output(range(8), 4)
 
@@ -331,9 +232,9 @@ def test_an_adapter_is_loaded_once_for_all_its_sequences_and_evicted_when_cold()
     adapters = [StubAdapter(name, 4) for name in "abc"]
     loads = []
     for i in range(9):
-        loop.scheduler.add(make_sequence(2 * i, [i] * 5, adapter=adapters[i // 3]))
-        loop.scheduler.add(make_sequence(2 * i + 1, [i] * 5, adapter=adapters[i // 3]))
-        while not loop.scheduler.is_idle or loop.in_flight:
+        loop.core.add(make_sequence(2 * i, [i] * 5, adapter=adapters[i // 3]))
+        loop.core.add(make_sequence(2 * i + 1, [i] * 5, adapter=adapters[i // 3]))
+        while not loop.core.is_idle:
             loads += [load.adapter.content_hash for load in loop.step().loads]
     assert loads == ["a", "b", "c"]
     assert loop.pages.num_evictions > 0
@@ -343,7 +244,7 @@ def test_the_last_arrived_sequence_is_preempted_and_recomputed():
     loop = make_loop(num_pages=8, prefix_cache=False)
     sequences = [make_sequence(i, [i] * 16, max_tokens=60) for i in range(3)]
     for sequence in sequences:
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
     loop.run()
     assert loop.preempted > 0
     assert sequences[0].epoch == 0, "the first arrival is never preempted"
@@ -354,13 +255,13 @@ def test_the_last_arrived_sequence_is_preempted_and_recomputed():
 def test_finish_gives_back_every_page_in_any_state():
     loop = make_loop()
     waiting, running = make_sequence(5, range(20)), make_sequence(0, range(20), adapter=StubAdapter("a", 2))
-    loop.scheduler.add(running)
+    loop.core.add(running)
     loop.step()
     loop.step()
-    loop.scheduler.add(waiting)
+    loop.core.add(waiting)
     for _ in range(2):
-        loop.scheduler.finish(waiting)
-        loop.scheduler.finish(running)
+        loop.core.finish(waiting)
+        loop.core.finish(running)
     assert loop.scheduler.is_idle
     assert loop.pages.num_used == 0
     loop.run()
@@ -371,7 +272,7 @@ def test_finish_gives_back_every_page_in_any_state():
 def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, prefix_cache):
     rng = random.Random(seed)
     loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, prefix_cache=prefix_cache)
-    loop.copy_steps = 1 + seed % 3
+    loop.device.copy_turns = 1 + seed % 3
     adapters = [None, *(StubAdapter(name, rng.randrange(1, 6)) for name in "abcd")]
     shared = [rng.randrange(1000) for _ in range(60)]
     live, done = [], []
@@ -379,13 +280,13 @@ def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, pre
         prompt = [*shared[: rng.randrange(0, 60)], rng.randrange(1000)]
         sequence = make_sequence(i, prompt, rng.randrange(1, 40), rng.choice(adapters))
         live.append(sequence)
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
         for _ in range(rng.randrange(6)):
             loop.step()
         if rng.random() < 0.15:
             victim = rng.choice(live)
             if victim.state is not State.FINISHED:
-                loop.scheduler.finish(victim)
+                loop.core.finish(victim)
                 live.remove(victim)
     loop.run()
     done = [s for s in live if s.state is State.FINISHED]
@@ -401,30 +302,30 @@ def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, pre
 
 def test_a_copy_under_way_is_passed_by_others_and_its_pages_are_safe():
     loop = make_loop(num_pages=12)
-    loop.copy_steps = 3
+    loop.device.copy_turns = 3
     slow = make_sequence(0, [1] * 20, adapter=StubAdapter("slow", 3))
-    loop.scheduler.add(slow)
+    loop.core.add(slow)
     others = [make_sequence(i, [i] * 30, max_tokens=20) for i in range(1, 4)]
     for other in others:
-        loop.scheduler.add(other)
+        loop.core.add(other)
     started = [{e.sequence.sequence_id for e in loop.step().entries} for _ in range(4)]
     assert all(0 not in ids for ids in started[:3])
     assert started[0], "the others run meanwhile"
     assert 0 in started[3]
     loop.run()
     assert slow.epoch == 0, "the first arrival is not preempted"
-    assert loop.scheduler.num_prefetch_late == 1
+    assert loop.scheduler.counts()["adapter_prefetch_late"] == 1
 
 
 @pytest.mark.parametrize("when", ["copying", "arrived"])
 def test_cancelling_a_sequence_that_waits_for_a_copy_leaks_nothing(when):
     loop = make_loop()
-    loop.copy_steps = 2
+    loop.device.copy_turns = 2
     sequence = make_sequence(0, range(20), adapter=StubAdapter("a", 3))
-    loop.scheduler.add(sequence)
+    loop.core.add(sequence)
     for _ in range(1 if when == "copying" else 3):
         loop.step()
-    loop.scheduler.finish(sequence)
+    loop.core.finish(sequence)
     loop.run()
     assert loop.pages.num_used == 0
     assert loop.pages.lookup(("adapter", "a")) is not None, "it stays in the pool for the next"
@@ -433,22 +334,22 @@ def test_cancelling_a_sequence_that_waits_for_a_copy_leaks_nothing(when):
 def test_adapters_of_those_next_in_line_are_copied_ahead():
     loop = make_loop(max_sequences=2, num_pages=400)
     for i in range(6):
-        loop.scheduler.add(make_sequence(i, [i] * 8, max_tokens=6, adapter=StubAdapter(str(i), 2)))
+        loop.core.add(make_sequence(i, [i] * 8, max_tokens=6, adapter=StubAdapter(str(i), 2)))
     loop.run()
-    assert loop.scheduler.num_prefetch_hits == 4
-    assert loop.scheduler.num_prefetch_late == 2
-    assert loop.scheduler.num_prefetch_wasted == 0
+    assert loop.scheduler.counts()["adapter_prefetch_hits"] == 4
+    assert loop.scheduler.counts()["adapter_prefetch_late"] == 2
+    assert loop.scheduler.counts()["adapter_prefetch_wasted"] == 0
 
 
 def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are_wanted_sooner():
     loop = make_loop(max_sequences=1, num_pages=10)
     first, warm, later = (StubAdapter(name, n) for name, n in (("first", 1), ("warm", 3), ("later", 4)))
-    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=2, adapter=warm))
+    loop.core.add(make_sequence(0, [0] * 8, max_tokens=2, adapter=warm))
     loop.run()
     running = make_sequence(1, [1] * 8, max_tokens=30, adapter=first)
-    loop.scheduler.add(running)
-    loop.scheduler.add(make_sequence(2, [2] * 8, adapter=warm))
-    loop.scheduler.add(make_sequence(3, [3] * 8, adapter=later))
+    loop.core.add(running)
+    loop.core.add(make_sequence(2, [2] * 8, adapter=warm))
+    loop.core.add(make_sequence(3, [3] * 8, adapter=later))
     loads = [load.adapter for _ in range(20) for load in loop.step().loads]
     assert loads == [first], "9 pages: 2 run, 1 is to grow, 3 are wanted next, and 3 are too few for another 4"
     assert loop.pages.lookup(("adapter", "warm")) is not None
@@ -458,31 +359,31 @@ def test_copying_ahead_leaves_running_sequences_room_and_keeps_adapters_that_are
 
 def test_adapters_copied_ahead_for_nobody_are_wasted():
     loop = make_loop(max_sequences=1, num_pages=12)
-    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=100))
+    loop.core.add(make_sequence(0, [0] * 8, max_tokens=100))
     for i in range(1, 45):
         sequence = make_sequence(i, [i] * 8, adapter=StubAdapter(str(i), 2))
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
         loads = [*loop.step().loads, *loop.step().loads]
         assert [load.adapter for load in loads] == [sequence.adapter], "copied ahead"
-        loop.scheduler.finish(sequence)
+        loop.core.finish(sequence)
     loop.run()
     still_there = sum(loop.pages.lookup(("adapter", str(i))) is not None for i in range(1, 45))
-    assert loop.scheduler.num_prefetch_wasted == 44 - still_there > 35
-    assert loop.scheduler.num_prefetch_hits == loop.scheduler.num_prefetch_late == 0
+    assert loop.scheduler.counts()["adapter_prefetch_wasted"] == 44 - still_there > 35
+    assert loop.scheduler.counts()["adapter_prefetch_hits"] == loop.scheduler.counts()["adapter_prefetch_late"] == 0
 
 
 def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever():
     loop = make_loop(num_pages=321, max_sequences=64, max_batch_tokens=512)
-    loop.copy_steps = 2
-    loop.scheduler.add(make_sequence(0, [1] * 8, adapter=StubAdapter("small", 2)))
+    loop.device.copy_turns = 2
+    loop.core.add(make_sequence(0, [1] * 8, adapter=StubAdapter("small", 2)))
     large = StubAdapter("large", 30)
-    loop.scheduler.add(make_sequence(1, [1] * 8, adapter=large))
+    loop.core.add(make_sequence(1, [1] * 8, adapter=large))
     for i in range(2, 40):
-        loop.scheduler.add(make_sequence(i, [1] * 8, adapter=StubAdapter(f"s{i}", 2)))
+        loop.core.add(make_sequence(i, [1] * 8, adapter=StubAdapter(f"s{i}", 2)))
     order = []
-    while not loop.scheduler.is_idle or loop.in_flight:
+    while not loop.core.is_idle:
         order += [load.adapter for load in loop.step().loads]
-        assert sum(len(load.pages) for _, load in loop.copies) in (0, 2, 4, 6, 8, 10, 30)
+        assert sum(len(load.pages) for _, load in loop.device.copies) in (0, 2, 4, 6, 8, 10, 30)
     assert order[1] is large
 
 
@@ -494,7 +395,7 @@ def test_copies_under_way_are_bounded_and_a_large_adapter_is_not_passed_for_ever
 def test_random_traffic_in_a_tiny_pool_and_a_tiny_host_memory_ends(policy, seed):
     rng = random.Random(seed)
     loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, policy=policy, prefix_cache=seed % 2 == 0)
-    loop.copy_steps = 1 + seed % 3
+    loop.device.copy_turns = 1 + seed % 3
     loop.memory = HostMemory(room=6)
     adapters = [CachedAdapter(loop.memory, f"a{i}", rng.randrange(1, 6), i % 10 == 7) for i in range(150)]
     everyone, cancelled = [], []
@@ -502,14 +403,14 @@ def test_random_traffic_in_a_tiny_pool_and_a_tiny_host_memory_ends(policy, seed)
         adapter = rng.choice(adapters) if rng.random() < 0.9 else None
         sequence = make_sequence(i, [rng.randrange(1000)] * rng.randrange(1, 40), rng.randrange(1, 20), adapter)
         everyone.append(sequence)
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
         if rng.random() < 0.1:
             loop.step()
         if rng.random() < 0.1:
             victim = rng.choice(everyone)
             if victim.state is not State.FINISHED:
                 cancelled.append(victim)
-            loop.scheduler.finish(victim)
+            loop.core.finish(victim)
     loop.run(limit=20_000)
     for sequence in everyone:
         assert sequence.state is State.FINISHED
@@ -527,7 +428,7 @@ def test_with_one_place_in_host_memory_hundreds_of_adapters_take_turns():
     loop.memory = HostMemory(room=3)
     adapters = [CachedAdapter(loop.memory, f"a{i}", 3) for i in range(3 * LOOK_AHEAD)]
     for i, adapter in enumerate(adapters):
-        loop.scheduler.add(make_sequence(i, [i] * 20, adapter=adapter))
+        loop.core.add(make_sequence(i, [i] * 20, adapter=adapter))
     loop.run(limit=5000)
     assert loop.memory.loaded == adapters, "each once, in order"
 
@@ -538,7 +439,7 @@ def test_an_adapter_in_the_pool_needs_no_host_memory():
     first, second = (CachedAdapter(loop.memory, name, 3) for name in "ab")
     for i, adapter in enumerate((first, second, first)):
         sequence = make_sequence(i, [i] * 20, adapter=adapter)
-        loop.scheduler.add(sequence)
+        loop.core.add(sequence)
         if i == 2:
             assert first.status == "registered"
             assert [e.sequence for e in loop.step().entries] == [sequence], "at once"
@@ -551,47 +452,48 @@ def test_adapters_of_sequences_that_others_overtake_give_host_memory_back():
     loop = make_loop(num_pages=24, policy="lcfs", max_sequences=1, max_batch_tokens=16)
     loop.memory = HostMemory(room=6)
     deep = [CachedAdapter(loop.memory, f"deep{i}", 3) for i in range(2)]
-    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=12))
+    loop.core.add(make_sequence(0, [0] * 8, max_tokens=12))
     for i, adapter in enumerate(deep, start=1):
-        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
+        loop.core.add(make_sequence(i, [i] * 8, adapter=adapter))
     for _ in range(6):
         loop.step()
     new = [CachedAdapter(loop.memory, f"new{i}", 3) for i in range(2 * MAX_HELD_ADAPTERS)]
     for i, adapter in enumerate(new, start=10):
-        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=adapter))
+        loop.core.add(make_sequence(i, [i] * 8, adapter=adapter))
     loop.run(limit=20_000)
     assert not any(adapter.holds for adapter in (*deep, *new))
 
 
 def test_when_nothing_runs_what_nobody_wants_is_let_go_at_once():
     loop = make_loop(max_sequences=1, num_pages=8)
-    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=50))
+    running = make_sequence(0, [0] * 8, max_tokens=50)
+    loop.core.add(running)
     adapter = StubAdapter("a", 6)
     waiting = make_sequence(1, [1] * 8, adapter=adapter)
-    loop.scheduler.add(waiting)
+    loop.core.add(waiting)
     loop.step()
     loop.step()
-    loop.scheduler.finish(waiting)
+    loop.core.finish(waiting)
     loop.step()
     assert adapter.holds == 1, "for some plans more: it may come back"
-    loop.scheduler.finish(loop.in_flight.entries[0].sequence)
+    loop.core.finish(running)
     loop.step()
     assert adapter.holds == 0
 
 
 def test_a_ready_adapter_starts_though_no_more_may_be_held_for_those_before_it():
     loop = make_loop(policy="lcfs", max_sequences=8)
-    loop.copy_steps = 3
-    loop.scheduler.add(make_sequence(0, [0] * 8, max_tokens=50, adapter=StubAdapter("large", 20)))
+    loop.device.copy_turns = 3
+    loop.core.add(make_sequence(0, [0] * 8, max_tokens=50, adapter=StubAdapter("large", 20)))
     loop.step()
     for i in range(1, MAX_HELD_ADAPTERS):
-        loop.scheduler.add(make_sequence(i, [i] * 8, adapter=StubAdapter(None, 2, status="registered")))
+        loop.core.add(make_sequence(i, [i] * 8, adapter=StubAdapter(None, 2, status="registered")))
     ready, last = StubAdapter("ready", 2), StubAdapter(None, 2, status="registered")
     waiting = make_sequence(1000, [1] * 8, adapter=ready)
-    loop.scheduler.add(waiting)
+    loop.core.add(waiting)
     loop.step()
     assert ready.holds == 1 and not resident(loop, ready)[0], "the large one is still on its way"
-    loop.scheduler.add(make_sequence(1001, [2] * 8, adapter=last))
+    loop.core.add(make_sequence(1001, [2] * 8, adapter=last))
     loop.step()
     assert last.holds == 0 and ready.holds == 1
     loop.step()
@@ -610,19 +512,19 @@ def test_pinned_adapters_come_without_a_request_and_stay_until_unpinned():
     loop.memory = HostMemory(room=4)
     pinned = [CachedAdapter(loop.memory, f"pinned{i}", 4) for i in range(2)]
     others = [CachedAdapter(loop.memory, f"a{i}", 4) for i in range(12)]
-    loop.scheduler.pin(tuple(pinned))
+    loop.core.pin(tuple(pinned))
     for _ in range(8):
         loop.step()
     assert resident(loop, *pinned) == [True, True] and loop.pages.num_used == 8
     assert not any(adapter.holds for adapter in pinned), "no copy in host memory is needed"
     for i, adapter in enumerate(others):
-        loop.scheduler.add(make_sequence(i, [i] * 40, adapter=adapter))
+        loop.core.add(make_sequence(i, [i] * 40, adapter=adapter))
     loop.run()
     assert resident(loop, *pinned) == [True, True] and loop.pages.num_evictions > 0
-    loop.scheduler.pin((pinned[0],))
+    loop.core.pin((pinned[0],))
     assert loop.pages.num_used == 4
     for i, adapter in enumerate(others, start=100):
-        loop.scheduler.add(make_sequence(i, [i] * 40, adapter=adapter))
+        loop.core.add(make_sequence(i, [i] * 40, adapter=adapter))
     loop.run()
     assert resident(loop, *pinned) == [True, False]
 
@@ -630,11 +532,11 @@ def test_pinned_adapters_come_without_a_request_and_stay_until_unpinned():
 def test_a_pin_gets_the_pages_that_running_sequences_give_back():
     loop = make_loop(num_pages=20, max_sequences=8)
     for i in range(40):
-        loop.scheduler.add(make_sequence(i, [i] * 30, max_tokens=20))
+        loop.core.add(make_sequence(i, [i] * 30, max_tokens=20))
     for _ in range(10):
         loop.step()
     pinned = StubAdapter("pinned", 9)
-    loop.scheduler.pin((pinned,))
+    loop.core.pin((pinned,))
     for _ in range(60):
         loop.step()
     assert resident(loop, pinned) == [True] and loop.scheduler.num_waiting > 0, "ahead of those who wait"
@@ -646,14 +548,14 @@ def test_a_request_that_no_longer_fits_beside_the_pins_fails_with_the_reason():
     loop = make_loop(num_pages=20, max_sequences=2)
     large, running, small = make_sequence(0, [1] * 200), make_sequence(1, [2] * 60, 150), make_sequence(2, [3] * 20)
     assert loop.scheduler.refusal(204, None) is None
-    loop.scheduler.add(running)
+    loop.core.add(running)
     loop.step()
-    loop.scheduler.pin((StubAdapter("pinned", 9),))
+    loop.core.pin((StubAdapter("pinned", 9),))
     assert "13 pages (prompt, output and adapter), but the pool has 19, 9 of them for pinned" in loop.scheduler.refusal(
         204, None
     )
-    loop.scheduler.add(large)
-    loop.scheduler.add(small)
+    loop.core.add(large)
+    loop.core.add(small)
     failed = {}
     for _ in range(400):
         failed |= dict(loop.step().failed)
@@ -664,7 +566,7 @@ def test_a_request_that_no_longer_fits_beside_the_pins_fails_with_the_reason():
 def test_a_pinned_adapter_counts_once():
     loop = make_loop(num_pages=20)
     pinned = StubAdapter("pinned", 9)
-    loop.scheduler.pin((pinned,))
+    loop.core.pin((pinned,))
     for adapter in (pinned, StubAdapter("pinned", 9)):
         assert loop.scheduler.refusal(160, adapter) is None, "equal weights share their pages"
         assert loop.scheduler.refusal(161, adapter) is not None
@@ -672,16 +574,16 @@ def test_a_pinned_adapter_counts_once():
 
 def test_a_pin_that_failed_takes_nothing():
     loop = make_loop(num_pages=20)
-    loop.scheduler.pin((StubAdapter(None, 9, status="failed"),))
+    loop.core.pin((StubAdapter(None, 9, status="failed"),))
     assert loop.scheduler.refusal(16 * 19, None) is None
 
 
 def test_a_pin_that_cannot_be_loaded_stops_nobody():
     loop = make_loop(num_pages=20)
     loop.memory = HostMemory(room=9)
-    loop.scheduler.pin((CachedAdapter(loop.memory, "broken", 9, is_broken=True),))
+    loop.core.pin((CachedAdapter(loop.memory, "broken", 9, is_broken=True),))
     sequence = make_sequence(0, range(20))
-    loop.scheduler.add(sequence)
+    loop.core.add(sequence)
     loop.run()
     assert sequence.tokens[20:] == expected_output(range(20), 4)
 
@@ -690,9 +592,9 @@ def test_a_plan_that_only_parked_says_that_the_next_goes_on():
     loop = make_loop(num_pages=1000, max_waiting=2000)
     cold = StubAdapter(None, 2, status="registered")
     for i in range(600):
-        loop.scheduler.add(make_sequence(i, [1] * 16, adapter=cold))
+        loop.core.add(make_sequence(i, [1] * 16, adapter=cold))
     behind = make_sequence(600, range(20))
-    loop.scheduler.add(behind)
+    loop.core.add(behind)
     plans = [loop.scheduler.plan() for _ in range(3)]
     assert [plan.is_cut for plan in plans] == [True, True, False]
     assert [entry.sequence for entry in plans[2].entries] == [behind]
@@ -709,18 +611,18 @@ def test_capacity_is_what_then_really_starts(max_sequences, running, pinned):
     adapter, other = StubAdapter("a", 7), StubAdapter("b", 5)
     # Both are in the pool, cold.
     for i, who in enumerate((adapter, other)):
-        loop.scheduler.add(make_sequence(i, [i] * 8, max_tokens=1, adapter=who))
+        loop.core.add(make_sequence(i, [i] * 8, max_tokens=1, adapter=who))
         loop.run()
     if pinned:
-        loop.scheduler.pin((adapter,))
+        loop.core.pin((adapter,))
         loop.step()
     for i in range(running):
-        loop.scheduler.add(make_sequence(10 + i, [i] * 20, max_tokens=28, adapter=adapter))
+        loop.core.add(make_sequence(10 + i, [i] * 20, max_tokens=28, adapter=adapter))
         loop.step()
     answer = loop.scheduler.capacity(40, adapter)
     assert answer.adapter_pages == (0 if running or pinned else 7)
     for i in range(100):
-        loop.scheduler.add(make_sequence(100 + i, [i] * 40, max_tokens=1, adapter=adapter))
+        loop.core.add(make_sequence(100 + i, [i] * 40, max_tokens=1, adapter=adapter))
     before = loop.scheduler.num_running
     loop.step()
     assert loop.scheduler.num_running - before == answer.requests > 2
@@ -729,7 +631,7 @@ def test_capacity_is_what_then_really_starts(max_sequences, running, pinned):
 def test_no_capacity_in_what_a_pin_is_to_have():
     loop = make_loop(num_pages=60)
     pinned = StubAdapter(None, 20, status="registered")
-    loop.scheduler.pin((pinned,))
+    loop.core.pin((pinned,))
     loop.step()
     assert loop.scheduler.capacity(16 * 39, None).requests == 1
     assert loop.scheduler.capacity(16 * 40, None).requests == 0
@@ -752,7 +654,7 @@ def test_an_adapter_goes_before_a_prefix_only_if_it_is_cheaper_to_bring_back(in_
     loop = make_loop(num_pages=10, costs=PageCosts(prefix=2.0, adapter=1.0, adapter_from_disk=9.0))
     adapter = StubAdapter("a", 4)
     for i, who in enumerate((None, adapter)):
-        loop.scheduler.add(make_sequence(i, [i] * 33, max_tokens=1, adapter=who))
+        loop.core.add(make_sequence(i, [i] * 33, max_tokens=1, adapter=who))
         if i:
             loop.step()
             adapter.status = "ready" if in_host_memory else "registered"
@@ -812,30 +714,42 @@ def test_the_queue_keeps_the_order_of_arrival_whatever_comes_back():
         assert [s.sequence_id for s in queue.look_ahead()] == inside[:LOOK_AHEAD]
 
 
-@pytest.mark.parametrize("status", ["ready", "loading"])
-def test_a_plan_costs_the_same_however_many_wait(status):
-    pages = PageAllocator(20_000)
-    config = SchedulerConfig(max_batch_tokens=2048, max_sequences=512)
-    loop = Loop(Scheduler(config, pages, lambda: 0.0), pages)
-    adapters = [CountingAdapter(str(i), 2, status=status) for i in range(10_000 if status == "ready" else 20)]
-    for i in range(100_000):
-        loop.scheduler.add(make_sequence(i, [i] * 20, max_tokens=100, adapter=adapters[i % len(adapters)]))
-    seconds, looks = [], []
-    for step in range(60):
+class TrustingDevice(CheckingDevice):
+    """Checks nothing, so that only planning and committing take time."""
+
+    def launch(self, batch):
+        return NumberStep(batch)
+
+
+class CountedScheduler(RecordingScheduler):
+    """Notes of each plan the seconds that it took, and how often an adapter was looked at."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.plans = []
+
+    def plan(self):
         CountingAdapter.looks = 0
         start = time.perf_counter()
-        plan = loop.scheduler.plan()
-        seconds.append(time.perf_counter() - start)
-        looks.append(CountingAdapter.looks)
-        for load in plan.loads:
-            loop.scheduler.adapter_arrived(load)
-        if loop.in_flight:
-            loop._commit(loop.in_flight)
-        loop.in_flight = plan
-        if step == 20:
+        plan = super().plan()
+        self.plans.append((time.perf_counter() - start, CountingAdapter.looks))
+        return plan
+
+
+@pytest.mark.parametrize("status", ["ready", "loading"])
+def test_a_plan_costs_the_same_however_many_wait(status):
+    config = SchedulerConfig(max_batch_tokens=2048, max_sequences=512)
+    loop = CheckedLoop(config, 20_000, device=TrustingDevice(copy_turns=0), kind=CountedScheduler)
+    adapters = [CountingAdapter(str(i), 2, status=status) for i in range(10_000 if status == "ready" else 20)]
+    for i in range(100_000):
+        loop.core.add(make_sequence(i, [i] * 20, max_tokens=100, adapter=adapters[i % len(adapters)]))
+    for turn in range(60):
+        loop.core.step()
+        if turn == 20:
             # They get ready all at once, with most of the queue behind them.
             for adapter in adapters:
                 adapter.status = "ready"
+    seconds, looks = zip(*loop.scheduler.plans, strict=True)
     assert loop.scheduler.num_running > 100
     assert max(looks) < 3_000
     # A plan takes 1 to 3 ms; only one whose work grows with the queue takes this long.

@@ -1,6 +1,7 @@
 """Safetensors to parameters: what lands where, what is refused, and what it costs."""
 
 import contextlib
+import dataclasses
 import json
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
+import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,7 +23,9 @@ import slora_jax.demo.model
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import abstract_params
-from slora_jax.model.weights import dummy_params, load_params, resolve_model, weight_files
+from slora_jax.model.weights import dummy_params, load_params, resolve_model, untied_where_different, weight_files
+from tests.helpers import hostile
+from tests.helpers.model_folders import random_tensors
 
 MULTI_HEAD = ModelConfig(
     vocab_size=48, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8
@@ -39,33 +43,6 @@ TIED = ModelConfig(
     tie_word_embeddings=True,
 )
 SQUARE = ModelConfig(32, 32, 32, 2, 4, 2, 8)  # few different shapes, so little to compile
-
-
-def random_tensors(config: ModelConfig, dtype: type = ml_dtypes.bfloat16, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, ``[out, in]`` as Hugging Face stores linear maps."""
-    shapes = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
-        "model.norm.weight": (config.hidden_size,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    for i in range(config.num_layers):
-        shapes |= {
-            f"model.layers.{i}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (config.hidden_size,),
-                "post_attention_layernorm": (config.hidden_size,),
-                "self_attn.q_proj": (config.q_size, config.hidden_size),
-                "self_attn.k_proj": (config.kv_size, config.hidden_size),
-                "self_attn.v_proj": (config.kv_size, config.hidden_size),
-                "self_attn.o_proj": (config.hidden_size, config.q_size),
-                "mlp.gate_proj": (config.intermediate_size, config.hidden_size),
-                "mlp.up_proj": (config.intermediate_size, config.hidden_size),
-                "mlp.down_proj": (config.hidden_size, config.intermediate_size),
-            }.items()
-        }
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
 
 
 def write_model(folder: Path, config: ModelConfig, dtype: type = ml_dtypes.bfloat16, seed: int = 0) -> dict:
@@ -154,10 +131,34 @@ def test_files_without_an_index(tmp_path):
 
 def test_redundant_tensors_are_ignored(tmp_path):
     tensors = random_tensors(TIED)
-    tensors["lm_head.weight"] = np.zeros((3, 3), np.int8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
+    assert untied_where_different(tmp_path, TIED) is TIED
     assert same_structure(load(tmp_path, TIED), TIED, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_embedding_is_not_tied_to_another_lm_head(tmp_path, caplog, dtype):
+    tensors = random_tensors(TIED)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].astype(dtype)
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = untied_where_different(tmp_path, TIED)
+    assert config == dataclasses.replace(TIED, tie_word_embeddings=False)
+    assert "tie_word_embeddings is true, but lm_head.weight is not the embedding" in caplog.text
+    params = load(tmp_path, config)
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], tensors["lm_head.weight"].T.astype(np.float32))
+    embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
+    np.testing.assert_array_equal(params["embed"]["embedding"], embedding)
+
+
+def test_one_file_is_taken_before_the_files_of_an_index(tmp_path):
+    weight_map = split_in_two(tmp_path, TIED)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert [file.name for file in weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
+    write_model(tmp_path, TIED)
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
 def test_tied_embedding_may_be_stored_under_either_name(tmp_path):
@@ -251,15 +252,98 @@ def test_damaged_file(tmp_path, damage):
         load(tmp_path, TIED)
 
 
-def test_index_that_names_a_missing_file(tmp_path):
-    write_model(tmp_path, TIED)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"x": "model-00002-of-00002.safetensors"}}))
-    with pytest.raises(UnsupportedModel, match=r"model-00002-of-00002\.safetensors is missing"):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"x": "model-00002-of-00002.safetensors"}}', r"model-00002-of-00002\.safetensors is missing"),
+        ("[]", r"index\.json must hold a JSON object, got \[\]"),
+        ("{", r"index\.json is not valid JSON"),
+        ("{}", "weight_map must be an object, got None"),
+        ('{"weight_map": {"x": 1}}', "weight_map has 1 for 'x', not the name"),
+        ('{"weight_map": {"x": "../a.safetensors"}}', r"weight_map has '\.\./a\.safetensors' for 'x', not the name"),
+        ('{"weight_map": {"x": "\\ud800.safetensors"}}', "for 'x', not the name"),
+        ('{"weight_map": {}}', r"found none"),
+    ],
+)
+def test_index_that_is_none(tmp_path, index, message):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UnsupportedModel, match=message):
         weight_files(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(UnsupportedModel, match="cannot be read"):
+
+
+def with_header(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": ["F32"]}, r"dtype of tensor 'model.norm.weight' is \['F32'\]"),
+        ({"shape": [2.0]}, r"shape of tensor 'model.norm.weight' is \[2.0\]"),
+        ({"shape": [-24]}, r"shape of tensor 'model.norm.weight' is \[-24\]"),
+        ({"shape": [2**63]}, "shape of tensor 'model.norm.weight' is"),
+        ({"shape": [1] * 100000 + [24]}, "shape of tensor 'model.norm.weight' is"),
+        ({"data_offsets": [0]}, r"data_offsets of tensor 'model.norm.weight' is \[0\]"),
+        ({"data_offsets": [96, 0]}, r"data_offsets of tensor 'model.norm.weight' is \[96, 0\]"),
+        ({"data_offsets": [0, 96]}, "the bytes of tensor .* do not begin where those before it end"),
+        ({"data_offsets": [10**18, 10**18 + 96]}, "do not begin where those before it end"),
+        ({"shape": [23]}, "tensor 'model.norm.weight' has 96 bytes, not those of its shape"),
+    ],
+)
+def test_table_of_contents_that_is_none(tmp_path, entry, message):
+    before = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    norm = {"dtype": "F32", "shape": [24], "data_offsets": [4, 100]} | entry
+    header = json.dumps({"model.norm.weight": norm, "before": before}).encode()
+    (tmp_path / "model.safetensors").write_bytes(with_header(header, bytes(100)))
+    with pytest.raises(UnsupportedModel, match=f"model.safetensors is not a whole safetensors file: .*{message}"):
+        load(tmp_path, TIED)
+
+
+@pytest.mark.parametrize("length", [0, 2**63, 2**64 - 1, 10**8 + 1])
+def test_header_of_an_absurd_length(tmp_path, length):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(length.to_bytes(8, "little") + b"{}")
+        file.truncate(2 * 10**8)  # sparse: takes no room
+    with pytest.raises(UnsupportedModel, match="is not a whole safetensors file: no header"):
+        load(tmp_path, TIED)
+
+
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "lm_head.weight": {"dtype": "BF16", "shape": [2], "data_offsets": [24, 28]},
+    "model.embed_tokens.weight": {"dtype": "BF16", "shape": [2], "data_offsets": [28, 32]},
+}
+
+
+@hypothesis.settings(max_examples=1000)
+@hypothesis.given(
+    hostile.mutated(HEADER).map(lambda header: with_header(json.dumps(header).encode(), bytes(32)))
+    | hostile.hostile_bytes(with_header(json.dumps(HEADER).encode(), bytes(32)))
+)
+def test_any_weight_file_is_taken_or_refused_by_name(tmp_path, raw):
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    for read in (lambda: untied_where_different(tmp_path, TIED), lambda: load(tmp_path, TIED)):
+        try:
+            read()
+        except UnsupportedModel as e:
+            told = str(e)
+            assert str(tmp_path) in told and len(told) < 1000
+
+
+@hypothesis.settings(max_examples=500)
+@hypothesis.given(
+    hostile.mutated({"metadata": {"total_size": 3}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
+)
+def test_any_index_is_taken_or_refused_by_name(tmp_path, index):
+    (tmp_path / "x.safetensors").touch()
+    (tmp_path / "y.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    try:
         weight_files(tmp_path)
+    except UnsupportedModel as e:
+        told = str(e)
+        assert str(tmp_path) in told and len(told) < 1000
 
 
 # Where a model is found.
@@ -271,6 +355,9 @@ def test_local_folder(tmp_path):
         resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match="holds a model and an adapter"):
+        resolve_model(str(tmp_path))
 
 
 def test_folder_of_pickles(tmp_path):

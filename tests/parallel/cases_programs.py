@@ -18,14 +18,15 @@ from pallas_kernels.paged_attention import triton as attention
 from slora_jax.bench import collectives as bench
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.plan import message_bytes
-from slora_jax.engine import runner
 from slora_jax.engine.batch import BatchShape, padded_rank
+from slora_jax.engine.forward import WholeForward
 from slora_jax.engine.sampling import SamplerShape
 from slora_jax.errors import InvalidRequest
-from slora_jax.memory.layout import MODULES, PoolLayout
+from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama
 from slora_jax.model.mesh import TP, ModelMesh
+from slora_jax.model.modules import MODULES
 from slora_jax.model.weights import sharded_abstract_params
 from tests.helpers.engine_cases import FIXTURES, make_engine
 from tests.helpers.triton_on_cpu import compiled
@@ -63,7 +64,15 @@ def shape_file(tmp_path_factory):
 def compiled_step(engine, modules: str, rank: int) -> jax.stages.Compiled:
     active = tuple(i for i, module in enumerate(MODULES) if module in modules.split())
     shape = BatchShape(24, 8, 4, 64 if active else 0, 32 if active else 0, active, False, rank if active else 0)
-    return engine._runner._lower(shape).compile({"xla_backend_optimization_level": 0})
+    return lowered_step(engine, shape).compile({"xla_backend_optimization_level": 0})
+
+
+def lowered_step(engine, shape: BatchShape) -> jax.stages.Lowered:
+    """All of a step as one program, as a GPU runs it."""
+    runner = engine.device.runner
+    tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
+    mesh = ModelMesh.create(engine.model_config, engine.config.mesh.tp)
+    return WholeForward(runner.model, mesh).lower(shape, runner.params, tokens, engine.device.pool.array)
 
 
 @pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
@@ -93,7 +102,7 @@ def test_a_steps_collectives_are_the_papers(shape_file, tp):
     assert planned["lora"] == sent * 4
     assert planned["base"] == len(base) * sent_elements(*base[0][::2], tp) * 4
     # And no device copies its part of the pool.
-    memory, pool = program.memory_analysis(), engine._pool.array.addressable_shards[0].data
+    memory, pool = program.memory_analysis(), engine.device.pool.array.addressable_shards[0].data
     assert memory.alias_size_in_bytes == pool.nbytes
     assert memory.temp_size_in_bytes < pool.nbytes / 4
 
@@ -108,13 +117,13 @@ def test_ranks_that_the_devices_do_not_divide_are_sent_rounded_up(shape_file):
 def test_sampling_sends_the_logits_once(shape_file):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
     sampler = SamplerShape(16, random=True, filtered=False, history=0, logprobs=False)
-    program = engine._runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
+    program = engine.device.runner._lower(sampler).compile({"xla_backend_optimization_level": 0})
     assert collectives(program) == [("all-gather", "f32", (16, 100))], "97 tokens, in four equal parts"
 
 
 def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
     engine = make_engine(shape_file, dummy=True)
-    text = engine._runner._lower(BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
+    text = lowered_step(engine, BatchShape(24, 8, 4, 64, 32, (0, 3), False, 16)).as_text()
     assert "manual_computation" not in text and "all_reduce" not in text and "all_gather" not in text
 
 
@@ -173,16 +182,16 @@ def test_the_benchmark_of_collectives_runs(shape_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_each_device_has_its_part_of_pool_and_weights(shape_file, tp):
     one, several = (make_engine(shape_file, dummy=True, mesh={"tp": n}) for n in (1, tp))
-    shards = several._pool.array.addressable_shards
+    shards = several.device.pool.array.addressable_shards
     assert len(shards) == tp
-    assert {shard.data.nbytes * tp for shard in shards} == {one._pool.array.nbytes}
+    assert {shard.data.nbytes * tp for shard in shards} == {one.device.pool.array.nbytes}
     assert several.pool_layout.page_bytes(4) * tp == one.pool_layout.page_bytes(4)
     for ranks in ({"q": 8, "k": 8, "v": 8, "o": 8}, dict.fromkeys(MODULES, 64)):
         sizes = [
             engine.pool_layout.adapter(ranks).num_entries * engine.pool_layout.row_width for engine in (one, several)
         ]
         assert sizes[1] * tp <= sizes[0] * 1.1
-    weights = several._runner.params
+    weights = several.device.runner.params
     norms = {"attention_norm", "mlp_norm", "norm"}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(weights):
         whole = any(key.key in norms for key in keys)
@@ -200,14 +209,12 @@ def test_the_kernels_take_one_devices_part_of_a_70b_model(decode_only):
     pool = PoolLayout.for_model(model, 8).pool_shape(10)
     with contextlib.ExitStack() as stack:
         kernels = [stack.enter_context(compiled(module, 90)) for module in (lora_kernels, attention, rotary_triton)]
-        runner._forward.trace(
+        model_of_one = Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8)
+        WholeForward(model_of_one, mesh).jitted(shape).trace(
             sharded_abstract_params(model, jnp.bfloat16, mesh),
             whole((shape.packed_size,), jnp.int32),
             whole((32,), jnp.int32),
             jax.ShapeDtypeStruct(pool, jnp.bfloat16, sharding=mesh.pool),
-            model=Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8),
-            shape=shape,
-            mesh=mesh,
         ).lower(lowering_platforms=("cuda",))
     # Shrink and expand for each of qkv, o, gate and up, down; attention; the KV write.
     assert [len(names) for names in kernels] == [8, 2 if decode_only else 3, 1]

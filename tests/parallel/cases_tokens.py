@@ -41,7 +41,7 @@ def test_a_mixed_batch_gives_the_oracles_tokens_in_a_pool_too_small_for_it(name,
     stats = engine.stats()
     assert stats["preemptions"] > 0
     assert stats["evictions"] > 0
-    assert {shard.device.id for shard in engine._pool.array.addressable_shards} == set(range(tp))
+    assert {shard.device.id for shard in engine.device.pool.array.addressable_shards} == set(range(tp))
 
 
 @pytest.mark.slow

@@ -25,6 +25,6 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path):
         ]
         results = run(engine, *[engine.submit(request) for request in requests])
         tokens[tp] = [list(result.completions[0].token_ids) for result in results]
-        assert len(engine._pool.array.addressable_shards) == tp
+        assert len(engine.device.pool.array.addressable_shards) == tp
     assert tokens[1] == tokens[2]
     assert len({tuple(answer) for answer in tokens[1]}) == 3

@@ -1,0 +1,128 @@
+"""The real ``Device`` of the loop: compiled steps over the pool, copies of adapters, and what other hosts are told."""
+
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from slora_jax.engine.batch import AdapterSlice
+from slora_jax.engine.core import Step, StepResult
+from slora_jax.engine.hosts import Followers
+from slora_jax.engine.runner import LaidOut, Runner, StepInFlight
+from slora_jax.memory.pool import AdapterCopy, UnifiedPool
+from slora_jax.scheduler.sequence import AdapterLoad, ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class _ExplainedStep:
+    """A step in flight on all hosts."""
+
+    step: StepInFlight
+    followers: Followers
+
+    def read(self) -> StepResult:
+        with self.followers.explained():
+            return self.step.read()
+
+
+class ModelDevice:
+    """The devices that share a model and its pool, with the pages that adapters have there.
+
+    Attributes:
+      runner: the compiled steps.
+      pool: the unified pool, on the same devices.
+      followers: the other hosts, which do what this one does.
+      copied_bytes: of adapters, copied from host memory so far.
+    """
+
+    def __init__(self, runner: Runner, pool: UnifiedPool, followers: Followers):
+        self.runner = runner
+        self.pool = pool
+        self.followers = followers
+        self.copied_bytes = 0
+        # In the order in which they were started.
+        self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
+        self._slices: dict[Hashable, AdapterSlice] = {}
+        self._key_of_page: dict[int, Hashable] = {}
+
+    def start_copy(self, load: AdapterLoad) -> None:
+        host = load.adapter.host()
+        self.followers.start_copy(host.packed, load.pages)
+        self._copies.append((load, self.pool.start_copy(host.packed, load.pages)))
+        self.copied_bytes += host.packed.nbytes
+
+    def arrived(self) -> Iterator[AdapterLoad]:
+        while self._copies and self._copies[0][1].is_ready:
+            load, copy = self._copies.popleft()
+            self.followers.finish_copy()
+            self.pool.finish_copy(copy)
+            self._note_slice(load)
+            yield load
+
+    @property
+    def is_copying(self) -> bool:
+        return bool(self._copies)
+
+    def wait_for_copy(self) -> None:
+        self._copies[0][1].wait()
+
+    def lay_out(self, entries: tuple[ScheduledSequence, ...]) -> LaidOut:
+        keys = dict.fromkeys(entry.sequence.adapter_key for entry in entries)
+        keys.pop(None, None)
+        return self.runner.lay_out(entries, {key: self._slices[key] for key in keys})
+
+    def launch(self, batch: LaidOut) -> Step:
+        with self.followers.explained():
+            self.followers.run(*batch.arguments)
+            return _ExplainedStep(self.runner.start(batch), self.followers)
+
+    def reset(self) -> None:
+        """Makes the pool and what steps hand each other anew; compiled programs stay.
+
+        Raises:
+          RuntimeError: there are several hosts, whose devices cannot be known to be in one state.
+        """
+        self.followers.check_alone()
+        self.forget()
+        self.pool.reset()
+        self.runner.reset()
+
+    def forget(self) -> None:
+        """Forgets the copies under way and what lies in the pool, which is then for another scheduler to fill."""
+        self._copies.clear()
+        self._slices.clear()
+        self._key_of_page.clear()
+
+    def warm_up(self, active: list[int], max_rank: int, pages: int) -> int:
+        """Compiles every shape of step and runs it once.
+
+        Args:
+          active, max_rank, pages: as for ``Runner.all_shapes``.
+
+        Returns:
+          How many shapes there are.
+        """
+        self.followers.warm_up(active, max_rank, pages)
+        shapes = self.runner.all_shapes(active, max_rank, pages)
+        self.runner.warm_up(shapes, self.followers.compiled)
+        return len(shapes)
+
+    def _note_slice(self, load: AdapterLoad) -> None:
+        """Notes where an adapter lies, and forgets the adapters that lay on its pages before."""
+        self._forget(load.key)
+        for page in load.pages:
+            self._forget(self._key_of_page.get(page))
+            self._key_of_page[page] = load.key
+        header = load.adapter.header
+        self._slices[load.key] = AdapterSlice(
+            pages=load.pages,
+            ranks=header.layout.ranks,
+            start_a=header.layout.start_a,
+            start_b=header.layout.start_b,
+            scales=header.scales,
+        )
+
+    def _forget(self, key: Hashable) -> None:
+        gone = self._slices.pop(key, None)
+        if gone is not None:
+            for page in gone.pages:
+                del self._key_of_page[page]

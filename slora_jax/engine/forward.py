@@ -1,0 +1,200 @@
+"""The model's forward as compiled programs, each known by a hashable key.
+
+One program for all of a step is the fastest to run, and the slowest to compile. On a CPU compiling it took 3 to 8 s for
+30 layers, in which somebody waits for an answer. There the same few layers are a program of their own, run once for
+each such group of layers with its weights: all programs of a step then compile in about 1 s, and a step takes 2 to 5 %
+longer. A GPU keeps the one program: launching more would cost it more than compiling ahead does.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from slora_jax.engine.batch import BatchShape
+from slora_jax.model.llama import Llama, run_layers
+from slora_jax.model.mesh import POOL, ModelMesh
+
+_WHOLE = PartitionSpec()
+_MOST_LAYERS = 4
+"""Of a program that is a part. Six run 2 % faster and take half as long again to compile."""
+
+
+class Forward(Protocol):
+    """How a forward is cut into programs. All of them donate the pool."""
+
+    def keys(self, shape: BatchShape) -> tuple[Hashable, ...]:
+        """Keys of the programs that a step of this shape runs."""
+        ...
+
+    def lower(self, key: Hashable, params: dict, tokens: jax.ShapeDtypeStruct, pool: jax.ShapeDtypeStruct):
+        """Traces and lowers one of them. What JAX remembers of it goes with the result.
+
+        Args:
+          key: one of ``keys``.
+          params: the model's.
+          tokens: ``[N]`` int32 of the previous step.
+          pool: ``[layers, 2, rows, N * W]``.
+        """
+        ...
+
+    def start(
+        self,
+        program: Callable[[Hashable], jax.stages.Compiled],
+        shape: BatchShape,
+        params: dict,
+        packed: np.ndarray,
+        tokens: jax.Array,
+        pool: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Starts a step and returns at once.
+
+        Args:
+          program: gives the compiled program of a key.
+          shape: of the step.
+          params, tokens, pool: as in ``lower``.
+          packed: as of ``BatchShape.zeros``, filled.
+
+        Returns:
+          Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool.
+        """
+        ...
+
+
+def choose_forward(model: Llama, mesh: ModelMesh | None) -> Forward:
+    """The one that suits the devices."""
+    kind = ForwardInParts if jax.default_backend() == "cpu" else WholeForward
+    return kind(model, mesh)
+
+
+class WholeForward:
+    """One program, whose key is the shape."""
+
+    def __init__(self, model: Llama, mesh: ModelMesh | None):
+        self._model = model
+        self._mesh = mesh
+
+    def keys(self, shape: BatchShape) -> tuple[Hashable, ...]:
+        return (shape,)
+
+    def lower(self, key: BatchShape, params, tokens, pool) -> jax.stages.Lowered:
+        return self.jitted(key).lower(params, packed_struct(key, self._mesh), tokens, pool)
+
+    def jitted(self, shape: BatchShape):
+        """The function that is compiled, of ``(params, packed, tokens, pool)``."""
+
+        def step(params, packed, tokens, pool):
+            batch = shape.unpack(packed, tokens)
+            hidden, pool = self._model.apply({"params": params}, batch, pool)
+            return _of_last_tokens(hidden, batch.query_start), pool
+
+        def forward(params, *arguments):
+            return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
+
+        return jax.jit(forward, donate_argnums=3)
+
+    def start(self, program, shape, params, packed, tokens, pool):
+        return program(shape)(params, packed, tokens, pool)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Key of a part: what comes before the layers, a group of layers, or what comes behind them."""
+
+    name: Literal["begin", "layers", "end"]
+    shape: BatchShape
+
+
+class ForwardInParts:
+    """Three programs, of which the one with layers runs for one group of layers after the other."""
+
+    def __init__(self, model: Llama, mesh: ModelMesh | None):
+        self._model = model
+        self._mesh = mesh
+        count = model.config.num_layers
+        self._group = max(n for n in range(1, _MOST_LAYERS + 1) if count % n == 0)
+
+    def keys(self, shape: BatchShape) -> tuple[Hashable, ...]:
+        return Part("begin", shape), Part("layers", shape), Part("end", shape)
+
+    def lower(self, key: Part, params, tokens, pool) -> jax.stages.Lowered:
+        begin = self._begin(key.shape, pool.shape[3] // (self._mesh.size if self._mesh else 1))
+        of_begin = {"embed": params["embed"]}, packed_struct(key.shape, self._mesh), tokens
+        if key.name == "begin":
+            return jax.jit(begin).lower(*of_begin)
+        handed_on = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=_everywhere(self._mesh)),
+            jax.eval_shape(begin, *of_begin),
+        )
+        x, step, query_start = handed_on
+        if key.name == "layers":
+            first = jax.ShapeDtypeStruct((), jnp.int32)
+            return jax.jit(self._layers, donate_argnums=4).lower(self._weights(params, 0), first, x, step, pool)
+        return jax.jit(self._end).lower({"norm": params["norm"]}, x, query_start)
+
+    def start(self, program, shape, params, packed, tokens, pool):
+        begin, layers, end = (program(key) for key in self.keys(shape))
+        x, step, query_start = begin({"embed": params["embed"]}, packed, tokens)
+        for first in range(0, self._model.config.num_layers, self._group):
+            x, pool = layers(self._weights(params, first), np.int32(first), x, step, pool)
+        return end({"norm": params["norm"]}, x, query_start), pool
+
+    def _weights(self, params, first: int) -> dict:
+        """Of a group of layers, named alike for all groups: the first is number 0."""
+        return {f"layers_{i}": params[f"layers_{first + i}"] for i in range(self._group)}
+
+    def _begin(self, shape: BatchShape, row_width: int):
+        def step(params, packed, tokens):
+            batch = shape.unpack(packed, tokens)
+            x, tables = self._model.apply({"params": params}, batch, row_width, method=Llama.begin)
+            return x, tables, batch.query_start
+
+        def begin(params, *arguments):
+            return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
+
+        return begin
+
+    def _layers(self, params, *arguments):
+        def step(params, first, x, tables, pool):
+            layers = [params[f"layers_{i}"] for i in range(self._group)]
+            return run_layers(self._model, layers, first, x, tables, pool)
+
+        in_specs = (_WHOLE, _WHOLE, _WHOLE, POOL)
+        return on_each_device(step, self._mesh, params, arguments, in_specs, (_WHOLE, POOL))
+
+    def _end(self, params, *arguments):
+        def step(params, x, query_start):
+            return _of_last_tokens(self._model.apply({"params": params}, x, method=Llama.end), query_start)
+
+        return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
+
+
+def on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):
+    """``step(params, *arguments)``, or what it gives when every device of the mesh runs it on its slices."""
+    if mesh is None:
+        return step(params, *arguments)
+    return jax.shard_map(
+        step,
+        mesh=mesh.mesh,
+        in_specs=(mesh.param_specs(params), *in_specs),
+        out_specs=out_specs,
+        check_vma=False,
+    )(params, *arguments)
+
+
+def packed_struct(shape: BatchShape, mesh: ModelMesh | None) -> jax.ShapeDtypeStruct:
+    """Of a packed batch, as programs take it."""
+    return jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=_everywhere(mesh))
+
+
+def _everywhere(mesh: ModelMesh | None):
+    return mesh.replicated if mesh else None
+
+
+def _of_last_tokens(hidden: jax.Array, query_start: jax.Array) -> jax.Array:
+    """``[S, h]`` of ``[T, h]``: each sequence's last token; padding: any."""
+    return hidden[jnp.maximum(query_start[1:] - 1, 0)]
