@@ -82,23 +82,22 @@ def two_hosts(*flags: str, second: str | None = None):
       second: what the second one runs in place of ``serve.py``.
     """
     port = free_port()
-    flags += ("--model", str(CASE / "model"), "--dtype", "float32", "--tp", "4", "--num-hosts", "2")
-    flags += ("--coordinator", f"127.0.0.1:{free_port()}", "--port", str(port), "--no-compilation-cache")
-    flags += ("--pool-pages", "60", "--max-batch-tokens", "32", "--max-sequences", "16")
-    processes = [start(0, *flags), start(1, *flags, program=second)]
+    common = ("--model", str(CASE / "model"), "--dtype", "float32", "--tp", "4", "--num-hosts", "2")
+    common += ("--coordinator", f"127.0.0.1:{free_port()}", "--port", str(port), "--no-compilation-cache")
+    common += ("--pool-pages", "60", "--max-batch-tokens", "32", "--max-sequences", "16")
+    processes = [start(0, *common, *flags), start(1, *common, *flags, program=second)]
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", processes)
         yield f"http://127.0.0.1:{port}", processes
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
+            process.communicate()
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     """Its code, and the last line that it said."""
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output.rstrip().rpartition("\n")[2]
 
 
@@ -145,7 +144,10 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_its_clients_with_an
 
 @pytest.mark.slow
 def test_warming_up_takes_as_long_as_the_slowest_host_however_long():
-    with two_hosts("--warm-up", second=SLOW_TO_COMPILE) as (url, processes):
+    with two_hosts("--warm-up", "--max-sequences", "4", "--max-model-len", "64", second=SLOW_TO_COMPILE) as (
+        url,
+        processes,
+    ):
         answer = post(f"{url}/v1/completions", {"model": "model", "prompt": "a", "max_tokens": 4, "ignore_eos": True})
         assert answer["usage"]["completion_tokens"] == 4
         processes[1].send_signal(signal.SIGTERM)
