@@ -114,7 +114,10 @@ FLAGS = {
             metavar="FOLDER",
         ),
         _flag("--no-compilation-cache", "Keep none.", is_flag=True),
-        _flag("--warm-up/--no-warm-up", "Compile every shape of step before saying ready; on a GPU if left out."),
+        _flag(
+            "--warm-up/--no-warm-up",
+            "Compile every shape of step before saying ready, or none; if left out, on a CPU a few.",
+        ),
         _flag("--seed", "Of dummy weights, and of requests without a seed.", default="0", type=int),
     ],
     "Adapters": [
