@@ -26,12 +26,19 @@ from slora_jax.api.openai import (
     Call,
     ChatReply,
     CompletionReply,
-    PromptTooLong,
     Reply,
     parse_chat,
     parse_completion,
 )
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, Overloaded, UnknownAdapter
+from slora_jax.errors import (
+    BadAdapter,
+    EngineStopped,
+    InvalidRequest,
+    ObjectiveMissed,
+    Overloaded,
+    PromptTooLong,
+    UnknownAdapter,
+)
 from slora_jax.request import Delta
 
 if TYPE_CHECKING:

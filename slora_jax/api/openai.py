@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 
-from slora_jax.errors import InvalidRequest, UnknownAdapter
+from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter
 from slora_jax.request import MAX_LOGPROBS, Completion, Delta, Request, RequestOutput, SamplingParams, TokenLogprob
 from slora_jax.text.tokenizer import Tokenizer
 
@@ -50,10 +50,6 @@ _CHAT_DEFAULTS = {
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MESSAGE_DEFAULTS = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
-
-
-class PromptTooLong(InvalidRequest):
-    """The prompt leaves no room for an answer in the model's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +181,7 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
             f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {fields.top_logprobs}", "top_logprobs"
         )
     messages = read_messages(fields.messages)
-    prompt = tuple(_tokenizer(engine, "messages").encode_chat(messages))
+    prompt = tuple(_tokenizer(engine, "messages").encode_chat(messages, max_tokens=engine.max_model_len))
     room = _room(prompt, engine, "messages")
     limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
@@ -208,8 +204,8 @@ def resolve_model(name: str, engine: "Engine") -> str | None:
     raise UnknownAdapter(f"the model {name!r} does not exist; GET /v1/models lists the base model and its adapters")
 
 
-def read_messages(messages: Any) -> list[dict[str, str]]:
-    """Chat messages with their text parts joined, ready for a chat template.
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages, each content a string or a list of text parts, ready for a chat template.
 
     Raises:
       InvalidRequest: not a list of messages, or something other than text in one.
@@ -219,7 +215,7 @@ def read_messages(messages: Any) -> list[dict[str, str]]:
     return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _read_message(message: Any, where: str) -> dict[str, str]:
+def _read_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"{where} must be an object with role and content, got {_shown(message)}", where)
     role = message.get("role")
@@ -240,12 +236,12 @@ def _read_message(message: Any, where: str) -> dict[str, str]:
     return read
 
 
-def _read_content(content: Any, where: str) -> str:
+def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise InvalidRequest(f"{where} must be a string or a list of text parts, got {_shown(content)}", where)
-    texts = []
+    parts = []
     for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequest(
@@ -253,8 +249,8 @@ def _read_content(content: Any, where: str) -> str:
                 f"got {_shown(part)}",
                 f"{where}[{i}]",
             )
-        texts.append(part["text"])
-    return "\n".join(texts)
+        parts.append({"type": "text", "text": part["text"]})
+    return parts
 
 
 def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...] = ()) -> Call:
@@ -324,7 +320,7 @@ def _prompt_texts(sent: Any, prompts: Sequence[tuple[int, ...]], engine: "Engine
 
 def _text_prompt(text: str, engine: "Engine") -> tuple[int, ...]:
     tokenizer = _tokenizer(engine, "prompt")
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, max_tokens=engine.max_model_len)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     return _checked_ids(ids, engine)
@@ -351,8 +347,9 @@ def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:
     room = engine.max_model_len - len(prompt)
     if room < 1:
         raise PromptTooLong(
-            f"this model's context is {engine.max_model_len} tokens and the prompt has {len(prompt)}; "
-            "shorten it so that at least one token is left for the answer",
+            f"This model's maximum context length is {engine.max_model_len} tokens. However, your {param} resulted in "
+            f"{len(prompt)} tokens, and at least one must be left for the answer. "
+            f"Please reduce the length of the {param}.",
             param,
         )
     return room

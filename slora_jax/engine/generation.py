@@ -102,6 +102,8 @@ class OutputText:
         self._index = index
         self._max_tokens = max_tokens
         self._ends = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_token_ids)
+        if tokenizer:
+            self._ends |= tokenizer.stop_token_ids(sampling.stop)
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
         self._matcher = StopMatcher(sampling.stop)
         self._num_tokens = 0

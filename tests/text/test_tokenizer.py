@@ -84,18 +84,20 @@ def test_token_bytes_and_text(tokenizer):
     assert tokenizer.token_text(tokenizer.encode("h", add_special_tokens=False)[-1]).strip() == "h"
 
 
-def test_bos_is_added_once(tmp_path):
-    asks = {"bos_token": "<s>", "add_bos_token": True}
-    both = Tokenizer.from_folder(write_folder(tmp_path / "both", sentencepiece(), **asks))
+def test_the_post_processor_alone_says_what_is_added(tmp_path):
+    """transformers 5 drops add_bos_token and add_eos_token where there is a tokenizer.json."""
     backend = sentencepiece()
     backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    asks = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}
     config_only = Tokenizer.from_folder(write_folder(tmp_path / "config", backend, **asks))
-    neither = Tokenizer.from_folder(write_folder(tmp_path / "none", backend, bos_token="<s>"))
-    plain = neither.encode("hello")
-    assert both.encode("hello") == config_only.encode("hello") == [1, *plain]
-    for tokenizer in (both, config_only):
-        assert tokenizer.encode("hello", add_special_tokens=False) == plain
-        assert tokenizer.bos_token_id == 1
+    file_says = Tokenizer.from_folder(
+        write_folder(tmp_path / "file", sentencepiece(), **asks | {"add_bos_token": False})
+    )
+    plain = config_only.encode("hello")
+    assert plain == [270, 264, 266, 266, 267]
+    assert file_says.encode("hello") == [1, *plain]
+    assert file_says.encode("hello", add_special_tokens=False) == plain
+    assert file_says.bos_token_id == 1
 
 
 def test_folder(tmp_path):
