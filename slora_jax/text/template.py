@@ -284,6 +284,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.measure([args, kwargs], count)
         elif name in _WRITING:
             self.measure([value, args, kwargs])
+            if name in ("indent", "tojson", "wordwrap"):
+                widest = max((_width(option) for option in (*args, *kwargs.values())), default=0)
+                lines = str(value).count("\n") if name == "indent" else _weight(value, MAX_CHARACTERS)
+                self._room_for((lines + 1) * widest)
 
     def _check_method(self, text: str, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
         if name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
@@ -330,6 +334,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         pieces = list(pieces)
         self._room_for(sum(map(len, pieces)))
         return self.made("".join(pieces))
+
+
+def _width(option: Any) -> int:
+    """Characters that an option of a filter puts into a line: so many, or these."""
+    return len(option) if isinstance(option, str) else option if isinstance(option, int) else 0
 
 
 def _weight(value: Any, most: int) -> int:

@@ -1,11 +1,15 @@
 """Random tokenizer folders mean here what they mean in transformers."""
 
+import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 
 from slora_jax.text.tokenizer import Tokenizer
+from tests.helpers.chat_templates import CHATS, TEMPLATES
+from tests.helpers.small_tokenizers import byte_level_folder
 from tests.helpers.tokenizer_folders import random_folder, texts
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
@@ -42,3 +46,30 @@ def test_random_folders(ask_transformers, tmp_path):
         assert ours == answer["texts"], where
         assert [tokenizer.apply_chat_template(c["messages"]) for c in question["chats"]] == answer["chats"], where
     assert compared > 200
+
+
+def test_the_answers_that_are_kept_are_those_of_transformers(ask_transformers, tmp_path):
+    """tests/text/chats.json, which test_template.py compares with. SLORA_WRITE_ANSWERS=1 writes it."""
+    names = {"image_token": "<image>", "pad_token": "<|end|>", "add_bos_token": True}
+    chats = [{"messages": messages, "arguments": arguments} for messages, arguments in CHATS]
+    parts = [
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages], "arguments": a}
+        for messages, a in CHATS
+    ]
+    questions = [
+        {
+            "folder": str(
+                byte_level_folder(tmp_path / str(i), chat_template=template, eos_token="<|im_end|>", **names)
+            ),
+            "texts": [],
+            "ids": [],
+            "chats": parts if name.startswith("parts") else chats,
+        }
+        for i, (name, template) in enumerate(TEMPLATES.items())
+    ]
+    answers = ask_transformers(questions)
+    texts = {name: answer["chats"] for name, answer in zip(TEMPLATES, answers, strict=True)}
+    file = Path(__file__).parent / "chats.json"
+    if os.environ.get("SLORA_WRITE_ANSWERS"):
+        file.write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
+    assert json.loads(file.read_text()) == texts
