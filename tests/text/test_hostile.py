@@ -43,7 +43,7 @@ TOKENIZERS = {
     "byte level": json.loads(byte_level().to_str()),
     "sentencepiece": json.loads(sentencepiece().to_str()),
 }
-GENERATED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+GENERATED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 BASE = Tokenizer(sentencepiece(), special_tokens={"bos_token": "<s>"}, chat_templates={"default": CHAT_TEMPLATE})
 
 
@@ -108,7 +108,7 @@ def test_any_bytes(file):
     raw = as_json(FILES.get(file, TOKENIZERS["sentencepiece"]))
 
     @given(hostile_bytes(raw))
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     def check(changed):
         read_or_refused({file: changed})
 

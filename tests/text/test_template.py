@@ -84,7 +84,7 @@ def test_absent_variables_are_none_and_not_undefined():
     template = (
         "{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}{%- if tools is not none and loop.last %}"
         "{{ '[TOOLS] [' }}{%- for t in tools %}{{ t.function | tojson }}{%- endfor %}{{ '][/TOOLS]' }}{%- endif %}"
-        "{{ '[I]' + m.content + '[/I]' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{ '<A>' }}{%- endif %}"
+        "{{ '[I]' + m.content + '[/I]' }}{%- endif %}{%- endfor %}{{ '<A>' if add_generation_prompt }}"
     )
     assert made(template, bos_token="<s>") == "<s>[I]Hello[/I]<A>"
     assert made("{{ documents is none }} {{ nothing is defined }}") == "True False"
@@ -149,41 +149,20 @@ def test_a_template_that_does_too_much_is_refused_soon(template):
     assert time.monotonic() - started < 30  # alone it is at most 4
 
 
-@given(
-    st.text(max_size=40)
-    | st.lists(
-        st.sampled_from(
-            [
-                "{{",
-                "}}",
-                "{%",
-                "%}",
-                "for",
-                "x",
-                "in",
-                "messages",
-                "endfor",
-                "if",
-                "|",
-                "(",
-                ")",
-                "[",
-                "]",
-                ".",
-                "~",
-                "+",
-                "'a'",
-                "1",
-            ]
-        )
-    ).map(" ".join)
-)
+# fmt: off
+_JINJA = ["{{", "}}", "{%", "%}", "for", "x", "in", "messages", "endfor", "if", "|", "(", ")", "[", "]", ".", "~", "1"]
+# fmt: on
+
+
+@given(st.text(max_size=40) | st.lists(st.sampled_from(_JINJA)).map(" ".join))
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_a_template_or_a_refusal(template):
+    refusal = "the chat template"
     try:
         ChatTemplate(template).render({"messages": USER})
     except TemplateError as e:
-        assert "chat template" in str(e)
+        refusal = str(e)
+    assert refusal.startswith("the chat template")
 
 
 def test_a_prompt_that_cannot_fit_is_made_no_longer_than_needed():
