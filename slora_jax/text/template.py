@@ -25,8 +25,10 @@ MAX_SECONDS = 2.0
 """Most seconds of its thread's time that rendering one prompt may take."""
 
 MAX_CHARACTERS = 2**26
-"""Most characters, and entries of lists, that rendering one prompt may make, those of steps on the way among them."""
+"""Most characters, and entries of lists, that rendering one prompt may make, those of steps on the way among them, and
+beside eight times those that go in."""
 
+_TIMES_INPUT = 8
 _MAX_SOURCE = 2**20
 _MAX_ENTRIES = 2**17
 _MAX_WIDTH = 10_000
@@ -40,14 +42,6 @@ type Content = Literal["text", "parts", "either"]
 
 class TemplateError(Exception):
     """The template refuses these messages, fails on them, or does more than it may. The message says which."""
-
-
-class OutputTooLong(Exception):
-    """The text came to more characters than the caller can use; ``characters`` is how many there were by then."""
-
-    def __init__(self, characters: int):
-        super().__init__(f"more than {characters} characters")
-        self.characters = characters
 
 
 class ChatTemplate:
@@ -65,25 +59,17 @@ class ChatTemplate:
         """
         return _compiled(self.source)[1]
 
-    def render(self, variables: Mapping[str, Any], max_characters: int | None = None) -> str:
+    def render(self, variables: Mapping[str, Any]) -> str:
         """The text for these variables.
 
         Raises:
           TemplateError: see there.
-          OutputTooLong: it has more than ``max_characters``. Only so much of it is made.
         """
         code, _ = _compiled(self.source)
-        environment = _Environment()
+        environment = _Environment(MAX_CHARACTERS + _TIMES_INPUT * _weight(variables, MAX_CHARACTERS))
         template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
-        pieces, length = [], 0
         try:
-            for piece in template.generate(variables):
-                pieces.append(piece)
-                length += len(piece)
-                if max_characters is not None and length > max_characters:
-                    raise OutputTooLong(length)
-        except OutputTooLong:
-            raise
+            return "".join(template.generate(variables))
         except _TooMuch as e:
             raise TemplateError(f"the chat template does too much with these messages: {e}") from None
         except _Refusal as e:
@@ -92,7 +78,6 @@ class ChatTemplate:
             raise TemplateError(
                 f"the chat template fails on these messages: {type(e).__name__}: {_cut(str(e))}"
             ) from None
-        return "".join(pieces)
 
 
 class _Refusal(Exception):
@@ -183,7 +168,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self):
+    def __init__(self, characters: int = MAX_CHARACTERS):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -191,7 +176,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=self._shown,
         )
         self._deadline = time.thread_time() + MAX_SECONDS
-        self._left = MAX_CHARACTERS
+        self._most = self._left = characters
         self.concat = self._joined
         self.filters = dict(_FILTERS)
         self.tests = dict(_TESTS)
@@ -217,7 +202,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def measure(self, value: Any, times: int = 1) -> None:
         """Refuses to write out ``value`` (so many times) if that makes more than may be made."""
         if _weight(value, self._left // max(1, times)) * times > self._left:
-            raise _TooMuch(f"it makes more than {MAX_CHARACTERS} characters")
+            raise _TooMuch(f"it makes more than {self._most} characters")
 
     def made(self, value: Any) -> Any:
         """Counts what was made, and returns it."""
@@ -226,7 +211,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise _TooMuch(f"it makes a list of more than {_MAX_ENTRIES} entries")
             self._left -= len(value)
             if self._left < 0:
-                raise _TooMuch(f"it makes more than {MAX_CHARACTERS} characters")
+                raise _TooMuch(f"it makes more than {self._most} characters")
         return value
 
     def call(__self, __context, __obj, *args, **kwargs):
@@ -321,7 +306,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _room_for(self, length: int) -> None:
         if length > self._left:
-            raise _TooMuch(f"it makes more than {MAX_CHARACTERS} characters")
+            raise _TooMuch(f"it makes more than {self._most} characters")
 
     def _shown(self, value: Any) -> Any:
         """What ``{{ value }}`` is about to write."""

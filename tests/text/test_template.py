@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_jax.errors import InvalidRequest, PromptTooLong
-from slora_jax.text.template import ChatTemplate, OutputTooLong, TemplateError
+from slora_jax.text.template import ChatTemplate, TemplateError
 from slora_jax.text.tokenizer import Tokenizer
 from tests.helpers.chat_templates import CHATS, TEMPLATES
 from tests.helpers.small_tokenizers import byte_level, byte_level_folder
@@ -165,14 +165,16 @@ def test_any_text_is_a_template_or_a_refusal(template):
     assert refusal.startswith("the chat template")
 
 
-def test_a_prompt_that_cannot_fit_is_made_no_longer_than_needed():
-    template = ChatTemplate("{% for i in range(1000) %}{{ 'ab' }}{% endfor %}")
-    with pytest.raises(OutputTooLong) as error:
-        template.render({}, max_characters=99)
-    assert error.value.characters == 100
-    tokenizer = Tokenizer(byte_level(), chat_templates={"default": "{% for i in range(1000) %}{{ 'ab' }}{% endfor %}"})
-    with pytest.raises(PromptTooLong, match=r"maximum context length is 8 tokens\. However, your messages resulted in"):
-        tokenizer.encode_chat(USER, max_tokens=8)
+def test_a_chat_that_cannot_fit_is_refused():
+    tokenizer = Tokenizer(
+        byte_level(), chat_templates={"default": "{% for m in messages %}{{ m.content + '!' }}{% endfor %}"}
+    )
+    with pytest.raises(
+        PromptTooLong, match=r"maximum context length is 8 tokens\. However, your prompt resulted in"
+    ) as error:
+        tokenizer.encode_chat([{"role": "user", "content": "x" * 40_000_000}], max_tokens=8)
+    assert error.value.param == "messages"
+    assert len(tokenizer.encode_chat(USER, max_tokens=8)) == len("Hello!") - 1
 
 
 def test_named_templates():
