@@ -271,10 +271,10 @@ def _token_ids(prompt: Prompt, engine: "Engine", chat: bool) -> tuple[int, ...]:
     if engine.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer (dummy weights); give token ids", "prompts")
     if isinstance(prompt, str) and not chat:
-        ids = engine.tokenizer.encode(prompt)
+        ids = engine.tokenizer.encode(prompt, max_tokens=engine.max_model_len)
         return tuple(ids) or tuple(i for i in [engine.tokenizer.bos_token_id] if i is not None)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return tuple(engine.tokenizer.encode_chat(read_messages(messages)))
+    return tuple(engine.tokenizer.encode_chat(read_messages(messages), max_tokens=engine.max_model_len))
 
 
 def _adapter_name(adapter: AdapterChoice, engine: "Engine") -> str | None:

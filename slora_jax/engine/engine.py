@@ -299,7 +299,11 @@ class Engine:
         """Makes the request's n sequences. Needs the lock, so that ``arrival`` increases with the sequences' ids."""
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
-        eos = () if sampling.ignore_eos else self.model_config.eos_token_ids
+        ends = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends.update(self.model_config.eos_token_ids)
+        if self.tokenizer is not None:
+            ends.update(self.tokenizer.stop_token_ids(sampling.stop))
         arrival = time.monotonic()
         group: list[_Answer] = []
         for index in range(sampling.n):
@@ -310,7 +314,7 @@ class Engine:
                 max_tokens=max_tokens,
                 sampling=sampling,
                 seed=seed + index,
-                end_token_ids=frozenset((*sampling.stop_token_ids, *eos)),
+                end_token_ids=frozenset(ends),
                 adapter=adapter,
                 leader=group[0].sequence if group else None,
                 arrival=arrival,
