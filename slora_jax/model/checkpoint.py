@@ -1,8 +1,9 @@
 """Ready-to-serve parameters kept on disk as an Orbax checkpoint, so that the next start only reads them.
 
 An entry of the cache is a folder ``<source folder>-<source files>-<form>``, each part a digest; ``form`` covers the
-config, the dtype and the sharding. It is written under another name, recorded with the size of every file and
-the digests of small ones, and renamed when whole. One process at a time writes the entries of one source folder; the others serve without writing.
+config, the dtype and the sharding. It is written under another name, recorded with the size of every file and the
+digests of small ones, and renamed when whole. One process at a time writes the entries of one source folder; the others
+serve without writing.
 """
 
 import fcntl
@@ -78,7 +79,8 @@ def load_or_restore(
     """``load_params``, or the same parameters from the cache if the source files have not changed since.
 
     An entry with files missing, cut short or unreadable is deleted and made anew. The numbers in it are trusted, as
-    those in the safetensors are: digests cover only what tells where they are. A cache that cannot be written costs a warning, nothing else.
+    those in the safetensors are: digests cover only what tells where they are. A cache that cannot be written costs a
+    warning, nothing else.
 
     Args:
       folder, config, dtype, mesh, progress: as in ``load_params``.

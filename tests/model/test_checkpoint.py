@@ -1,7 +1,6 @@
 """The Orbax cache of ready-to-serve parameters: when it is used, and what happens when it is damaged."""
 
 import fcntl
-import json
 import logging
 import os
 import shutil
