@@ -37,6 +37,7 @@ from slora_jax.memory.pool import AdapterCopy
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import GATHERED, LoraOps
 from slora_jax.model.mesh import ModelMesh
+from slora_jax.process import OwnProcess
 from slora_jax.request import Request
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
@@ -80,6 +81,7 @@ class Engine:
         lora_ops: LoraOps = GATHERED,
     ):
         dtype = jax.tree.leaves(params)[0].dtype
+        self._process = OwnProcess()
         self.config = config
         self._built_for = config.scheduler
         self.model_name = model_name
@@ -248,8 +250,9 @@ class Engine:
             is for another scheduling policy than this engine's.
           UnknownAdapter: ``request.adapter`` is not registered.
           Overloaded: too many requests are waiting.
-          EngineStopped: the engine is closed.
+          EngineStopped: the engine is closed, or another process's.
         """
+        self.check_process()
         adapter = self._store.get(request.adapter) if request.adapter is not None else None
         self._check_policy_fields(request)
         max_tokens = self._check_prompt(request, adapter)
@@ -560,12 +563,25 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
         self._thread.start()
 
+    def check_process(self) -> None:
+        """Does nothing in the process that made the engine.
+
+        Raises:
+          EngineStopped: this is a forked child of it, in which the engine cannot be used.
+        """
+        self._process.check()
+
     def watch_hosts(self, on_stop: Callable[[], None]) -> None:
         """Calls ``on_stop`` once, in a thread of its own, if another host's process is asked to stop."""
         self._followers.watch(on_stop)
 
     def close(self) -> None:
-        """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent."""
+        """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent.
+
+        Does nothing in a forked child, whose parent goes on with the engine.
+        """
+        if not self._process.is_here:
+            return
         with self._lock:
             self._closed = self._closed or "the engine was closed"
         self._followers.unwatch()

@@ -185,6 +185,9 @@ class FakeEngine:
     def start(self) -> None:
         self._thread.start()
 
+    def check_process(self) -> None:
+        """Tests do not fork."""
+
     def on_failure(self, callback) -> None:
         self.fail = callback
 
