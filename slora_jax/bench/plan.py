@@ -91,8 +91,8 @@ def plan(
 ) -> dict[str, float | dict]:
     """Memory, what fits, and the least time of a step.
 
-    ``gpu_share`` is what JAX has of the GPU (``gpu_memory_fraction``), ``memory_fraction`` what the pool has of the rest
-    beside the weights.
+    ``gpu_share`` is what JAX has of the GPU (``gpu_memory_fraction``), ``memory_fraction`` what the pool has of that
+    less the weights.
 
     ``kv_share`` is what one device holds of a token's K and V: 1 / N, or more where KV heads are not a multiple of N.
 
