@@ -526,7 +526,7 @@ class EngineFailure:
     No living process is to answer 503 for ever.
     """
 
-    def __init__(self, seconds_to_end: float = SECONDS_TO_END):
+    def __init__(self, seconds_to_end: float):
         self.reason: str | None = None
         self._seconds_to_end = seconds_to_end
 
@@ -576,7 +576,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.server import run_server
 
-    failure = EngineFailure()
+    failure = EngineFailure(SECONDS_TO_END)
     # First the port: if it is taken, say so before the slow part.
     with contextlib.closing(listen_on(server_config)) as sock:
         click.echo(f"Loading {engine_config.model} ...", err=True)

@@ -377,6 +377,8 @@ def _engine(model: "str | Path | Engine | None", options: Mapping[str, Any]) -> 
         if options:
             raise InvalidRequest(f"{', '.join(options)}: a running engine takes no options")
         return model
+    for kept in list(_engines.values()):
+        kept.check_process()  # ahead of the lock, which a fork may have copied while it was held
     fields = dict(options, model="demo" if model is None else str(model))
     config = build_config(fields)
     if config.model == "demo" and not config.adapters:

@@ -26,6 +26,7 @@ from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overload
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.modules import MODULES
+from slora_jax.process import OwnProcess
 from slora_jax.request import Delta, FinishReason, Request, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
@@ -100,6 +101,7 @@ class Engine:
             )
         self.config = parts.config.model_copy(update={"scheduler": settings})
         self.parts = parts
+        self._process = OwnProcess()
         self.model_name = parts.model_name
         self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
@@ -270,8 +272,9 @@ class Engine:
             is for another scheduling policy than this engine's.
           UnknownAdapter: ``request.adapter`` is not registered.
           Overloaded: too many requests are waiting.
-          EngineStopped: the engine is closed.
+          EngineStopped: the engine is closed, or another process's.
         """
+        self.check_process()
         adapter = self._store.get(request.adapter) if request.adapter is not None else None
         self._check_policy_fields(request)
         max_tokens = self._check_prompt(request, adapter)
@@ -498,6 +501,14 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="slora-engine", daemon=True)
         self._thread.start()
         _close_at_exit(self)
+
+    def check_process(self) -> None:
+        """Does nothing in the process that made the engine.
+
+        Raises:
+          EngineStopped: this is a forked child of it, in which the engine cannot be used.
+        """
+        self._process.check()
 
     def watch_hosts(self, on_stop: Callable[[], None]) -> None:
         """Calls ``on_stop`` once, in a thread of its own, if another host's process is asked to stop."""

@@ -200,6 +200,9 @@ class FakeEngine:
         self.fail = on_failure
         self._thread.start()
 
+    def check_process(self) -> None:
+        """Tests do not fork."""
+
     def watch_hosts(self, on_stop) -> None:
         """There are no others."""
 
