@@ -26,9 +26,9 @@ MAX_RANK = 256
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# Parsing holds the interpreter's lock: so much takes at most some 15 ms. A config with a rank and an alpha for each
-# projection of the largest Llama takes 150 kB.
-_MAX_CONFIG_BYTES = 512 * 2**10
+# Parsing holds the interpreter's lock: so much takes at most some 10 ms. A config with a rank and an alpha for each
+# projection of the largest Llama takes 130 kB.
+_MAX_CONFIG_BYTES = 256 * 2**10
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MODULE_PATHS = {m: f"{'self_attn' if m in 'qkvo' else 'mlp'}.{m}_proj" for m in MODULES}
 # What PEFT can adapt besides the projections, and is not adapted here.

@@ -408,7 +408,7 @@ def test_missing_rank_or_alpha_is_pefts_default(tmp_path, key):
         (b"\xff\xfe", "adapter_config.json is not valid JSON"),
         (b"[" * 100_000, "adapter_config.json is not valid JSON"),
         (b"[]", "adapter_config.json must hold a JSON object"),
-        (b" " * (512 * 2**10 + 1), "more than the 524288 allowed"),
+        (b" " * (256 * 2**10 + 1), "more than the 262144 allowed"),
     ],
     ids=["cut", "binary", "deep", "list", "huge"],
 )
