@@ -227,7 +227,7 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
     sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
     messages = read_messages(fields.messages)
-    prompt = tuple(_tokenizer(engine, "messages").encode_chat(messages, max_tokens=engine.max_model_len))
+    prompt = tuple(_tokenizer(engine, "messages", adapter).encode_chat(messages, max_tokens=engine.max_model_len))
     room = _room(prompt, engine, "messages")
     if limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
@@ -413,10 +413,11 @@ def _checked_ids(ids: Sequence[int], engine: "Engine") -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _tokenizer(engine: "Engine", param: str) -> Tokenizer:
-    if engine.tokenizer is None:
+def _tokenizer(engine: "Engine", param: str, adapter: str | None = None) -> Tokenizer:
+    tokenizer = engine.tokenizer_of(adapter)
+    if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer (dummy weights): send token ids to /v1/completions", param)
-    return engine.tokenizer
+    return tokenizer
 
 
 def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:

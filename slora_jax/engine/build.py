@@ -180,6 +180,7 @@ def make_parts(
         stage=pool.stage,
         capacity=host_adapter_bytes(config),
         host_bytes=pool.staged_bytes,
+        base_name=base.name,
     )
     runner = Runner(
         make_model(base, lora_ops),

@@ -200,6 +200,9 @@ class FakeEngine:
         self.fail = on_failure
         self._thread.start()
 
+    def tokenizer_of(self, adapter):
+        return self.tokenizer
+
     def check_process(self) -> None:
         """Tests do not fork."""
 
