@@ -227,7 +227,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
     sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
     messages = read_messages(fields.messages)
-    prompt = tuple(_tokenizer(engine, "messages", adapter).encode_chat(messages, max_tokens=engine.max_model_len))
+    ids = _tokenizer(engine, "messages", adapter).encode_chat(messages, max_tokens=engine.max_model_len)
+    prompt = _checked_ids(ids, engine, "messages")
     room = _room(prompt, engine, "messages")
     if limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
@@ -403,13 +404,13 @@ def _text_prompt(text: str, engine: "Engine") -> tuple[int, ...]:
     return _checked_ids(ids, engine)
 
 
-def _checked_ids(ids: Sequence[int], engine: "Engine") -> tuple[int, ...]:
+def _checked_ids(ids: Sequence[int], engine: "Engine", param: str = "prompt") -> tuple[int, ...]:
     if not ids:
-        raise InvalidRequest("prompt is empty; send at least one token", "prompt")
+        raise InvalidRequest(f"{param}: the prompt is empty; send at least one token", param)
     vocabulary = engine.model_config.vocab_size
     if min(ids) < 0 or max(ids) >= vocabulary:
         bad = next(i for i in ids if not 0 <= i < vocabulary)
-        raise InvalidRequest(f"prompt: token id {shown(bad)} is outside the vocabulary [0, {vocabulary})", "prompt")
+        raise InvalidRequest(f"{param}: token id {shown(bad)} is outside the vocabulary [0, {vocabulary})", param)
     return tuple(ids)
 
 

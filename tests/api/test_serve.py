@@ -331,8 +331,8 @@ FAKE_LAUNCH = """
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(30)
             return cls(folder)
-        def start(self):
-            super().start()
+        def start(self, on_failure):
+            super().start(on_failure)
             if what == "fails":
                 threading.Timer(0.5, self.fail, ["the device is gone"]).start()
         def close(self):
