@@ -7,7 +7,8 @@ are too few quantifiers to matter. What all expressions of one config may cost t
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import lru_cache
 
 import re2
 
@@ -158,6 +159,8 @@ class NamePatterns[T]:
             self._others.append((index, expressions.compile(text, r"(.*\.)?({})$")))
 
     def get(self, name: str, default: T) -> T:
+        if not self.items:
+            return default
         found = [self._plain[end] for end in (f"^{name}", *ends(name)) if end in self._plain]
         first = min(found, default=len(self.items))
         for index, expression in self._others:
@@ -169,10 +172,9 @@ class NamePatterns[T]:
         return self.items[first][1] if first < len(self.items) else default
 
 
-def ends(name: str) -> Iterator[str]:
+# Adapters of one base model are asked about the same few hundred names.
+@lru_cache(maxsize=4096)
+def ends(name: str) -> tuple[str, ...]:
     """The name, and each end of it that starts after a dot."""
-    while True:
-        yield name
-        _, dot, name = name.partition(".")
-        if not dot:
-            return
+    parts = name.split(".")
+    return tuple(".".join(parts[i:]) for i in range(len(parts)))
