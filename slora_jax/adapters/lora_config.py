@@ -229,7 +229,7 @@ def _is_among(name: str, names: frozenset[str] | Expression) -> bool:
     """PEFT's rule: an expression matches the whole name; a listed one is the name or an end of it after a dot."""
     if isinstance(names, Expression):
         return names.fullmatch(name)
-    return any(end in names for end in ends(name))
+    return not names.isdisjoint(ends(name))
 
 
 def _targets(config: dict[str, Any], expressions: Expressions) -> frozenset[str] | Expression:

@@ -298,7 +298,7 @@ def _token_files(folder: Path) -> dict[str, bytes]:
     """What a tokenizer that was saved beside the adapter says first, by file; most adapters have none."""
     found = {}
     for name in TOKEN_FILES:
-        if not os.path.lexists(folder / name):
+        if not os.path.lexists(os.path.join(folder, name)):
             continue
         with _reading(name), _open(folder, name, "save the tokenizer again or remove the file") as file:
             found[name] = file.read(MAX_FILE_BYTES)
