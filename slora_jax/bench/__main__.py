@@ -13,12 +13,12 @@ from slora_jax.config import read_yaml
 from slora_jax.errors import SLoRAError
 from slora_jax.gpu_memory import set_share
 from slora_jax.model.config import ModelConfig
+from slora_jax.shapes import shape_file
 
 _COUNT = click.IntRange(1)
 _RANK = click.IntRange(1, MAX_RANK)
 _SEED = click.IntRange(0)
 _ABOVE_0 = click.FloatRange(0, min_open=True)
-_SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 
 
 class _Shape(NamedTuple):
@@ -34,12 +34,10 @@ def _shape(model: str) -> _Shape:
     Raises:
       click.ClickException: there is none, or no model that can be served.
     """
-    file = Path(model)
-    if file.suffix not in (".yaml", ".yml"):
-        file = _SHAPES / f"{model}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(path.stem for path in _SHAPES.glob("*.yaml")))
-            raise click.ClickException(f"no such shape: {model}; known are {known}, or give a YAML file")
+    try:
+        file = Path(model) if Path(model).suffix in (".yaml", ".yml") else shape_file(model)
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
     try:
         return _Shape(file, ModelConfig.from_hf(read_yaml(file)))
     except SLoRAError as e:
