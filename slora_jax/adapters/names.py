@@ -7,7 +7,8 @@ are too few quantifiers to matter. What all expressions of one config may cost t
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import lru_cache
 
 import re2
 
@@ -23,7 +24,8 @@ _QUANTIFIER = r"(?:[*+?]|\{\d{1,3}(?:,\d{0,3})?\})\??+"
 _LOOK = r"\(\?<?[=!]"
 _READ_ALIKE = re.compile(
     rf"(?:{_LITERAL}|\\[dDwWsSbB.\-/:^$|?*+()\[\]{{}}]|\[\^?+{_SET_ITEM}++-?+\]|{_QUANTIFIER}|[.^$|)]|{_LOOK}"
-    r"|\((?:\?:)?+(?!\?))*+"
+    r"|\((?:\?:)?+(?!\?))*+",
+    re.ASCII,
 )
 _ESCAPE_OR_SET = re.compile(r"\\.|\[[^\]]*\]")
 _MAX_BACKTRACKING_QUANTIFIERS = 4
@@ -94,8 +96,16 @@ class Expressions:
         whole = form.format(text)
         # What is left of brackets belongs to groups.
         bare = _ESCAPE_OR_SET.sub("x", text)
-        looks = re.search(_LOOK, bare)
-        compiled, cost = _compile_with_re(text, bare, whole) if looks else _compile_with_re2(text, whole)
+        try:
+            # Also where RE2 matches: it reads some that PEFT cannot.
+            compiled = re.compile(whole)
+        except (re.error, RecursionError, OverflowError) as e:
+            raise BadExpression(text, f"not a valid expression: {e}") from None
+        cost = _BACKTRACKING_COST
+        if re.search(_LOOK, bare):
+            _check_backtracking(text, bare)
+        else:
+            compiled, cost = _compile_with_re2(text, whole)
         self._cost += cost
         if self._cost > _MAX_COST:
             raise BadExpression(
@@ -113,7 +123,7 @@ def _compile_with_re2(text: str, whole: str):
     return compiled, compiled.programsize
 
 
-def _compile_with_re(text: str, bare: str, whole: str):
+def _check_backtracking(text: str, bare: str) -> None:
     bare = bare.replace("(?", "(")
     quantifiers = re.findall(r"[*+?]\??|\{[^}]*\}", bare)
     if len(quantifiers) > _MAX_BACKTRACKING_QUANTIFIERS or re.search(r"\)(?:[*+]|\{)", bare):
@@ -122,14 +132,11 @@ def _compile_with_re(text: str, bare: str, whole: str):
             "an expression that looks ahead or behind could take for ever to match; write it without repeated groups "
             f"and with at most {_MAX_BACKTRACKING_QUANTIFIERS} quantifiers",
         )
-    try:
-        return re.compile(whole), _BACKTRACKING_COST
-    except (re.error, RecursionError, OverflowError) as e:
-        raise BadExpression(text, f"not a valid expression: {e}") from None
 
 
 _PLAIN = re.compile(
-    r"(\^?)((?:(?:(?:(?:model\.)?layers\.)?\d{1,6}\.)?(?:self_attn|mlp)\.)?(?:[qkvo]|gate|up|down)_proj)(?:\$?)"
+    r"(\^?)((?:(?:(?:(?:model\.)?layers\.)?\d{1,6}\.)?(?:self_attn|mlp)\.)?(?:[qkvo]|gate|up|down)_proj)\$?",
+    re.ASCII,
 )
 
 
@@ -158,6 +165,8 @@ class NamePatterns[T]:
             self._others.append((index, expressions.compile(text, r"(.*\.)?({})$")))
 
     def get(self, name: str, default: T) -> T:
+        if not self.items:
+            return default
         found = [self._plain[end] for end in (f"^{name}", *ends(name)) if end in self._plain]
         first = min(found, default=len(self.items))
         for index, expression in self._others:
@@ -169,10 +178,9 @@ class NamePatterns[T]:
         return self.items[first][1] if first < len(self.items) else default
 
 
-def ends(name: str) -> Iterator[str]:
+# Adapters of one base model are asked about the same few hundred names.
+@lru_cache(maxsize=4096)
+def ends(name: str) -> tuple[str, ...]:
     """The name, and each end of it that starts after a dot."""
-    while True:
-        yield name
-        _, dot, name = name.partition(".")
-        if not dot:
-            return
+    parts = name.split(".")
+    return tuple(".".join(parts[i:]) for i in range(len(parts)))

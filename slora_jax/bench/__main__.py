@@ -11,13 +11,14 @@ from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.bench.timing import command_line
 from slora_jax.config import read_yaml
 from slora_jax.errors import SLoRAError
+from slora_jax.gpu_memory import set_share
 from slora_jax.model.config import ModelConfig
+from slora_jax.shapes import shape_file
 
 _COUNT = click.IntRange(1)
 _RANK = click.IntRange(1, MAX_RANK)
 _SEED = click.IntRange(0)
 _ABOVE_0 = click.FloatRange(0, min_open=True)
-_SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 
 
 class _Shape(NamedTuple):
@@ -33,12 +34,10 @@ def _shape(model: str) -> _Shape:
     Raises:
       click.ClickException: there is none, or no model that can be served.
     """
-    file = Path(model)
-    if file.suffix not in (".yaml", ".yml"):
-        file = _SHAPES / f"{model}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(path.stem for path in _SHAPES.glob("*.yaml")))
-            raise click.ClickException(f"no such shape: {model}; known are {known}, or give a YAML file")
+    try:
+        file = Path(model) if Path(model).suffix in (".yaml", ".yml") else shape_file(model)
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
     try:
         return _Shape(file, ModelConfig.from_hf(read_yaml(file)))
     except SLoRAError as e:
@@ -112,6 +111,7 @@ def kernels(only: str, scale: int, peers: bool, out: Path | None):
     """Attention, gathered LoRA and decode steps against copy bandwidth and cuDNN on this device."""
     from slora_jax.bench.kernels import run_kernels
 
+    set_share(None)
     if not run_kernels(only, scale, peers, command_line(), out):
         raise click.ClickException("a case failed; see above")
 
@@ -131,6 +131,7 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
     """Times an op of pallas_kernels/tuned for every combination of block sizes, e.g. `tune lora_shrink decode`."""
     from slora_jax.bench.kernels import run_tuning
 
+    set_share(None)
     if not run_tuning(op, key, grid, only, scale):
         raise click.ClickException("no combination worked; see above")
 
@@ -261,6 +262,7 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
 
     if tp < 2:
         raise click.UsageError("one device sends nothing; give --tp 2 or more")
+    set_share(None, tp)
     shapes = {name: _shape(name).config for name in models}
     results = []
     try:
@@ -330,6 +332,7 @@ def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out) -> int
             else:
                 from slora_jax.bench.served import EngineServer
 
+                set_share(None)
                 most = most_sequences(names, chosen)
                 server = EngineServer(str(shape.file), chosen, most, {"gigabytes": pool_gigabytes})
                 stack.enter_context(contextlib.closing(server))

@@ -47,6 +47,7 @@ from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, TokenBatch
 from slora_jax.model.modules import MODULES
 from slora_jax.model.weights import dummy_params
+from slora_jax.shapes import shape_file
 
 _SEED = 7
 _MAX_ERROR = 1e-2
@@ -55,7 +56,7 @@ _MAX_STEP_ERROR = 3e-2
 """The same after two whole layers that round in every operation."""
 _MIXED = (64, 32, 16, 8)
 """Ranks in turn of the paper's setting S2: of all that are measured here, those that take most pages."""
-_LLAMA_7B = Path(__file__).parents[2] / "configs" / "shapes" / "llama-7b.yaml"
+_LLAMA_7B = shape_file("llama-7b")
 
 
 class Timing(NamedTuple):
