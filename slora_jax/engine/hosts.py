@@ -72,7 +72,7 @@ class Followers:
     """
 
     def __init__(self):
-        self._hosts = range(1, jax.process_count())
+        self._hosts: Sequence[int] = range(1, jax.process_count())
         self._numbers = itertools.count()
         self._watch: threading.Thread | None = None
         self._unwatched = threading.Event()
