@@ -67,6 +67,7 @@ class Section(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        assert info.field_name is not None, "a validator of a field was called without one"
         annotation = cls.model_fields[info.field_name].annotation
         return value if bool in (annotation, *get_args(annotation)) else _no_truth(value)
 
@@ -273,7 +274,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
             seen = set()
             for key, _ in node.value:

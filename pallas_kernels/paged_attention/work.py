@@ -101,6 +101,7 @@ def cut(
     # A buffer of its own: XLA hands a kernel a slice of a larger buffer in place, and Triton needs 16-byte alignment.
     page_table = jnp.maximum(page_table, 0)
     num_sequences = page_table.shape[0]
+    counts = jnp.diff(query_start)
     if max_query_len == 1:
         token = jnp.arange(num_tokens, dtype=jnp.int32)
         sequence = owner(query_start, token)
@@ -110,7 +111,7 @@ def cut(
         tiles = None
     else:
         sequence = jnp.arange(num_sequences, dtype=jnp.int32)
-        single = jnp.diff(query_start) == 1
+        single = counts == 1
         token = jnp.where(single, query_start[:-1], -1)
         length = jnp.where(single, context_len, 0)
         tiles = cut_tiles(query_start, context_len, num_tokens=num_tokens, size=query_tile)
@@ -125,7 +126,7 @@ def _decode_items(token, sequence, length, level, min_chunk) -> DecodeItems:
         # The longest first, so that what ends last is short.
         order = jnp.argsort(-length)
         token, sequence, length = token[order], sequence[order], length[order]
-    chunk = jnp.maximum(_round_up((jnp.sum(length) + level - 1) // level, _CHUNK_UNIT), min_chunk)
+    chunk = jnp.maximum(_round_up((jnp.sum(length) + (level - 1)) // level, _CHUNK_UNIT), min_chunk)
     parts = -(-length // chunk)
     first = jnp.cumulative_sum(parts, include_initial=True).astype(jnp.int32)
     item = jnp.arange(level + num_rows, dtype=jnp.int32)

@@ -238,7 +238,9 @@ def _targets(config: dict[str, Any], expressions: Expressions) -> frozenset[str]
         return frozenset(_DEFAULT_TARGETS)
     if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
         return expressions.compile(_PROJECTIONS)
-    return _names(config, "target_modules", expressions)
+    names = _names(config, "target_modules", expressions)
+    assert names is not None, "only exclude_modules may be empty"
+    return names
 
 
 def _names(config: dict[str, Any], field: str, expressions: Expressions) -> frozenset[str] | Expression | None:

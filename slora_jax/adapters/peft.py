@@ -11,8 +11,9 @@ import stat
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -252,7 +253,7 @@ class _Source:
 
     config: bytes
     table: bytes
-    file: BinaryIO
+    file: BufferedIOBase
     file_bytes: int
     table_digest: bytes
     fingerprint: bytes
@@ -305,7 +306,7 @@ def _token_files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def _open(folder: Path, name: str, remedy: str) -> BinaryIO:
+def _open(folder: Path, name: str, remedy: str) -> BufferedIOBase:
     path = folder / name
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -401,7 +402,7 @@ def _tensors_by_projection(
     if not entries:
         raise BadAdapter(f"{WEIGHTS_FILE} holds no tensors; save the adapter again")
     found: dict[tuple[int, str], dict[str, TensorEntry]] = {}
-    infixes = {}
+    infixes: dict[str | None, str] = {}
     for entry in entries:
         match = _TENSOR_NAME.fullmatch(entry.name)
         if match is None:
@@ -456,7 +457,7 @@ def _module_name(layer: int, module: str) -> str:
 class _WeightReader(Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]]):
     """A and B of every projection, read when asked for, so that one pair is in memory at a time."""
 
-    def __init__(self, file: BinaryIO, projections: _Projections, dtype: np.dtype):
+    def __init__(self, file: BufferedIOBase, projections: _Projections, dtype: np.dtype):
         self._file = file
         self._projections = projections
         self._dtype = dtype

@@ -438,6 +438,7 @@ class AdapterStore:
                 if left is None:
                     return
                 for other in left:
+                    assert isinstance(other, weakref.ref)  # as ``_key``
                     self._drop(other())
                 self._loaders.submit(self._load, key)
             elif version is not None:

@@ -57,7 +57,7 @@ def synthetic_weights(
       ``[layers, 2, R, N * W]`` in ``dtype``, read-only, for ``loaded_adapter``.
     """
     rng = np.random.default_rng(seed)
-    weights = {}
+    weights: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
     for module in modules:
         shape = pool_layout.shapes[module]
         a = rng.standard_normal((rank, shape.d_in), np.float32) / np.float32(np.sqrt(shape.d_in))

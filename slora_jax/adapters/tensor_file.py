@@ -8,7 +8,8 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedIOBase
+from typing import TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +44,7 @@ class TensorEntry:
     num_bytes: int
 
 
-def read_table(file: BinaryIO) -> tuple[bytes, int]:
+def read_table(file: BufferedIOBase) -> tuple[bytes, int]:
     """Reads the table of tensors, unparsed, and the size of the file.
 
     Raises:
@@ -95,7 +96,7 @@ def parse_table(table: bytes, file_bytes: int) -> list[TensorEntry]:
     return entries
 
 
-def read_tensor(file: BinaryIO, entry: TensorEntry) -> np.ndarray:
+def read_tensor(file: BufferedIOBase, entry: TensorEntry) -> np.ndarray:
     """Reads one tensor in its own element type.
 
     Raises:
@@ -158,6 +159,6 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), data_start + start, num_bytes)
 
 
-def _are_counts(value: object) -> bool:
+def _are_counts(value: object) -> TypeGuard[list[int]]:
     """Whether it is a list of few numbers that a file's size may have."""
     return isinstance(value, list) and len(value) <= _MAX_DIMS and all(type(v) is int and 0 <= v < 2**63 for v in value)

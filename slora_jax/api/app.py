@@ -297,7 +297,7 @@ def _events(
             yield _event(chunk)
         for index, deltas in pieces:
             completion_tokens += sum(len(delta.token_ids) for delta in deltas)
-            chunks = [chunk for delta in deltas if (chunk := reply.chunk(index, without_failure(delta))) is not None]
+            chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
             if chunks:
                 yield b"".join(map(_event, chunks))
             for delta in deltas:

@@ -8,10 +8,10 @@ import json
 import numbers
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from slora_jax.api.deltas import raise_failure, watch
 from slora_jax.api.openai import read_messages
@@ -82,7 +82,7 @@ class TextStream:
         return self
 
     def __next__(self) -> str | tuple[int, str]:
-        with _cancelled_on_error(self._generations, but=StopIteration):
+        with _cancelled_on_error(self._generations, but=(StopIteration,)):
             for index, text in self._pieces:
                 return text if self._work.single else (index, text)
             if self.results is None and all(g.finished for g in self._generations):
@@ -104,7 +104,7 @@ class TextStream:
             generation.cancel()
 
 
-def _pieces(generations: Sequence["Generation"]) -> Iterator[tuple[int, str]]:
+def _pieces(generations: Sequence["Generation"]) -> Generator[tuple[int, str], None, None]:
     for index, deltas in watch(generations, gone=lambda: False):
         if text := "".join(delta.text for delta in deltas):
             yield index, text
@@ -249,6 +249,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
+    """Of one prompt, whose items are of one kind."""
+    return not isinstance(prompt, str) and _is_int(prompt[0])
+
+
 def _sampling_params(value: SamplingChoice, defaults: Mapping[str, Any]) -> SamplingParams:
     """What the caller chose; ``defaults`` stand for the fields that a mapping leaves out."""
     if value is None:
@@ -267,7 +272,7 @@ def _sampling_params(value: SamplingChoice, defaults: Mapping[str, Any]) -> Samp
 def _token_ids(prompt: Prompt, engine: "Engine", chat: bool, adapter: str | None) -> tuple[int, ...]:
     if not _is_prompt(prompt):
         raise InvalidRequest("a prompt is empty, or a list within a list", "prompts")
-    if not isinstance(prompt, str) and _is_int(prompt[0]):
+    if _are_ids(prompt):
         return tuple(int(token) for token in prompt)
     tokenizer = engine.tokenizer_of(adapter)
     if tokenizer is None:
@@ -362,7 +367,7 @@ def _result(prompt: Prompt, output: RequestOutput) -> GenerationResult:
 
 
 @contextlib.contextmanager
-def _cancelled_on_error(generations: Sequence["Generation"], but: type[Exception] = ()) -> Iterator[None]:
+def _cancelled_on_error(generations: Sequence["Generation"], but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Whatever ends the block early, an interrupt too, ends what it submitted."""
     try:
         yield

@@ -70,7 +70,13 @@ _CHAT_DEFAULTS = {
 """OpenAI's fields that are not computed here, each with the values (besides null) that change nothing."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_MESSAGE_DEFAULTS = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
+_MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "annotations": ([],),
+}
 
 
 @dataclass(frozen=True, slots=True)

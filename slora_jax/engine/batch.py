@@ -282,7 +282,7 @@ def _places(batch: BatchShape) -> dict[str, tuple[slice, tuple[int, ...], np.dty
     """By name: where a field lies in the packed vector, its shape, its dtype."""
     t, s, m = batch.tokens, batch.sequences, len(MODULES)
     int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
-    fields = {
+    fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         "token_ids": ((t,), int32),
         "page_table": ((s, batch.table_width), int32),
         "query_start": ((s + 1,), int32),
@@ -357,19 +357,19 @@ def build_batch(
     num_adapters = len(adapters)
     # Sequences without an adapter come last, behind every segment.
     order = dict(zip(adapters, range(num_adapters), strict=True)) | {None: num_adapters}
-    segment_of = [order[e.sequence.adapter_key] for e in entries]
-    rows = sorted(range(len(segment_of)), key=segment_of.__getitem__)
+    segments = [order[e.sequence.adapter_key] for e in entries]
+    rows = sorted(range(len(segments)), key=segments.__getitem__)
     entries = tuple([entries[i] for i in rows])
-    segment_of = np.array(segment_of, np.int32)[rows]
-    sequences, first_tokens, counts, _, _ = zip(*entries, strict=True)
-    counts = np.array(counts, np.int32)
+    segment_of = np.array(segments, np.int32)[rows]
+    sequences, first_tokens, num_tokens, _, _ = zip(*entries, strict=True)
+    counts = np.array(num_tokens, np.int32)
     starts = np.zeros(len(entries) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     num_real_tokens = int(starts[-1])
     total_rank = 0
     if adapters:
-        modules = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
-        modules = modules.reshape(num_adapters, 4, len(MODULES))
+        flat = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
+        modules = flat.reshape(num_adapters, 4, len(MODULES))
         total_rank = int(modules[:, 0].sum(axis=0).max())
         changed = np.flatnonzero(modules[:, 0].any(axis=0)).tolist()
         most_pages = max([len(a.pages) for a in adapters.values()])

@@ -98,8 +98,8 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
     else:
         logger.warning("%s has no tokenizer.json: prompts must be token ids, and answers have no text", folder)
     # Several hosts each read their slices of the safetensors.
-    cached = config.checkpoint_cache is not None and config.mesh.num_hosts == 1
-    cache = _folder(config.checkpoint_cache, "weights") if cached else None
+    place = config.checkpoint_cache if config.mesh.num_hosts == 1 else None
+    cache = None if place is None else _folder(place, "weights")
     with _room_for_weights(model_config, dtype, mesh):
         params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
@@ -423,6 +423,7 @@ def num_pages_of(config: PoolConfig, page_bytes: int, memory: DeviceMemory | Non
     Raises:
       InvalidRequest: the devices cannot hold so many, or hold too few to be of use.
     """
+    budget: float
     if config.pages is not None:
         budget, field = config.pages * page_bytes, "pool.pages"
     elif config.gigabytes is not None:

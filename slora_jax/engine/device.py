@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
+from slora_jax.adapters.store import AdapterVersion
 from slora_jax.engine.batch import AdapterSlice
 from slora_jax.engine.core import Step, StepResult
 from slora_jax.engine.hosts import Followers
@@ -45,7 +46,8 @@ class ModelDevice:
         self._key_of_page: dict[int, Hashable] = {}
 
     def start_copy(self, load: AdapterLoad) -> None:
-        host = load.adapter.host()
+        host = _version(load).host()
+        assert host is not None, "an adapter left host memory while it was held"
         self.followers.start_copy(host.packed, load.pages)
         self._copies.append((load, self.pool.start_copy(host.packed, load.pages)))
         self.copied_bytes += host.packed.nbytes
@@ -112,7 +114,7 @@ class ModelDevice:
         for page in load.pages:
             self._forget(self._key_of_page.get(page))
             self._key_of_page[page] = load.key
-        header = load.adapter.header
+        header = _version(load).header
         self._slices[load.key] = AdapterSlice(
             pages=load.pages,
             ranks=header.layout.ranks,
@@ -126,3 +128,10 @@ class ModelDevice:
         if gone is not None:
             for page in gone.pages:
                 del self._key_of_page[page]
+
+
+def _version(load: AdapterLoad) -> AdapterVersion:
+    """The adapter with its weights, of which the scheduler knows no more than a price and a status."""
+    version = load.adapter
+    assert isinstance(version, AdapterVersion), "what an engine gives its scheduler are its store's versions"
+    return version

@@ -6,7 +6,7 @@ weights. A shape of step then compiles in 1 to 2 s on two cores, and starting te
 ms a step. A GPU keeps the one program: there a step takes no longer than that, and is compiled ahead.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,14 +24,32 @@ _MOST_LAYERS = 4
 """Of a program that is a part. Six run 2 % faster and take half as long again to compile."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Key of a part: what comes before the layers, a group of layers, or what comes behind them."""
+
+    name: Literal["begin", "layers", "end"]
+    shape: BatchShape
+
+
+type ProgramKey = BatchShape | Part
+"""Of a program of the forward: that of a whole one is its shape."""
+
+
 class Forward(Protocol):
     """How a forward is cut into programs. All of them donate the pool."""
 
-    def keys(self, shape: BatchShape) -> tuple[Hashable, ...]:
+    def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         """Keys of the programs that a step of this shape runs."""
         ...
 
-    def lower(self, key: Hashable, params: dict, tokens: jax.ShapeDtypeStruct, pool: jax.ShapeDtypeStruct):
+    def lower(
+        self,
+        key: ProgramKey,
+        params: dict,
+        tokens: jax.Array | jax.ShapeDtypeStruct,
+        pool: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.stages.Lowered:
         """Traces and lowers one of them. What JAX remembers of it goes with the result.
 
         Args:
@@ -44,7 +62,7 @@ class Forward(Protocol):
 
     def start(
         self,
-        program: Callable[[Hashable], jax.stages.Compiled],
+        program: Callable[[ProgramKey], jax.stages.Compiled],
         shape: BatchShape,
         params: dict,
         packed: np.ndarray,
@@ -67,8 +85,7 @@ class Forward(Protocol):
 
 def choose_forward(model: Llama, mesh: ModelMesh | None) -> Forward:
     """The one that suits the devices."""
-    kind = ForwardInParts if jax.default_backend() == "cpu" else WholeForward
-    return kind(model, mesh)
+    return ForwardInParts(model, mesh) if jax.default_backend() == "cpu" else WholeForward(model, mesh)
 
 
 class WholeForward:
@@ -78,10 +95,11 @@ class WholeForward:
         self._model = model
         self._mesh = mesh
 
-    def keys(self, shape: BatchShape) -> tuple[Hashable, ...]:
+    def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         return (shape,)
 
-    def lower(self, key: BatchShape, params, tokens, pool) -> jax.stages.Lowered:
+    def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
+        assert isinstance(key, BatchShape), "not one of these keys"
         return self.jitted(key).lower(params, packed_struct(key, self._mesh), tokens, pool)
 
     def jitted(self, shape: BatchShape):
@@ -101,14 +119,6 @@ class WholeForward:
         return program(shape)(params, packed, tokens, pool)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Key of a part: what comes before the layers, a group of layers, or what comes behind them."""
-
-    name: Literal["begin", "layers", "end"]
-    shape: BatchShape
-
-
 class ForwardInParts:
     """Three programs, of which the one with layers runs for one group of layers after the other."""
 
@@ -118,10 +128,11 @@ class ForwardInParts:
         count = model.config.num_layers
         self._group = max(n for n in range(1, _MOST_LAYERS + 1) if count % n == 0)
 
-    def keys(self, shape: BatchShape) -> tuple[Hashable, ...]:
+    def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         return Part("begin", shape), Part("layers", shape), Part("end", shape)
 
-    def lower(self, key: Part, params, tokens, pool) -> jax.stages.Lowered:
+    def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
+        assert isinstance(key, Part), "not one of these keys"
         begin = self._begin(key.shape, pool.shape[3] // (self._mesh.size if self._mesh else 1))
         of_begin = {"embed": params["embed"]}, packed_struct(key.shape, self._mesh), tokens
         if key.name == "begin":
@@ -168,7 +179,9 @@ class ForwardInParts:
 
     def _end(self, params, *arguments):
         def step(params, x, query_start):
-            return _of_last_tokens(self._model.apply({"params": params}, x, method=Llama.end), query_start)
+            hidden = self._model.apply({"params": params}, x, method=Llama.end)
+            assert isinstance(hidden, jax.Array)  # and no changed variables beside it, of which there are none
+            return _of_last_tokens(hidden, query_start)
 
         return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
 

@@ -87,11 +87,13 @@ class Generation:
 
     def _completion(self, index: int, deltas: list[Delta]) -> Completion:
         wants_logprobs = self.request.sampling.logprobs is not None
+        finish_reason = deltas[-1].finish_reason
+        assert finish_reason is not None, "a completion is made of all of an answer's deltas"
         return Completion(
             index=index,
             text="".join(d.text for d in deltas),
             token_ids=tuple(t for d in deltas for t in d.token_ids),
-            finish_reason=deltas[-1].finish_reason,
+            finish_reason=finish_reason,
             logprobs=tuple(p for d in deltas for p in d.logprobs) if wants_logprobs else None,
             error=deltas[-1].error,
         )

@@ -213,7 +213,10 @@ class Follower:
 
     def _warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
         shapes = self._runner.all_shapes(tuple(active), max_rank, pages)
-        self._runner.warm_up(shapes, lambda: self._meeting.exchange(_COMPILED, None))
+        self._runner.warm_up(shapes, self._compiled)
+
+    def _compiled(self) -> None:
+        self._meeting.exchange(_COMPILED, None)
 
     def _load(self, number: int, folder: str, content_hash: str) -> None:
         self._loaded[number] = loading = self._loader.submit(self._read, Path(folder), content_hash)

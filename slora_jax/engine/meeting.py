@@ -178,6 +178,7 @@ class Meeting:
         Raises:
           EngineStopped: this process was to end, where ``end_process`` did not end it.
         """
+        assert config.coordinator is not None, "several hosts have a coordinator"
         address, _, port = config.coordinator.rpartition(":")
         address = address.strip("[]")
         if self.host == 0:
@@ -192,7 +193,7 @@ class Meeting:
             server = _listening(port)
         except OSError as e:
             self.end(
-                f"host 0 cannot listen on port {port}, where the other hosts look for it ({os.strerror(e.errno)}); "
+                f"host 0 cannot listen on port {port}, where the other hosts look for it ({os.strerror(e.errno or 0)}); "
                 "end what has that port, or give all hosts a --coordinator with another one",
                 BAD_START,
             )

@@ -36,7 +36,7 @@ MAX_PASSING = 128
 """Programs in memory that nobody asked to last: beyond that many the longest unused go."""
 
 
-class Programs:
+class Programs[Shape: Hashable]:
     """Programs by *shape*: any hashable value whose ``repr`` says all of it.
 
     A shape that is asked for is taken from memory, else from disk, else compiled. Memory holds the programs that are to
@@ -48,8 +48,8 @@ class Programs:
 
     def __init__(
         self,
-        lower: Callable[[Hashable], jax.stages.Lowered],
-        options: Callable[[Hashable], dict[str, str | bool]],
+        lower: Callable[[Shape], jax.stages.Lowered],
+        options: Callable[[Shape], dict[str, str | bool]],
         folder: Path | None,
         made_of: object,
         code: Iterable[Path],
@@ -71,26 +71,26 @@ class Programs:
             None if folder is None else _claimed(folder / _digest(repr(made_of), *_environment(code, devices)))
         )
         self.compiling: str | None = None
-        self._lasting: dict[Hashable, jax.stages.Compiled] = {}
-        self._passing: OrderedDict[Hashable, jax.stages.Compiled] = OrderedDict()
+        self._lasting: dict[Shape, jax.stages.Compiled] = {}
+        self._passing: OrderedDict[Shape, jax.stages.Compiled] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._lasting) + len(self._passing)
 
-    def __iter__(self) -> Iterator[Hashable]:
+    def __iter__(self) -> Iterator[Shape]:
         return itertools.chain(self._lasting, self._passing)
 
-    def __contains__(self, shape: Hashable) -> bool:
+    def __contains__(self, shape: object) -> bool:
         return shape in self._lasting or shape in self._passing
 
-    def get(self, shape: Hashable) -> jax.stages.Compiled:
+    def get(self, shape: Shape) -> jax.stages.Compiled:
         """The shape's program."""
         if shape not in self._lasting:
             self.prepare([shape])
             return self._passing[shape]
         return self._lasting[shape]
 
-    def prepare(self, shapes: Iterable[Hashable], what: str = "a program", lasting: bool = False) -> None:
+    def prepare(self, shapes: Iterable[Shape], what: str = "a program", lasting: bool = False) -> None:
         """Gets these shapes' programs into memory, using all cores.
 
         If one must be compiled, a line in the log says so before, and another how long it took.
@@ -118,21 +118,22 @@ class Programs:
                 while len(self._passing) > MAX_PASSING:
                     self._passing.popitem(last=False)
 
-    def _got(self, shapes: Sequence[Hashable], what: str) -> dict[Hashable, jax.stages.Compiled]:
+    def _got(self, shapes: Sequence[Shape], what: str) -> dict[Shape, jax.stages.Compiled]:
         """Reads or compiles them."""
         with (
             nullcontext() if self._folder is None else _without_jax_cache(),
             ThreadPoolExecutor(os.cpu_count()) as workers,
         ):
             readings = {shape: workers.submit(self._read, shape) for shape in shapes}
-            programs = {shape: reading.result() for shape, reading in readings.items()}
-            missing = [shape for shape, program in programs.items() if program is None]
+            found = {shape: reading.result() for shape, reading in readings.items()}
+            programs = {shape: program for shape, program in found.items() if program is not None}
+            missing = [shape for shape in shapes if shape not in programs]
             if missing:
                 with self._told(what):
                     programs |= self._compile_all(missing, workers)
-        return programs
+        return {shape: programs[shape] for shape in shapes}
 
-    def _compile_all(self, shapes: Sequence[Hashable], workers: Executor) -> dict[Hashable, jax.stages.Compiled]:
+    def _compile_all(self, shapes: Sequence[Shape], workers: Executor) -> dict[Shape, jax.stages.Compiled]:
         # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
         compiling = {shape: workers.submit(self._compile, shape, self._lower(shape)) for shape in shapes}
         programs, crowded = {}, []
@@ -161,21 +162,22 @@ class Programs:
         kept = "" if self._folder is None else ", kept on disk"
         logger.warning("compiled %s in %.1f s%s", what, time.perf_counter() - start, kept)
 
-    def _compile(self, shape: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    def _compile(self, shape: Shape, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         program = lowered.compile(self._options(shape))
         if self._folder is not None:
             self._write(shape, program)
         return program
 
-    def _path(self, shape: Hashable) -> Path:
+    def _path(self, shape: Shape) -> Path:
+        assert self._folder is not None, "programs that are not kept have no file"
         return self._folder / _digest(repr(shape))
 
-    def _read(self, shape: Hashable) -> jax.stages.Compiled | None:
+    def _read(self, shape: Shape) -> jax.stages.Compiled | None:
         if self._folder is None:
             return None
         try:
-            kept = pickle.loads(self._path(shape).read_bytes())
-            return deserialize_and_load(*kept, execution_devices=self._devices)
+            serialized, in_tree, out_tree = pickle.loads(self._path(shape).read_bytes())
+            return deserialize_and_load(serialized, in_tree, out_tree, execution_devices=self._devices)
         except FileNotFoundError:
             return None
         except Exception as e:
@@ -183,7 +185,7 @@ class Programs:
             logger.warning("compiled program %s cannot be read and is made anew: %s", self._path(shape), e)
             return None
 
-    def _write(self, shape: Hashable, program: jax.stages.Compiled) -> None:
+    def _write(self, shape: Shape, program: jax.stages.Compiled) -> None:
         path, partial = self._path(shape), None
         try:
             # Under a name of its own: another server may be writing the same.

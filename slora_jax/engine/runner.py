@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import pallas_kernels
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
-from slora_jax.engine.forward import Part, choose_forward, on_each_device
+from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device
 from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
@@ -38,7 +38,11 @@ def code_digest() -> str:
     return source_digest(_CODE)
 
 
-def _num_rows(shape: BatchShape | Part | SamplerShape) -> int:
+type _Key = ProgramKey | SamplerShape
+"""Of a program of the forward, or of a sampler."""
+
+
+def _num_rows(shape: _Key) -> int:
     if isinstance(shape, Part):
         shape = shape.shape
     return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
@@ -162,7 +166,7 @@ class Runner:
         self.reset()
         # One device has no reason to count ranks: its kernels work on real ones.
         self._room = AdapterRoom(max_rank=padded_rank(1) if mesh else MAX_RANK)
-        self.programs = Programs(
+        self.programs: Programs[_Key] = Programs(
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
             program_folder,
@@ -231,12 +235,14 @@ class Runner:
             # Both have run: other shapes of as many sequences need only one to go with.
             del its_samplers[1:]
 
-    def _lower(self, shape: BatchShape | Part | SamplerShape) -> jax.stages.Lowered:
+    def _lower(self, shape: _Key) -> jax.stages.Lowered:
         if not isinstance(shape, SamplerShape):
             return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-        inputs = inputs.replace(history=self._struct((shape.sequences, shape.history), jnp.int32))
+        # Any: a shape in the place of an array, as JAX takes it wherever it only traces.
+        history: Any = self._struct((shape.sequences, shape.history), jnp.int32)
+        inputs = replace(inputs, history=history)
         sampler = _sampler(shape, self.model, self._mesh, self._buckets.max_sequences)
         return sampler.lower(self._head, hidden, inputs, self._tokens)
 
@@ -285,6 +291,7 @@ def _sampler(shape: SamplerShape, model: Llama, mesh: ModelMesh | None, num_toke
 
     def step(params, hidden, inputs, previous_tokens):
         logits = model.apply({"params": params}, hidden, method=Llama.logits)
+        assert isinstance(logits, jax.Array)  # and no changed variables beside it, of which there are none
         return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
 
     def sampled(params, *arguments) -> Sampled:

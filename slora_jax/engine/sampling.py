@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 
 import jax
@@ -33,7 +32,7 @@ class SamplerShape:
     logprobs: bool
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class SamplerInputs:
     """Per-sequence rules, ``[S]`` each.
 
@@ -47,20 +46,20 @@ class SamplerInputs:
       num_prompt: int32 prompt tokens at the front of ``history``.
     """
 
-    position: jax.Array
-    seed: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition: jax.Array
-    presence: jax.Array
-    frequency: jax.Array
-    history: jax.Array
-    num_prompt: jax.Array
+    position: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    repetition: jax.Array | np.ndarray
+    presence: jax.Array | np.ndarray
+    frequency: jax.Array | np.ndarray
+    history: jax.Array | np.ndarray
+    num_prompt: jax.Array | np.ndarray
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class Sampled:
     """What one step sampled. ``top_*`` and ``logprob`` are None unless asked for.
 

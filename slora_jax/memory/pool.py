@@ -48,7 +48,7 @@ class AdapterCopy:
     @property
     def is_ready(self) -> bool:
         """Whether it has arrived. Does not wait."""
-        return self.array.is_ready()
+        return self.array.is_ready()  # type: ignore[attr-defined]  # public, and missing from jax.Array's stub
 
     def wait(self) -> None:
         """Waits until it has arrived."""

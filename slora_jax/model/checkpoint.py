@@ -96,9 +96,9 @@ def load_or_restore(
 
     abstract = sharded_abstract_params(config, dtype, mesh)
     entry = _entry(Path(cache_root).expanduser().absolute(), folder, config, abstract)
-    params = _restore(entry, abstract)
-    if params is not None:
-        return params, Provenance("orbax", time.perf_counter() - start)
+    restored = _restore(entry, abstract)
+    if restored is not None:
+        return restored, Provenance("orbax", time.perf_counter() - start)
     start = time.perf_counter()
     params = load_params(folder, config, dtype, mesh, progress)
     seconds = time.perf_counter() - start

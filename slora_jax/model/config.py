@@ -54,7 +54,7 @@ _LARGEST = MappingProxyType(
 _MAX_THETA = 1e30
 _MIN_FACTOR, _MAX_FACTOR = 1e-6, 1e9
 
-_DONE_WITHOUT = MappingProxyType(
+_DONE_WITHOUT: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         # With biases, or other norms.
         **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias"), (False, None)),
@@ -189,19 +189,22 @@ class ModelConfig:
             )
         defaults = _DEFAULTS[model_type]
 
-        def size(name: str, default: int | None = None, null: bool = False) -> int | None:
-            return fields.integer(name, default, 1, _LARGEST[name], null=null)
+        def size(name: str, default: int) -> int:
+            return fields.integer(name, default, 1, _LARGEST[name])
+
+        def optional_size(name: str, default: int | None = None) -> int | None:
+            return fields.integer(name, default, 1, _LARGEST[name], null=True)
 
         _refuse_what_is_not_done(fields)
         vocab_size, hidden_size = size("vocab_size", 32000), size("hidden_size", 4096)
         num_heads = size("num_attention_heads", 32)
-        num_kv_heads = size("num_key_value_heads", defaults.get("num_key_value_heads"), null=True) or num_heads
+        num_kv_heads = optional_size("num_key_value_heads", defaults.get("num_key_value_heads")) or num_heads
         if num_heads % num_kv_heads:
             raise fields.refuse(
                 "num_attention_heads",
                 f" ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})",
             )
-        head_dim = size("head_dim", null=True)
+        head_dim = optional_size("head_dim")
         if head_dim is None:
             if hidden_size % num_heads:
                 raise fields.refuse(
@@ -360,7 +363,9 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int) -> tu
 
     def factor(key: str = "factor") -> float:
         need(key)
-        return inner.number(key, None, _MIN_FACTOR, _MAX_FACTOR)
+        value = inner.number(key, None, _MIN_FACTOR, _MAX_FACTOR)
+        assert value is not None, "a field that is there was not read"
+        return value
 
     def original() -> int:
         name = "original_max_position_embeddings"

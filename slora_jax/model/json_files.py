@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from slora_jax.errors import UnsupportedModel
 
@@ -105,6 +105,12 @@ class Fields:
         """Whether the field is there, and not null."""
         return self.values.get(name) is not None
 
+    @overload
+    def integer(self, name: str, default: int, low: int, high: int, *, null: Literal[False] = False) -> int: ...
+
+    @overload
+    def integer(self, name: str, default: int | None, low: int, high: int, *, null: bool = False) -> int | None: ...
+
     def integer(self, name: str, default: int | None, low: int, high: int, *, null: bool = False) -> int | None:
         value = self.values.get(name, default)
         if value is None and (null or name not in self.values):
@@ -112,6 +118,14 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.refuse(name, f" must be an integer from {low} to {high}, got {shown(value)}")
         return value
+
+    @overload
+    def number(self, name: str, default: float, low: float, high: float, *, null: Literal[False] = False) -> float: ...
+
+    @overload
+    def number(
+        self, name: str, default: float | None, low: float, high: float, *, null: bool = False
+    ) -> float | None: ...
 
     def number(self, name: str, default: float | None, low: float, high: float, *, null: bool = False) -> float | None:
         value = self.values.get(name, default)

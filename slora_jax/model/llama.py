@@ -13,11 +13,12 @@ all-reduce ``[T, h]`` each after o and down; for LoRA (S-LoRA, section 6) an all
 gate, up and an all-reduce ``[T, R]`` for each of o, down.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ from slora_jax.model.shards import Shards
 Q, K, V, O, GATE, UP, DOWN = range(len(MODULES))  # noqa: E741
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class TokenBatch:
     """One step's tokens, flat over its sequences; see ``pallas_kernels.paged_attention`` for padding.
 
@@ -145,7 +146,7 @@ class Llama(nn.Module):
         x, step = self.begin(batch, pool.shape[3])
         if self.is_initializing():
             for i, block in enumerate(self.layers):
-                x, pool = block(x, step, pool, np.int32(i))
+                x, pool = block(x, step, pool, jnp.int32(i))
         else:
             x, pool = run_layers(self, [block.variables["params"] for block in self.layers], 0, x, step, pool)
         return self.end(x), pool
@@ -239,12 +240,15 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states ``[T, h]`` and the pool after this layer; ``layer`` is its number, an int32 scalar."""
 
-        def low_rank(modules) -> bool:
-            return step.lora is not None and bool(set(modules) & set(step.lora.active))
+        def plan_for(modules) -> LoraPlan | None:
+            """The adapters' plan; None where they change none of these modules."""
+            changes = step.lora is not None and set(modules) & set(step.lora.active)
+            return step.lora if changes else None
 
-        def shrink_split(x, modules):
+        def shrink_split(x, modules, lora: LoraPlan):
             """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
-            changed = [m for m in modules if m in step.lora.active]
+            assert step.lora_split is not None, "on several devices there are both plans or none"
+            changed = [m for m in modules if m in lora.active]
             gathered = gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed))
             if len(changed) == len(modules):
                 return gathered
@@ -253,21 +257,23 @@ class Block(nn.Module):
 
         def project(projection, x, *modules):
             y = projection(x)
-            if not low_rank(modules):
+            lora = plan_for(modules)
+            if lora is None:
                 return y
             # Nothing between the product and the sum: cuBLAS then does both in one kernel.
             if self.num_shards == 1:
-                return y + self.lora_ops.delta(x, pool, layer, step.lora, modules)
-            partial_sums = shrink_split(x, modules)
-            return y + lora_expand(partial_sums, pool, layer, step.lora, modules, x.dtype)
+                return y + self.lora_ops.delta(x, pool, layer, lora, modules)
+            partial_sums = shrink_split(x, modules, lora)
+            return y + lora_expand(partial_sums, pool, layer, lora, modules, x.dtype)
 
         def reduce(projection, x, module):
             if self.num_shards == 1:
                 return project(projection, x, module)
             y = projection(x)
-            if low_rank((module,)):
-                partial_sums = jax.lax.psum(lora_shrink(x, pool, layer, step.lora, (module,)), TP)
-                delta = lora_expand(partial_sums, pool, layer, step.lora, (module,), x.dtype)
+            lora = plan_for((module,))
+            if lora is not None:
+                partial_sums = jax.lax.psum(lora_shrink(x, pool, layer, lora, (module,)), TP)
+                delta = lora_expand(partial_sums, pool, layer, lora, (module,), x.dtype)
                 y = add_to_own_columns(y, delta)
             return jax.lax.psum(y, TP)
 
@@ -293,7 +299,12 @@ class Block(nn.Module):
 
 
 def run_layers(
-    model: Llama, layers: Sequence[dict], first: int | jax.Array, x: jax.Array, step: StepTables, pool: jax.Array
+    model: Llama,
+    layers: Sequence[Mapping[str, Any]],
+    first: int | jax.Array,
+    x: jax.Array,
+    step: StepTables,
+    pool: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden states ``[T, h]`` and the pool after some consecutive layers.
 
@@ -334,12 +345,13 @@ def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegmen
     """The same segments as one device shrinks them for column-parallel modules, and as it does everything else."""
     is_split = np.array([module not in ROW_PARALLEL for module in MODULES])
     max_rank = split_ranks(segments.max_rank, num_shards)
-    split = segments.replace(
+    split = dataclasses.replace(
+        segments,
         rank=jnp.where(is_split, split_ranks(segments.rank, num_shards), 0),
         max_rank=max_rank,
         total_rank=min(segments.total_rank, segments.total_rank // num_shards + segments.rank.shape[0]),
     )
-    return split, segments.replace(max_rank=num_shards * max_rank)
+    return split, dataclasses.replace(segments, max_rank=num_shards * max_rank)
 
 
 def add_to_own_columns(y: jax.Array, delta: jax.Array) -> jax.Array:
@@ -404,7 +416,8 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype, num_shards: int = 1) 
     """The parameter tree's shapes and dtypes over all devices, without allocating any."""
     local = Shards(config, num_shards).local
     model = Llama(local, dtype)
-    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    # Any: shapes in the places of arrays, as JAX takes them wherever it only traces.
+    int32: Callable[..., Any] = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = TokenBatch(
         int32((1,)), int32((1,)), int32((1,)), int32((1, 1)), int32((2,)), int32((1,)), None, decode_only=True
     )

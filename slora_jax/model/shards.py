@@ -84,7 +84,7 @@ class Shards:
         runs = []
         for head in self._kv_heads(shard):
             found = 0 if head is None else count
-            first = head * group + part if found else None
+            first = None if head is None or not found else head * group + part
             runs += [_heads(first, found, model.head_dim), _heads(None, group_here - found, model.head_dim)]
         return joined_runs(runs)
 

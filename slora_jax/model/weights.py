@@ -319,12 +319,12 @@ class _Recipe:
         for name, shape in self.shapes.items():
             starts[name] = total
             total += shape[self.axis]
-        shape = list(next(iter(self.shapes.values())))
-        shape[self.axis] = total
+        whole = list(next(iter(self.shapes.values())))
+        whole[self.axis] = total
         runs = joined_runs((None if p.name is None else starts[p.name] + p.first, p.size) for p in self.pieces)
         if self.transposed:
-            return _Form(tuple(reversed(shape)), len(shape) - 1 - self.axis, runs)
-        return _Form(tuple(shape), self.axis, runs)
+            return _Form(tuple(reversed(whole)), len(whole) - 1 - self.axis, runs)
+        return _Form(tuple(whole), self.axis, runs)
 
 
 def _recipes(config: ModelConfig, names, shards: Shards) -> dict[ParamPath, _Recipe]:
@@ -359,7 +359,7 @@ def _recipes(config: ModelConfig, names, shards: Shards) -> dict[ParamPath, _Rec
     embedding = "model.embed_tokens"
     if config.tie_word_embeddings and f"{embedding}.weight" not in names and "lm_head.weight" in names:
         embedding = "lm_head"  # of two tied tensors a file may keep either
-    recipes = {
+    recipes: dict[ParamPath, _Recipe] = {
         ("embed", "embedding"): vocabulary(embedding, transposed=False),
         ("norm", "scale"): whole("model.norm", hidden),
     }
@@ -405,8 +405,10 @@ def _build(recipe: _Recipe, tensors: dict[str, _Tensor], leaf: jax.ShapeDtypeStr
 def _read(recipe: _Recipe, tensors: dict[str, _Tensor], shape: tuple[int, ...], place: Sharding) -> jax.Array:
     """The recipe's pieces, joined, in the file's dtype and order of axes; each device reads its own."""
     dtype = next(tensors[name].dtype for name in recipe.shapes)
-    places = place.addressable_devices_indices_map(shape)
-    ranges = {device: index[recipe.axis].indices(shape[recipe.axis])[:2] for device, index in places.items()}
+    ranges = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        assert index is not None, "a device that was asked for has its part of every parameter"
+        ranges[device] = index[recipe.axis].indices(shape[recipe.axis])[:2]
     buffers = {}
     for start, stop in set(ranges.values()):
         local = [stop - start if axis == recipe.axis else size for axis, size in enumerate(shape)]

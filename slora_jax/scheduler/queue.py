@@ -116,4 +116,6 @@ class WaitingQueue:
             return
         self._due = oldest
         if oldest is not passed:
-            self._front.insert(place, self._by_age.take())
+            taken = self._by_age.take()
+            assert taken is oldest, "the oldest changed while it was looked at"
+            self._front.insert(place, oldest)

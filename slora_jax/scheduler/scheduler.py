@@ -95,10 +95,9 @@ class Scheduler:
 
     def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
         """Why a sequence of this length can never run, however little else does; None if it can."""
-        takes_pages = adapter is not None and not self._adapters.is_pinned(adapter)
         return self._budget.refusal(
             PoolLayout.token_pages(num_tokens),
-            adapter.num_pages if takes_pages else 0,
+            0 if adapter is None or self._adapters.is_pinned(adapter) else adapter.num_pages,
             self._adapters.pinned_pages,
         )
 
@@ -328,6 +327,7 @@ class Scheduler:
         del sequence.pages[:]
         sequence.page_keys = []
         if sequence.adapter_key is not None:
+            assert sequence.adapter is not None
             self._adapters.release(sequence.adapter_key, sequence.adapter)
             sequence.adapter_key = None
 
@@ -430,11 +430,13 @@ class Scheduler:
         if not self._budget.has_room(kv_pages + revived, adapter_pages):
             return False
         for key in prefix:
-            sequence.pages.extend(self._pages.acquire(key))
+            sequence.pages.extend(self._pages.acquire(key))  # type: ignore[arg-type]  # never None for a cached key
             sequence.page_keys.append(key)
         if adapter is not None:
             sequence.adapter_key = self._adapters.acquire(adapter)
-        sequence.pages.extend(self._budget.allocate_kv(kv_pages))
+        pages = self._budget.allocate_kv(kv_pages)
+        assert pages is not None, "there was room before the prefix was acquired"
+        sequence.pages.extend(pages)
         sequence.page_keys.extend([None] * kv_pages)
         sequence.num_scheduled = sequence.num_done = len(prefix) * PAGE_SIZE
         sequence.state = State.RUNNING

@@ -17,6 +17,10 @@ NOT_FINITE = -1
 class AdapterHandle(Protocol):
     """What the scheduler may know of an adapter: its price, and whether it can be copied to the pool now."""
 
+    def __hash__(self) -> int:
+        """Handles are keys of dicts."""
+        ...
+
     @property
     def num_pages(self) -> int: ...
 
@@ -139,6 +143,7 @@ class Sequence:
 
     def _adapter_salt(self) -> bytes:
         name = self.adapter.content_hash if self.adapter else "base"
+        assert name is not None, "an adapter that was never ready has no prefixes"
         return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
@@ -163,7 +168,7 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks a part of a step for
     samples: bool
     epoch: int
 

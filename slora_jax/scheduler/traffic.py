@@ -28,6 +28,10 @@ COPY_SHARE = 32
 """Copies under way have room in device memory of their own; all together at most one page in this many of the pool."""
 
 
+type Place = Literal["absent", "arriving", "used", "cached"]
+"""See ``Whereabouts``."""
+
+
 class Whereabouts(NamedTuple):
     """Where an adapter is.
 
@@ -40,7 +44,7 @@ class Whereabouts(NamedTuple):
 
     host: str
     is_held: bool
-    pool: Literal["absent", "arriving", "used", "cached"]
+    pool: Place
 
 
 class AdapterTraffic:
@@ -77,6 +81,7 @@ class AdapterTraffic:
 
     def whereabouts(self, adapter: AdapterHandle) -> Whereabouts:
         """Where an adapter is now. Changes nothing."""
+        place: Place
         if not self.is_resident(adapter):
             place = "absent"
         elif _key(adapter) in self._arriving:
@@ -277,6 +282,7 @@ class AdapterTraffic:
         if self._held.pop(adapter, None) is None:
             adapter.hold()
         pages = self._budget.allocate_adapter(adapter.num_pages)
+        assert pages is not None, "a load was started that has no room"
         self._pages.publish(key, pages)
         load = AdapterLoad(adapter, tuple(pages), key)
         self._arriving[key] = load

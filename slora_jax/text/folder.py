@@ -117,8 +117,9 @@ def load_backend(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerFiles, di
     if padding and "pad_token" not in files.names and not (kind is not None and "pad_token" in kind.defaults):
         names["pad_token"] = _token(padding["pad_token"])
     guarded(lambda: _add(backend, files, names), f"{folder}: the added tokens are not understood")
-    if kind is not None and kind.finish is not None:
-        guarded(lambda: kind.finish(backend, names), f"{folder}: the special tokens are not understood")
+    finish = None if kind is None else kind.finish
+    if finish is not None:
+        guarded(lambda: finish(backend, names), f"{folder}: the special tokens are not understood")
     split = files.config.get("split_special_tokens", False)
     if not isinstance(split, bool):
         raise _wrong(CONFIG_FILE, "split_special_tokens", "true or false", split)
@@ -348,7 +349,7 @@ def _rebuilt(kind: _Kind, backend: tokenizers.Tokenizer, config: Mapping[str, An
     vocabulary = model["vocab"]
     if not isinstance(vocabulary, dict):  # Unigram's pieces with their scores
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
+    merges: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     arguments = dict(kind.model)
     if "unk_token" in arguments:
         arguments["unk_token"] = _unknown(kind, config)

@@ -177,7 +177,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
         self._deadline = time.thread_time() + MAX_SECONDS
         self._most = self._left = characters
-        self.concat = self._joined
+        self.concat = self._joined  # type: ignore[method-assign]  # Jinja's hook, which it takes as an attribute
         self.filters = dict(_FILTERS)
         self.tests = dict(_TESTS)
         self.globals |= {
@@ -427,7 +427,10 @@ _FILTERS = {
     name: _measured_filter(name, function)
     for name, function in (jinja2.defaults.DEFAULT_FILTERS | {"tojson": _to_json}).items()
 }
-_TESTS = {name: _stepping_test(function) for name, function in jinja2.defaults.DEFAULT_TESTS.items()}
+_TESTS = {
+    name: _stepping_test(function)  # type: ignore[arg-type]  # of these kinds of callables mypy makes "function"
+    for name, function in jinja2.defaults.DEFAULT_TESTS.items()
+}
 
 
 def _refuse(message: Any):
@@ -517,8 +520,12 @@ def as_text(content: Any) -> Any:
     """A message's content for a template that takes strings: the texts of its parts, a line each."""
     if not isinstance(content, Sequence) or isinstance(content, str):
         return content
-    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-    return "\n".join(texts) if len(texts) == len(content) and all(isinstance(t, str) for t in texts) else content
+    texts = [
+        text
+        for part in content
+        if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(text := part.get("text"), str)
+    ]
+    return "\n".join(texts) if len(texts) == len(content) else content
 
 
 def as_parts(content: Any) -> Any:

@@ -60,7 +60,7 @@ class EarlyAbort(Ordered):
         for entry in self._hopeless:
             entry.put_back()
         self._hopeless.clear()
-        late = []
+        late: list[Sequence] = []
         while self._deadlines and len(late) < MAX_ABORTS and self._deadlines[0][0] <= now + self._first_token_seconds:
             sequence = heapq.heappop(self._deadlines)[2]
             if self._is_hopeless(sequence):

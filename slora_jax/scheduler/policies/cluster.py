@@ -76,4 +76,5 @@ class Clustering(Ordered):
     def _note_first(self, adapter: AdapterHandle | None) -> None:
         entry = self._waiting[adapter].peek() if adapter in self._waiting else None
         if entry is not None:
+            assert self._firsts is not None, "noted before the heap is made"
             heapq.heappush(self._firsts, (entry.sequence.sequence_id, id(adapter), adapter))

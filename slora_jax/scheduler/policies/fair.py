@@ -61,6 +61,7 @@ class VirtualTokenCounter(Ordered):
         if tenant is None:
             return None
         entry = tenant.waiting.take()
+        assert entry is not None, "a tenant without waiting sequences was first"
         tenant.planned += self._price(entry.sequence, tenant, 0)
         self._taken_from.append(tenant)
         return entry
