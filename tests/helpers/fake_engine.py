@@ -200,9 +200,6 @@ class FakeEngine:
         self.fail = on_failure
         self._thread.start()
 
-    def watch_hosts(self, on_stop) -> None:
-        """There are no others."""
-
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():
