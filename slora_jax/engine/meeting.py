@@ -529,6 +529,8 @@ def together(config: MeshConfig) -> Iterator[Meeting | None]:
     with signals_heard(meeting.ask_to_stop):
         try:
             yield meeting
+            # Not by the interpreter's own end: there JAX waits for the others, and aborts if one does not come.
+            meeting.leave()
         except (SLoRAError, OSError, ModuleNotFoundError) as e:
             meeting.end(f"host {config.host_id}: {' '.join(str(e).split()) or type(e).__name__}", BAD_START)
         except Exception as e:
@@ -536,8 +538,6 @@ def together(config: MeshConfig) -> Iterator[Meeting | None]:
             logger.debug("this host failed", exc_info=True)
             what = (str(e).splitlines() or [""])[0]
             meeting.end(f"host {config.host_id} failed: {type(e).__name__}: {what}", LOST)
-        # Not by the interpreter's own end: in it, JAX waits for the others, and ends the process if one does not come.
-        meeting.leave()
 
 
 def _serialization() -> ModuleType:
