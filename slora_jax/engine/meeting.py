@@ -420,7 +420,10 @@ class Meeting:
             self._ending = ending
             self._changed.notify_all()
         if ending.reason:
-            self._on_fail(ending.reason)
+            try:
+                self._on_fail(ending.reason)
+            except Exception:  # the others must hear of it all the same
+                logger.exception("what this host does at the end failed")
         self.send({"kind": "end", "reason": ending.reason, "code": ending.code})
         # Who ends while the other still sends takes back what it has said.
         for other in self.others:
