@@ -117,7 +117,10 @@ FLAGS = {
             metavar="FOLDER",
         ),
         _flag("--no-compilation-cache", "Keep none.", is_flag=True),
-        _flag("--warm-up/--no-warm-up", "Compile every shape of step before saying ready; on a GPU if left out."),
+        _flag(
+            "--warm-up/--no-warm-up",
+            "Compile every shape of step before saying ready, or none; if left out, on a CPU a few.",
+        ),
         _flag("--seed", "Of dummy weights, and of requests without a seed.", default="0", type=int),
     ],
     "Adapters": [
@@ -526,7 +529,7 @@ class EngineFailure:
     No living process is to answer 503 for ever.
     """
 
-    def __init__(self, seconds_to_end: float = SECONDS_TO_END):
+    def __init__(self, seconds_to_end: float):
         self.reason: str | None = None
         self._seconds_to_end = seconds_to_end
 
@@ -577,7 +580,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.server import run_server
     from slora_jax.engine.meeting import together
 
-    failure = EngineFailure()
+    failure = EngineFailure(SECONDS_TO_END)
     # First the port: if it is taken, say so before the slow part.
     with together(engine_config.mesh) as meeting, contextlib.closing(listen_on(server_config)) as sock:
         click.echo(f"Loading {engine_config.model} ...", err=True)

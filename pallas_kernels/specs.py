@@ -63,7 +63,7 @@ class AttentionSpec:
 
     @property
     def flops(self) -> int:
-        """What one layer must compute: two products of ``head_dim`` for every causal pair of every head."""
+        """What one layer must compute: every causal pair of every head has its part in the matmuls with K and V."""
         pairs = self.queries * self.context - self.queries * (self.queries - 1) // 2
         return 4 * self.sequences * pairs * self.heads * self.head_dim
 

@@ -51,6 +51,10 @@ class InvalidRequest(SLoRAError, ValueError):
         self.param = param
 
 
+class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
 class UnknownAdapter(SLoRAError, LookupError):
     """No adapter (or model) of that name is registered."""
 

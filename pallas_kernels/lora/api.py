@@ -1,11 +1,11 @@
-"""Gathered LoRA (the paper's MBGMV and MBGMM): contracts and argument checks.
+"""Gathered LoRA (the paper's MBGMV and MBGMM): contracts, argument checks, choice of back end.
 
 ``scale * (x A^T) B^T`` for a ragged batch, as two functions so that a sharded caller can put a collective on the
 rank-sized partial between them. A and B are read from the pool's pages where they lie.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ LoraPlan = ReferenceLoraPlan | TritonLoraPlan
 """Opaque to callers; its type says which back end runs."""
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class LoraSegments:
     """Which tokens take which adapter, and where its rows are.
 
@@ -56,6 +56,27 @@ class LoraSegments:
     total_rank: int = struct.field(pytree_node=False)
 
 
+class _BackEnd(NamedTuple):
+    """One back end's functions, which take arguments that this module has checked."""
+
+    plan: Callable[..., LoraPlan]
+    lora_shrink: Callable[..., jax.Array]
+    lora_expand: Callable[..., jax.Array]
+    lora_delta: Callable[..., jax.Array]
+
+
+_TRITON = _BackEnd(triton.plan, triton.lora_shrink, triton.lora_expand, triton.lora_delta)
+_BACK_ENDS: dict[Backend, _BackEnd] = {
+    "reference": _BackEnd(reference.plan, reference.lora_shrink, reference.lora_expand, reference.lora_delta),
+    "triton": _TRITON,
+    "hopper": _TRITON,
+}
+_OF_PLAN: dict[type[LoraPlan], _BackEnd] = {
+    ReferenceLoraPlan: _BACK_ENDS["reference"],
+    TritonLoraPlan: _BACK_ENDS["triton"],
+}
+
+
 def plan_lora(
     segments: LoraSegments, *, num_tokens: int, row_width: int, widths: Sequence[tuple[int, int]], backend: Backend
 ) -> LoraPlan:
@@ -80,7 +101,7 @@ def plan_lora(
         raise ValueError(f"segments.scale must be [{num_segments}, {num_modules}], got {segments.scale.shape}")
     if len(widths) != num_modules:
         raise ValueError(f"widths must name {num_modules} modules, got {len(widths)}")
-    planner = reference.plan if backend == "reference" else triton.plan
+    planner = _BACK_ENDS[backend].plan
     return planner(segments, num_tokens=num_tokens, row_width=row_width, widths=tuple(widths))
 
 
@@ -107,7 +128,7 @@ def lora_shrink(x: jax.Array, pool: jax.Array, layer: Layer, plan: LoraPlan, mod
       ValueError: a shape or dtype that does not fit the above.
     """
     _check(x, pool, layer, plan, modules)
-    return _backend(plan).lora_shrink(x, pool, layer, plan, tuple(modules))
+    return _OF_PLAN[type(plan)].lora_shrink(x, pool, layer, plan, tuple(modules))
 
 
 def lora_expand(
@@ -118,7 +139,7 @@ def lora_expand(
     modules: Sequence[int],
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Every token's low-rank update of the base model's outputs, for several modules side by side.
+    """Computes every token's low-rank update of the base model's outputs, for several modules side by side.
 
     Semantics, with the ``segments`` given to ``plan_lora``, for token t of segment g and ``m = modules[j]``::
 
@@ -142,22 +163,19 @@ def lora_expand(
     expected = (partial_sums.shape[0], len(modules), plan.max_rank)
     if partial_sums.shape != expected or partial_sums.dtype != jnp.float32:
         raise ValueError(f"partial_sums must be float32 {expected}, got {partial_sums.dtype} {partial_sums.shape}")
-    return _backend(plan).lora_expand(partial_sums, pool, layer, plan, tuple(modules), jnp.dtype(dtype))
+    expand = _OF_PLAN[type(plan)].lora_expand
+    return expand(partial_sums, pool, layer, plan, tuple(modules), jnp.dtype(dtype))
 
 
 def lora_delta(x: jax.Array, pool: jax.Array, layer: Layer, plan: LoraPlan, modules: Sequence[int]) -> jax.Array:
-    """``lora_expand(lora_shrink(x, ...), ..., x.dtype)``, for a caller with nothing to do in between.
+    """Returns ``lora_expand(lora_shrink(x, ...), ..., x.dtype)``, for a caller with nothing to do in between.
 
-    It is a term of its own and not added to the base's output here, because a matrix product takes a term to start
-    from for free: ``dot(x, W) + lora_delta(x, ...)`` is one call of the GPU's library, while an update in place would
-    read and write the output once more. Arguments and errors as in those two.
+    The update is not added to the base's output here, because a matmul takes a term to start from for free:
+    ``dot(x, W) + lora_delta(x, ...)`` is one call of the GPU's library, while an update in place would read and write
+    the output once more. Arguments and errors are those of ``lora_shrink`` and ``lora_expand``.
     """
     _check(x, pool, layer, plan, modules)
-    return _backend(plan).lora_delta(x, pool, layer, plan, tuple(modules))
-
-
-def _backend(plan: LoraPlan):
-    return triton if isinstance(plan, TritonLoraPlan) else reference
+    return _OF_PLAN[type(plan)].lora_delta(x, pool, layer, plan, tuple(modules))
 
 
 def _check(x, pool, layer, plan: LoraPlan, modules: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """Plain-JAX gathered LoRA: what a CPU runs. See ``api`` for the contract.
 
 The rank rows of all adapters in the batch are stacked into one matrix of ``total_rank`` rows, so that each module is
-two dense products whose width follows the sum of the real ranks; a mask keeps each token to its own adapter's rows.
+two dense matmuls whose width follows the sum of the real ranks; a mask keeps each token to its own adapter's rows.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from flax import struct
 from pallas_kernels.pool import PAGE_SIZE, owner, take
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class ReferenceLoraPlan:
     """What every layer of a step needs to know of its adapters: M modules, R stacked rank rows of each.
 
@@ -41,6 +41,7 @@ class ReferenceLoraPlan:
 
 
 def plan(segments, *, num_tokens, row_width, widths):
+    """Stacks the adapters' rank rows; ``api.plan_lora`` has the arguments' meaning."""
     last = segments.rank.shape[0] - 1
     segment = owner(segments.token_start, jnp.arange(num_tokens, dtype=jnp.int32))
     has_segment = (segment >= 0) & (segment <= last)
@@ -60,7 +61,7 @@ def plan(segments, *, num_tokens, row_width, widths):
 
 
 def _stack(segments, ranks, scales, *, segment, has_segment):
-    """Of one module: which segment each stacked row is of, and the last five arrays of the plan."""
+    """Returns, for one module, which segment each stacked row is of, and the plan's arrays but for ``rows``."""
     starts = jnp.cumulative_sum(ranks, include_initial=True).astype(jnp.int32)
     stacked = jnp.arange(segments.total_rank, dtype=jnp.int32)
     of = owner(starts, stacked)
@@ -82,7 +83,7 @@ def _stack(segments, ranks, scales, *, segment, has_segment):
 
 
 def _locate(segments, starts, of, index, ranks, *, chunks):
-    """Plane and row ``[2, R, chunks]`` of every chunk of the stacked rows; of no meaning where none exists."""
+    """Returns plane and row ``[2, R, chunks]`` of the stacked rows' chunks, without meaning where a row is padding."""
     entry = (starts[of] + index)[:, None] + jnp.arange(chunks, dtype=jnp.int32) * ranks[of][:, None]
     num_pages = segments.page_start[of + 1] - segments.page_start[of]
     rows_per_plane = (PAGE_SIZE * jnp.maximum(num_pages, 1))[:, None]
@@ -93,19 +94,21 @@ def _locate(segments, starts, of, index, ranks, *, chunks):
 
 
 def lora_shrink(x, pool, layer, plan: ReferenceLoraPlan, modules):
+    """Projects every token to its adapter's rank; ``api.lora_shrink`` has the arguments' meaning."""
     outputs = []
     for m in modules:
         a = _read(pool, layer, plan, m, x.shape[1])
-        products = jax.lax.dot_general(
+        all_ranks = jax.lax.dot_general(
             x, a, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
         )
-        picked = take(products.reshape(-1), plan.column[m])
-        # Not a product with 0: padding tokens may hold anything.
+        picked = take(all_ranks.reshape(-1), plan.column[m])
+        # Multiplying by 0 would not do: padding tokens may hold anything.
         outputs.append(jnp.where(plan.scale[m] == 0.0, 0.0, picked * plan.scale[m]))
     return jnp.stack(outputs, axis=1)
 
 
 def lora_expand(partial_sums, pool, layer, plan: ReferenceLoraPlan, modules, dtype):
+    """Computes every token's low-rank update; ``api.lora_expand`` has the arguments' meaning."""
     outputs = []
     for j, m in enumerate(modules):
         b = _read(pool, layer, plan, len(plan.widths) + m, plan.widths[m][1])
@@ -115,11 +118,12 @@ def lora_expand(partial_sums, pool, layer, plan: ReferenceLoraPlan, modules, dty
 
 
 def lora_delta(x, pool, layer, plan: ReferenceLoraPlan, modules):
+    """Shrinks and expands; ``api.lora_delta`` has the arguments' meaning."""
     return lora_expand(lora_shrink(x, pool, layer, plan, modules), pool, layer, plan, modules, x.dtype)
 
 
 def _read(pool, layer, plan, side, width):
-    """One stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included.
+    """Returns one stacked matrix ``[R, width]``, padding rows 0: free pages may hold anything, NaN included.
 
     ``side`` is a place in ``plan.rows``.
     """

@@ -1,12 +1,6 @@
-"""Gathered LoRA for NVIDIA GPUs, from Ampere on, as two Triton kernels. See ``api`` for the contract.
+"""Gathered LoRA for NVIDIA GPUs, from Ampere on, in Triton: plan and launches. See ``api`` for the contract.
 
-Semantics, for token t of segment g, ``m = modules[j]`` and ``r = rank[g, m]``::
-
-    shrink:  out[t, j, i] = scale[g, m] * sum over d of x[t, d] * A[g, m][i, d]    for i < r
-    expand:  delta[t, first_column[j] + d] = sum over i < r of out[t, j, i] * B[g, m][d, i]
-
-Shapes: ``x [T, d_in]``, partial sums ``[splits, T, M, max_rank]`` float32, ``delta [T, sum of d_out]``, pool
-``[layers, 2, rows, W]``.
+Two kernels of ``triton_kernels`` do it: *shrink* multiplies with A, *expand* with B.
 
 The unit of work is a *tile*: at most ``token_tile`` consecutive tokens of one segment. A tile of one token, the rule
 when every sequence decodes with an adapter of its own, multiplies and adds in float32 as the rows arrive; a tile of
@@ -21,8 +15,6 @@ Padding: tokens without an adapter are tiles of rank 0: no item of shrink is the
 splits are taken in order: results do not depend on timing.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import jax_triton as jt
@@ -30,6 +22,7 @@ import triton
 import triton.language as tl
 from flax import struct
 
+from pallas_kernels.lora import triton_kernels
 from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
 
@@ -40,7 +33,7 @@ _MIN_BLOCK_TILES = 1024
 """Tiles that a kernel has room for at least. Nothing else of a step's size is compiled in: few kernels serve all."""
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class TritonLoraPlan:
     """What every layer of a step needs to know of its adapters.
 
@@ -62,7 +55,7 @@ class TritonLoraPlan:
 
 
 def plan(segments, *, num_tokens, row_width, widths):
-    """Cuts the batch into tiles; see ``api.plan_lora``."""
+    """Cuts the batch into tiles; ``api.plan_lora`` has the arguments' meaning."""
     del row_width
     token_tile = block_sizes("lora_plan", device_kind(), _kind(num_tokens))["token_tile"]
     # The tokens before the first and after the last segment are two more intervals, without an adapter.
@@ -107,25 +100,28 @@ def plan(segments, *, num_tokens, row_width, widths):
 
 
 def lora_shrink(x, pool, layer, plan: TritonLoraPlan, modules):
-    """See ``api.lora_shrink``."""
+    """Projects every token to its adapter's rank; ``api.lora_shrink`` has the arguments' meaning."""
     out = jnp.zeros((1, x.shape[0], len(modules), plan.max_rank), jnp.float32)
     return _shrink(x, pool, layer, plan, modules, max_splits=1, out=out)[0][0]
 
 
 def lora_expand(partial_sums, pool, layer, plan: TritonLoraPlan, modules, dtype):
-    """See ``api.lora_expand``."""
+    """Computes every token's low-rank update; ``api.lora_expand`` has the arguments' meaning."""
     return _expand(partial_sums[None], jnp.ones(1, jnp.int32), pool, layer, plan, modules, dtype)
 
 
 def lora_delta(x, pool, layer, plan: TritonLoraPlan, modules):
-    """See ``api.lora_delta``. With no collective between the two, the sum over splits is left to expand."""
+    """Shrinks and expands; ``api.lora_delta`` has the arguments' meaning.
+
+    With no collective between the two, the sum over splits is left to expand.
+    """
     max_splits = block_sizes("lora_shrink", device_kind(), _kind(x.shape[0]))["max_splits"]
     partial_sums, splits = _shrink(x, pool, layer, plan, modules, max_splits=max_splits)
     return _expand(partial_sums, splits, pool, layer, plan, modules, x.dtype)
 
 
 def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
-    """Partial sums ``[max_splits, T, M, max_rank]`` and the number of splits ``[1]`` int32 that were made.
+    """Returns partial sums ``[max_splits, T, M, max_rank]`` and the number of splits ``[1]`` int32 that were made.
 
     There are as many splits as it takes to give every program an item. A tile of one token writes the first split
     only, the others all that were made. Nothing is written past a tile's rank: there ``out`` shows through, or whatever
@@ -137,8 +133,8 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
     columns = _columns(block["columns"] // _wide(x, pool), width)
     tile_columns = _columns(block["tile_columns"] // _wide(x, pool), width)
     ranks, tile_ranks = block["ranks"], block["tile_ranks"]
-    product_dtype = _product_dtype(x, pool)
-    if product_dtype == tl.float32:
+    matmul_dtype = _matmul_dtype(x, pool)
+    if matmul_dtype == tl.float32:
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 32)
     rank = jnp.sum(plan.records[:, jnp.array(modules), 2], axis=1)
     tokens = plan.records[:, 0, 1]
@@ -167,7 +163,7 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
     )
     result = jt.triton_call(
         *(arguments if ref is None else (*arguments, ref)),
-        kernel=_shrink_kernel,
+        kernel=triton_kernels._shrink_kernel,
         out_type=out_type if ref is None else (),
         grid=(block["programs"],),
         num_warps=block["num_warps"],
@@ -188,13 +184,13 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
         SPLIT_UNIT=width if width % tile_columns else tile_columns,
         TILE_RANKS=tile_ranks,
         TILE_COLUMNS=tile_columns,
-        DTYPE=product_dtype,
+        DTYPE=matmul_dtype,
     )
     return (result if ref is None else jax.freeze(ref)), splits
 
 
 def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
-    """Sums over the splits and multiplies with B."""
+    """Sums over the splits and multiplies with B; returns ``[T, sum of d_out]`` of this dtype."""
     num_tokens = partial_sums.shape[1]
     num_rows, width = pool.shape[2:]
     widths = tuple(plan.widths[m][1] for m in modules)
@@ -203,8 +199,8 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
     tile_columns = min(block["tile_columns"], columns)
     bound = triton.next_power_of_2(plan.max_rank)
     tile_ranks = min(block["tile_ranks"], max(16, bound))
-    product_dtype = _product_dtype(jax.ShapeDtypeStruct((), dtype), pool)
-    if product_dtype == tl.float32:
+    matmul_dtype = _matmul_dtype(jax.ShapeDtypeStruct((), dtype), pool)
+    if matmul_dtype == tl.float32:
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 64)
     first_block, first_column = [0], [0]
     for d_out in widths:
@@ -220,7 +216,7 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         layer_array(layer),
         num_rows,
         num_tokens,
-        kernel=_expand_kernel,
+        kernel=triton_kernels._expand_kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, first_column[-1]), dtype),
         grid=(first_block[-1], plan.records.shape[0]),
         num_warps=block["num_warps"],
@@ -242,17 +238,20 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         TILE_RANKS=tile_ranks,
         TILE_COLUMNS=tile_columns,
         MASKED=width % columns > 0 or any(d_out % columns for d_out in widths),
-        DTYPE=product_dtype,
+        DTYPE=matmul_dtype,
     )
 
 
 def _kind(num_tokens):
-    """Key of the block sizes: a step that mostly decodes, or one with prompts in it."""
+    """Returns the key of the block sizes: that of a step that mostly decodes, or of one with prompts in it."""
     return "decode" if num_tokens <= 1024 else "prefill"
 
 
 def _columns(wanted, width):
-    """Columns of a pool row to take at a time: a power of two, one that divides the row if that is not too small."""
+    """Returns how many columns of a pool row to take at a time.
+
+    It is a power of two, one that divides the row if that is not too small.
+    """
     divisor = width & -width
     if divisor >= min(wanted, 128):
         return min(wanted, divisor)
@@ -260,386 +259,12 @@ def _columns(wanted, width):
 
 
 def _wide(x, pool):
+    """Returns by how much a block must be narrower for its elements' size: 2 for 32-bit elements, else 1."""
     return 2 if max(x.dtype.itemsize, pool.dtype.itemsize) > 2 else 1
 
 
-def _product_dtype(array, pool):
-    """The dtype in which the matrix unit multiplies: float32 unless both are of the same 16-bit type."""
+def _matmul_dtype(array, pool):
+    """Returns the dtype in which the matrix unit multiplies: float32 unless both are of the same 16-bit type."""
     if array.dtype == pool.dtype and pool.dtype in (jnp.bfloat16, jnp.float16):
         return tl.bfloat16 if pool.dtype == jnp.bfloat16 else tl.float16
     return tl.float32
-
-
-@triton.jit
-def _tile(records, tile, ALL_MODULES: tl.constexpr, FIELDS: tl.constexpr):
-    """First token, tokens, first page and rows in a plane."""
-    at = records + tile * ALL_MODULES * FIELDS
-    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 5), tl.load(at + 6)
-
-
-@triton.jit
-def _module(records, tile, module, SIDE: tl.constexpr, ALL_MODULES: tl.constexpr, FIELDS: tl.constexpr):
-    """Rank, first list entry of A (side 0) or B (side 1), and scale."""
-    at = records + (tile * ALL_MODULES + module) * FIELDS
-    return tl.load(at + 2), tl.load(at + 3 + SIDE), tl.load(at + 7).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _pick(MODULES: tl.constexpr, j):
-    """``MODULES[j]``"""
-    module = tl.full([], MODULES[0], tl.int32)
-    for other in tl.static_range(1, len(MODULES)):
-        module = tl.where(j == other, MODULES[other], module)
-    return module
-
-
-@triton.jit
-def _pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE: tl.constexpr):
-    """Rows of the pool seen as ``[layers * 2 * rows, W]`` that hold these entries of an adapter's chunk list."""
-    second = entry >= plane_rows
-    j = tl.where(second, entry - plane_rows, entry)
-    row = tl.load(pages + j // PAGE) * PAGE + j % PAGE
-    return (plane + second.to(tl.int32)).to(tl.int64) * num_rows + row
-
-
-@triton.jit
-def _load_columns(at, column, W: tl.constexpr, COLUMNS: tl.constexpr):
-    if W % COLUMNS:
-        return tl.load(at + column, mask=column < W, other=0.0)
-    else:
-        return tl.load(at + column)
-
-
-@triton.jit
-def _shrink_kernel(
-    x,  # [num_tokens, D_IN]
-    pool,  # [layers, 2, num_rows, W]
-    records,  # [tiles, ALL_MODULES, FIELDS]
-    pages,
-    ends,  # [tiles]: cost of all items up to and with this tile's
-    splits_at,  # [1]
-    tile_cost_at,  # [1]
-    layer,  # [1]
-    num_rows,
-    num_tiles,
-    num_tokens,
-    out,  # [max_splits, num_tokens, M, MAX_RANK]
-    MODULES: tl.constexpr,
-    ALL_MODULES: tl.constexpr,
-    FIELDS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    PAGE: tl.constexpr,
-    D_IN: tl.constexpr,
-    W: tl.constexpr,
-    MAX_RANK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPLIT_UNIT: tl.constexpr,
-    TILE_RANKS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """One program: its share of the items, one after the other, so that it seldom comes to another tile."""
-    M: tl.constexpr = len(MODULES)
-    plane = 2 * tl.load(layer)
-    splits = tl.load(splits_at)
-    split_width = tl.cdiv(tl.cdiv(D_IN, splits), SPLIT_UNIT) * SPLIT_UNIT
-    tile_cost = tl.load(tile_cost_at)
-    total = tl.load(ends + num_tiles - 1).to(tl.int64)
-    share_begin = (total * tl.program_id(0) // PROGRAMS).to(tl.int32)
-    share_end = (total * (tl.program_id(0) + 1) // PROGRAMS).to(tl.int32)
-    index = tl.arange(0, BLOCK_TILES)
-    tile_ends = tl.load(ends + index, mask=index < num_tiles, other=2147483647)
-    before = tile_ends <= share_begin
-    tile = tl.sum(before.to(tl.int32), 0)
-    begin = tl.max(tl.where(before, tile_ends, 0), 0)
-    while begin < share_end:
-        end = tl.load(ends + tile)
-        first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
-        x_at = x + first * D_IN
-        out_at = out + first * M * MAX_RANK
-        if tokens == 1:
-            for block in range(tl.maximum(share_begin - begin, 0), tl.minimum(share_end, end) - begin):
-                its_rows = _stacked_rows(
-                    records, tile, block * RANKS + tl.arange(0, RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
-                )
-                _shrink_token(
-                    x_at, pool, pages + page_start, plane, num_rows, out_at, its_rows, plane_rows,
-                    PAGE, D_IN, W, RANKS, COLUMNS,
-                )  # fmt: skip
-        else:
-            # An item belongs to the share in which it begins.
-            first_item = tl.cdiv(tl.maximum(share_begin - begin, 0), tile_cost)
-            for item in range(first_item, tl.cdiv(tl.minimum(share_end, end) - begin, tile_cost)):
-                block = item // splits
-                split = item - block * splits
-                split_at = out_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
-                many_rows = _stacked_rows(
-                    records, tile, block * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
-                )
-                _shrink_tile(
-                    x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * split_width,
-                    split_width, tokens, plane_rows,
-                    PAGE, D_IN, W, M, MAX_RANK, TOKENS, TILE_RANKS, TILE_COLUMNS, DTYPE,
-                )  # fmt: skip
-        begin = end
-        tile += 1
-
-
-@triton.jit
-def _stacked_rows(
-    records, tile, lane, MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, FIELDS: tl.constexpr, MAX_RANK: tl.constexpr
-):
-    """Of these lanes of the stacked rank rows: list entry of the first chunk, how far it is to the next, scale, place
-    in a token's partial sums, and whether there is such a row. Lanes behind the last row are that row again.
-    """
-    rows = tl.full([], 0, tl.int32)
-    for j in tl.static_range(len(MODULES)):
-        rows += _module(records, tile, MODULES[j], 0, ALL_MODULES, FIELDS)[0]
-    exists = lane < rows
-    lane = tl.minimum(lane, rows - 1)
-    entry = tl.zeros_like(lane)
-    stride = tl.zeros_like(lane)
-    place = tl.zeros_like(lane)
-    scale = tl.zeros_like(lane).to(tl.float32)
-    base = tl.full([], 0, tl.int32)
-    for j in tl.static_range(len(MODULES)):
-        rank, start, its_scale = _module(records, tile, MODULES[j], 0, ALL_MODULES, FIELDS)
-        here = (lane >= base) & (rank > 0)
-        entry = tl.where(here, start + lane - base, entry)
-        stride = tl.where(here, rank, stride)
-        place = tl.where(here, j * MAX_RANK + lane - base, place)
-        scale = tl.where(here, its_scale, scale)
-        base += rank
-    return entry, stride, scale, place, exists
-
-
-@triton.jit
-def _shrink_token(
-    x, pool, pages, plane, num_rows, out, stacked, plane_rows,
-    PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Some stacked rank rows of one token."""
-    BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
-    STEPS: tl.constexpr = D_IN // W * BLOCKS + (D_IN % W + COLUMNS - 1) // COLUMNS
-    entry, stride, scale, place, exists = stacked
-    products = tl.zeros([RANKS, COLUMNS], tl.float32)
-    if STEPS <= 4:
-        # All loads are on their way before the first is needed.
-        for step in tl.static_range(STEPS):
-            products += _shrink_products(
-                x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
-            )
-    else:
-        for step in range(STEPS):
-            products += _shrink_products(
-                x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
-            )
-    # Once, at the end: a sum over the program's threads makes them wait for each other.
-    tl.store(out + place, tl.sum(products, 1) * scale, mask=exists)
-
-
-@triton.jit
-def _shrink_products(
-    x, pool, pages, plane, num_rows, entry, stride, step, plane_rows,
-    PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    chunk = step // BLOCKS
-    column = step % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
-    rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
-    a = _load_columns(pool + (rows * W)[:, None], column[None, :], W, COLUMNS)
-    d = chunk * W + column
-    if W % COLUMNS:
-        values = tl.load(x + d, mask=(column < W) & (d < D_IN), other=0.0)
-    elif D_IN % COLUMNS:
-        values = tl.load(x + d, mask=d < D_IN, other=0.0)  # A is zero past D_IN
-    else:
-        values = tl.load(x + d)
-    return a.to(tl.float32) * values.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _shrink_tile(
-    x, pool, pages, plane, num_rows, out, stacked, d_first, split_width, tokens, plane_rows,
-    PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Some stacked rank rows of several tokens, over ``split_width`` of d_in from ``d_first`` on."""
-    entry, stride, scale, place, row_exists = stacked
-    token = tl.arange(0, TOKENS)
-    x_at = x + (tl.minimum(token, tokens - 1) * D_IN)[:, None]
-    total = tl.zeros([TOKENS, RANKS], tl.float32)
-    d_last = tl.minimum(d_first + split_width, D_IN)
-    for chunk in range(d_first // W, (d_last + W - 1) // W):
-        rows = _pool_rows(entry + chunk * stride, pages, plane_rows, plane, num_rows, PAGE)
-        a_at = pool + (rows * W)[:, None]
-        offset = chunk * W
-        for begin in range(tl.maximum(d_first - offset, 0), tl.minimum(d_last - offset, W), COLUMNS):
-            column = begin + tl.arange(0, COLUMNS)[None, :]
-            d = offset + column
-            if W % COLUMNS:
-                values = tl.load(x_at + d, mask=(column < W) & (d < D_IN), other=0.0)
-            elif D_IN % COLUMNS:
-                values = tl.load(x_at + d, mask=d < D_IN, other=0.0)
-            else:
-                values = tl.load(x_at + d)
-            a = _load_columns(a_at, column, W, COLUMNS)
-            total = tl.dot(values.to(DTYPE), tl.trans(a.to(DTYPE)), total, input_precision="ieee")
-    exists = (token < tokens)[:, None] & row_exists[None, :]
-    tl.store(out + token[:, None] * M * MAX_RANK + place[None, :], total * scale[None, :], mask=exists)
-
-
-@triton.jit
-def _expand_kernel(
-    partial_sums,  # [max_splits, num_tokens, M, MAX_RANK]
-    pool,  # [layers, 2, num_rows, W]
-    records,  # [tiles, ALL_MODULES, FIELDS]
-    pages,
-    splits_at,  # [1]
-    layer,  # [1]
-    num_rows,
-    num_tokens,
-    delta,  # [num_tokens, FIRST_COLUMN[M]]
-    MODULES: tl.constexpr,
-    ALL_MODULES: tl.constexpr,
-    FIELDS: tl.constexpr,
-    PAGE: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    FIRST_BLOCK: tl.constexpr,
-    FIRST_COLUMN: tl.constexpr,
-    W: tl.constexpr,
-    MAX_RANK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SMALL_RANK: tl.constexpr,
-    TILE_RANKS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """One program: a tile's tokens and ``COLUMNS`` output columns of one module, all its rank rows."""
-    M: tl.constexpr = len(MODULES)
-    BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
-    program = tl.program_id(0)
-    tile = tl.program_id(1)
-    # Which module, from compile-time tables.
-    j = tl.full([], 0, tl.int32)
-    block = program
-    width = tl.full([], WIDTHS[0], tl.int32)
-    first_column = tl.full([], 0, tl.int32)
-    for other in tl.static_range(1, M):
-        inside = program >= FIRST_BLOCK[other]
-        j = tl.where(inside, other, j)
-        block = tl.where(inside, program - FIRST_BLOCK[other], block)
-        width = tl.where(inside, WIDTHS[other], width)
-        first_column = tl.where(inside, FIRST_COLUMN[other], first_column)
-    first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
-    if tokens > 0:
-        rank, start, _ = _module(records, tile, _pick(MODULES, j), 1, ALL_MODULES, FIELDS)
-        plane = 2 * tl.load(layer)
-        splits = tl.load(splits_at)
-        chunk = block // BLOCKS
-        begin = block % BLOCKS * COLUMNS
-        start += chunk * rank
-        left = tl.minimum(width - chunk * W, W)  # columns of this chunk that exist in the output
-        delta += first * FIRST_COLUMN[M] + first_column + chunk * W
-        partial_sums += (first * M + j) * MAX_RANK
-        pages += page_start
-        if (tokens == 1) & (rank > 0):
-            _expand_token(
-                partial_sums, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
-                PAGE, W, RANKS, COLUMNS, STAGES, MASKED,
-            )  # fmt: skip
-        elif rank <= SMALL_RANK:
-            _expand_tile(
-                partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
-                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, COLUMNS, SMALL_RANK,
-                TILE_COLUMNS, MASKED, DTYPE,
-            )  # fmt: skip
-        else:
-            _expand_tile(
-                partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
-                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, COLUMNS, TILE_RANKS,
-                TILE_COLUMNS, MASKED, DTYPE,
-            )  # fmt: skip
-
-
-@triton.jit
-def _expand_token(
-    partial_sums, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
-    PAGE: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    column = begin + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for r in tl.range(0, rank, RANKS, num_stages=STAGES):
-        lane = r + tl.arange(0, RANKS)
-        scaled = tl.load(partial_sums + lane, mask=lane < rank, other=0.0)
-        rows = _pool_rows(start + tl.minimum(lane, rank - 1), pages, plane_rows, plane, num_rows, PAGE)
-        b = _load_columns(pool + (rows * W)[:, None], column[None, :], W, COLUMNS)
-        total += tl.sum(b.to(tl.float32) * scaled[:, None], 0)
-    total = total.to(delta.dtype.element_ty)
-    if MASKED:
-        tl.store(delta + column, total, mask=column < left)
-    else:
-        tl.store(delta + column, total)
-
-
-@triton.jit
-def _expand_tile(
-    partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start, plane_rows,
-    PAGE: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
-    TOKENS: tl.constexpr, ALL_COLUMNS: tl.constexpr, RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    token = tl.arange(0, TOKENS)
-    p_at = partial_sums + tl.minimum(token, tokens - 1)[:, None] * M * MAX_RANK
-    delta_at = delta + token[:, None] * ROW
-    exists = (token < tokens)[:, None]
-    if (rank > 0) & (rank <= RANKS):
-        # Read once for all columns.
-        p = _partial_block(p_at, splits, 0, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS).to(DTYPE)
-        entry = start + tl.minimum(tl.arange(0, RANKS), rank - 1)
-        b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
-        for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)[None, :]
-            b = _load_columns(b_at, column, W, COLUMNS).to(DTYPE)
-            total = tl.dot(p, b, input_precision="ieee").to(delta.dtype.element_ty)
-            mask = exists & (column < left) if MASKED else exists
-            tl.store(delta_at + column, total, mask=mask)
-    elif rank > 0:
-        for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)[None, :]
-            total = tl.zeros([TOKENS, COLUMNS], tl.float32)
-            for r in range(0, rank, RANKS):
-                p = _partial_block(p_at, splits, r, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS).to(DTYPE)
-                entry = start + tl.minimum(r + tl.arange(0, RANKS), rank - 1)
-                b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
-                b = _load_columns(b_at, column, W, COLUMNS).to(DTYPE)
-                total = tl.dot(p, b, total, input_precision="ieee")
-            mask = exists & (column < left) if MASKED else exists
-            tl.store(delta_at + column, total.to(delta.dtype.element_ty), mask=mask)
-    else:
-        for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)[None, :]
-            mask = exists & (column < left) if MASKED else exists
-            tl.store(delta_at + column, tl.zeros([TOKENS, COLUMNS], delta.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _partial_block(
-    p_at, splits, r, rank, num_tokens,
-    M: tl.constexpr, MAX_RANK: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """``RANKS`` lanes from ``r`` on, summed over the splits, 0 past the rank, where memory may hold anything."""
-    lane = r + tl.arange(0, RANKS)[None, :]
-    stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
-    total = tl.zeros([TOKENS, RANKS], tl.float32)
-    for split in range(splits):
-        at = p_at + lane + split * stride
-        total += tl.load(at, mask=lane < MAX_RANK, other=0.0) if MAX_RANK % RANKS else tl.load(at)
-    return tl.where(lane < rank, total, 0.0)

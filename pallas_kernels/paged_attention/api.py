@@ -1,16 +1,40 @@
-"""Ragged paged attention, and rotary embedding with the KV write: contracts and argument checks."""
+"""Ragged paged attention, and rotary embedding with the KV write: contracts, argument checks, choice of back end."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.paged_attention import reference, rotary_reference, rotary_triton, triton
+from pallas_kernels.paged_attention import hopper, reference, rotary_reference, rotary_triton, triton
+from pallas_kernels.paged_attention.hopper import HopperAttentionPlan
 from pallas_kernels.paged_attention.reference import ReferenceAttentionPlan
 from pallas_kernels.paged_attention.triton import TritonAttentionPlan
 from pallas_kernels.pool import Layer, check_pool, expect_int32, expect_rank
 
-AttentionPlan = ReferenceAttentionPlan | TritonAttentionPlan
+AttentionPlan = ReferenceAttentionPlan | TritonAttentionPlan | HopperAttentionPlan
 """Opaque to callers; its type says which back end runs."""
+
+
+class _BackEnd(NamedTuple):
+    """One back end's functions, which take arguments that this module has checked."""
+
+    plan: Callable[..., AttentionPlan]
+    paged_attention: Callable[..., jax.Array]
+    rotary_write_kv: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+_BACK_ENDS: dict[Backend, _BackEnd] = {
+    "reference": _BackEnd(reference.plan, reference.paged_attention, rotary_reference.rotary_write_kv),
+    "triton": _BackEnd(triton.plan, triton.paged_attention, rotary_triton.rotary_write_kv),
+    "hopper": _BackEnd(hopper.plan, hopper.paged_attention, rotary_triton.rotary_write_kv),
+}
+_OF_PLAN: dict[type[AttentionPlan], _BackEnd] = {
+    ReferenceAttentionPlan: _BACK_ENDS["reference"],
+    TritonAttentionPlan: _BACK_ENDS["triton"],
+    HopperAttentionPlan: _BACK_ENDS["hopper"],
+}
 
 
 def plan_attention(
@@ -39,10 +63,8 @@ def plan_attention(
     expect_int32("page_table", page_table, (num_sequences, table_width))
     expect_int32("query_start", query_start, (num_sequences + 1,))
     expect_int32("context_len", context_len, (num_sequences,))
-    sizes = {"num_tokens": num_tokens, "max_query_len": max_query_len}
-    if backend == "reference":
-        return reference.plan(page_table, query_start, context_len, **sizes)
-    return triton.plan(page_table, query_start, context_len, **sizes, tiles_in_mosaic=backend == "hopper")
+    planner = _BACK_ENDS[backend].plan
+    return planner(page_table, query_start, context_len, num_tokens=num_tokens, max_query_len=max_query_len)
 
 
 def paged_attention(
@@ -58,8 +80,8 @@ def paged_attention(
         w[c]      = softmax over c in [0, p] of  scale * q[t, h] . K[row(c), g]
         out[t, h] = sum over c of  w[c] * V[row(c), g]
 
-    with ``K = pool[layer, 0]`` and ``V = pool[layer, 1]``, each row seen as ``[num_kv_heads, D]``. Products and the
-    softmax accumulate in float32.
+    with ``K = pool[layer, 0]`` and ``V = pool[layer, 1]``, each row seen as ``[num_kv_heads, D]``. Both matmuls
+    and the softmax accumulate in float32.
 
     Padding: tokens from ``query_start[S]`` on belong to no sequence; their output is 0. A sequence without
     query tokens is skipped. Entries of ``page_table`` past a sequence's context are never used.
@@ -83,8 +105,8 @@ def paged_attention(
     check_pool(pool, layer, num_kv_heads * head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(f"q has {num_heads} heads, which is not a multiple of num_kv_heads={num_kv_heads}")
-    backend = triton if isinstance(plan, TritonAttentionPlan) else reference
-    return backend.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
+    attend = _OF_PLAN[type(plan)].paged_attention
+    return attend(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
 def rotary_write_kv(
@@ -144,5 +166,5 @@ def rotary_write_kv(
             expected = (num_tokens, head_dim // 2)
             raise ValueError(f"{name} must be float32 {expected}, got {angles.dtype} {angles.shape}")
     expect_int32("rows", rows, (num_tokens,))
-    module = rotary_reference if backend == "reference" else rotary_triton
-    return module.rotary_write_kv(qkv, rope, pool, layer, rows, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    write = _BACK_ENDS[backend].rotary_write_kv
+    return write(qkv, rope, pool, layer, rows, num_kv_heads=num_kv_heads, head_dim=head_dim)

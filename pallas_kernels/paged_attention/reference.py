@@ -5,8 +5,6 @@ padding; the context is walked in blocks with a running softmax, so memory does 
 depends on it.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -18,7 +16,7 @@ _PAGES_PER_BLOCK = 8
 _BLOCK = _PAGES_PER_BLOCK * PAGE_SIZE
 
 
-@partial(struct.dataclass, frozen=True)
+@struct.dataclass
 class ReferenceAttentionPlan:
     """What every layer of a step needs to know of its sequences, N tiles of at most M query tokens each.
 
@@ -40,6 +38,7 @@ class ReferenceAttentionPlan:
 
 
 def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None):
+    """Cuts the queries into tiles; ``api.plan_attention`` has the arguments' meaning."""
     tile = 1 if max_query_len == 1 else QUERY_TILE
     num_sequences, table_width = page_table.shape
     sequence, token, in_tile = _tiles(query_start, num_tokens, num_sequences, tile)
@@ -53,7 +52,7 @@ def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None
 
 
 def _tiles(query_start, num_tokens, num_sequences, tile):
-    """Each tile's sequence ``[N]``, and its lanes' tokens and whether they are that sequence's ``[N, tile]``."""
+    """Returns each tile's sequence ``[N]``, its lanes' tokens ``[N, tile]``, and whether these are the sequence's."""
     if tile == 1:
         first_token = jnp.arange(num_tokens, dtype=jnp.int32)
         sequence = owner(query_start, first_token)
@@ -71,6 +70,7 @@ def _tiles(query_start, num_tokens, num_sequences, tile):
 
 
 def paged_attention(q, pool, layer, plan: ReferenceAttentionPlan, *, num_kv_heads, scale):
+    """Attention of every token over its own sequence's pages; ``api.paged_attention`` has the arguments' meaning."""
     _, num_heads, head_dim = q.shape
     group = num_heads // num_kv_heads
     num_tiles, tile = plan.token.shape
@@ -83,7 +83,7 @@ def paged_attention(q, pool, layer, plan: ReferenceAttentionPlan, *, num_kv_head
         out, total, top = carry
         pages = jax.lax.dynamic_slice_in_dim(plan.pages, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
         rows = (pages[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)).reshape(num_tiles, _BLOCK)
-        # Without the barrier XLA fuses the gather into the products, and repeats it for every query.
+        # Without the barrier XLA fuses the gather into the matmuls, and repeats it for every query.
         k, v = jax.lax.optimization_barrier((take(flat, first_row + rows), take(flat, first_row + num_rows + rows)))
         k, v = (x.astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim) for x in (k, v))
         scores = jnp.einsum("ntkgd,nckd->nkgtc", queries, k, precision="highest")

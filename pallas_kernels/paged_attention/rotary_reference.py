@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 
 def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
+    """Rotates q and k, and writes K and V; ``api.rotary_write_kv`` has the arguments' meaning."""
     num_tokens = qkv.shape[0]
     heads = qkv.reshape(num_tokens, -1, head_dim)
     turned = _rotate(heads[:, :-num_kv_heads].astype(jnp.float32), *rope)
@@ -14,7 +15,7 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
 
 
 def _rotate(x, cos, sin):
-    """``[T, heads, D]`` by ``[T, D / 2]``."""
+    """Rotates ``x [T, heads, D]`` by the angles whose cosine and sine are ``[T, D / 2]``."""
     cos, sin = cos[:, None], sin[:, None]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,25 +1,20 @@
-"""Rotary embedding and KV write for NVIDIA GPUs, from Ampere on, as one Triton kernel. See ``api.rotary_write_kv``.
+"""Rotary embedding and KV write for NVIDIA GPUs, from Ampere on, in Triton: the launch. See ``api`` for the contract.
 
-Semantics, for token t and ``i < D / 2``, each row of ``qkv [T, (H + 2 * K) * D]`` seen as H heads q, K heads k, K heads
-v::
-
-    rotate(x)[i], rotate(x)[i + D / 2] = x[i] * cos - x[i + D / 2] * sin,  x[i + D / 2] * cos + x[i] * sin
-    q[t, h] = rotate(q_h),    pool[layer, 0, rows[t], h] = rotate(k_h),    pool[layer, 1, rows[t], h] = v_h
-
-Bound by the bytes of ``qkv``, read once and written once, and by the launch when there are few tokens: a program takes
-one token and a block of its heads, whatever these are, so that one launch does q, k and v.
+The work is bound by the bytes of ``qkv``, read once and written once, and by the launch when there are few tokens. So a
+program takes one token and a block of its heads, whatever these are, and one launch does q, k and v.
 """
 
 import jax
 import jax_triton as jt
 import triton
-import triton.language as tl
 
+from pallas_kernels.paged_attention import rotary_triton_kernel
 from pallas_kernels.pool import layer_array
 from pallas_kernels.tuning import block_sizes, device_kind
 
 
 def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
+    """Rotates q and k, and writes K and V; ``api.rotary_write_kv`` has the arguments' meaning."""
     num_tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     sizes = block_sizes("rotary_write_kv", device_kind(), "any")
@@ -31,7 +26,7 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
         layer_array(layer),
         pool.shape[2],
         pool_ref,
-        kernel=_rotary_write_kernel,
+        kernel=rotary_triton_kernel._rotary_write_kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), qkv.dtype),
         grid=(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, sizes["block_h"])),
         num_warps=sizes["num_warps"],
@@ -43,50 +38,3 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
     )
     return q, jax.freeze(pool_ref)
-
-
-@triton.jit
-def _rotary_write_kernel(
-    qkv,  # [T, HEADS + 2 * KV_HEADS, 2 * HALF]
-    cos,  # [T, HALF] float32
-    sin,  # [T, HALF] float32
-    rows,  # [T]
-    layer,  # [1]
-    num_rows,
-    pool,  # [2 * layers, num_rows, KV_HEADS, 2 * HALF]
-    q,  # [T, HEADS, 2 * HALF]
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    i = tl.arange(0, BLOCK_HALF)
-    inside = i[None, :] < HALF
-    exists = (head[:, None] < HEADS + 2 * KV_HEADS) & inside
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head[:, None]) * (2 * HALF) + i[None, :]
-    raw_first = tl.load(source, mask=exists, other=0.0)
-    raw_second = tl.load(source + HALF, mask=exists, other=0.0)
-    cosine = tl.load(cos + token * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    sine = tl.load(sin + token * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
-    # Not cos = 1 and sin = 0 for v: its own second half may be infinite.
-    is_v = (head >= HEADS + KV_HEADS)[:, None]
-    turned_first = tl.where(is_v, first, first * cosine - second * sine)
-    turned_second = tl.where(is_v, second, second * cosine + first * sine)
-
-    target = q + (token * HEADS + head[:, None]) * (2 * HALF) + i[None, :]
-    is_q = (head < HEADS)[:, None] & inside
-    tl.store(target, turned_first.to(q.dtype.element_ty), mask=is_q)
-    tl.store(target + HALF, turned_second.to(q.dtype.element_ty), mask=is_q)
-
-    # K's plane is followed by V's, so k and v heads are alike but for the plane.
-    kv_head = tl.maximum(head - HEADS, 0)
-    plane = 2 * tl.load(layer).to(tl.int64) + kv_head // KV_HEADS
-    row = plane * num_rows + tl.load(rows + token)
-    target = pool + (row * KV_HEADS + kv_head % KV_HEADS)[:, None] * (2 * HALF) + i[None, :]
-    is_kv = (head >= HEADS)[:, None] & exists
-    tl.store(target, turned_first.to(pool.dtype.element_ty), mask=is_kv)
-    tl.store(target + HALF, turned_second.to(pool.dtype.element_ty), mask=is_kv)

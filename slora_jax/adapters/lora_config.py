@@ -213,12 +213,12 @@ def _check_init(value: Any) -> None:
 
 
 def _patterns(
-    config: dict[str, Any], field: str, check: Callable[[str, Any], Any], expressions: Expressions
+    config: dict[str, Any], field: str, check: Callable[[str, Any, str], Any], expressions: Expressions
 ) -> NamePatterns:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise _refusal(field, patterns, "expected an object from names to numbers")
-    items = [(key, check(f"{field}[{_show(key)}]", value)) for key, value in patterns.items()]
+    items = [(key, check(field, value, key)) for key, value in patterns.items()]
     try:
         return NamePatterns(items, expressions)
     except BadExpression as e:
@@ -302,20 +302,24 @@ def _layers(config: dict[str, Any]) -> frozenset[int] | None:
     return frozenset(layers)
 
 
-def _rank(field: str, value: Any) -> int:
+def _rank(field: str, value: Any, key: str | None = None) -> int:
     if type(value) is not int or not 1 <= value < 2**31:
-        raise _refusal(field, value, "a rank must be a positive integer")
+        raise _refusal(_place(field, key), value, "a rank must be a positive integer")
     return value
 
 
-def _alpha(field: str, value: Any) -> float:
+def _alpha(field: str, value: Any, key: str | None = None) -> float:
     try:
         alpha = float(value) if type(value) in (int, float) else math.nan
     except OverflowError:
         alpha = math.inf
     if not math.isfinite(alpha):
-        raise _refusal(field, value, "alpha must be a finite number")
+        raise _refusal(_place(field, key), value, "alpha must be a finite number")
     return alpha
+
+
+def _place(field: str, key: str | None) -> str:
+    return field if key is None else f"{field}[{_show(key)}]"
 
 
 def _flag(config: dict[str, Any], field: str) -> bool:

@@ -28,7 +28,6 @@ from slora_jax.api.openai import (
     Call,
     ChatReply,
     CompletionReply,
-    PromptTooLong,
     Reply,
     parse_chat,
     parse_completion,
@@ -40,6 +39,7 @@ from slora_jax.errors import (
     InvalidRequest,
     ObjectiveMissed,
     Overloaded,
+    PromptTooLong,
     UnknownAdapter,
     shown,
 )

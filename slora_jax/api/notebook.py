@@ -159,16 +159,17 @@ def generate(
         raise InvalidRequest("stream=True gives one text per prompt; n must be 1", "n")
     engine = _engine(model, engine_options)
     choices = [_sampling_params(choice, engine.default_sampling) for choice in work.choices]
+    names = [_adapter_name(adapter, engine) for adapter in work.adapters]
     requests = [
         Request(
-            prompt=_token_ids(prompt, engine, chat),
-            adapter=_adapter_name(adapter, engine),
+            prompt=_token_ids(prompt, engine, chat, name),
+            adapter=name,
             sampling=sampling,
             request_id=f"generate-{i}",
             priority=priority,
             slo_ms=slo_ms,
         )
-        for i, (prompt, adapter, sampling) in enumerate(zip(work.prompts, work.adapters, choices, strict=True))
+        for i, (prompt, name, sampling) in enumerate(zip(work.prompts, names, choices, strict=True))
     ]
     generations: list[Generation] = []
     with _cancelled_on_error(generations):
@@ -263,18 +264,19 @@ def _sampling_params(value: SamplingChoice, defaults: Mapping[str, Any]) -> Samp
     return SamplingParams(**{**defaults, **value})
 
 
-def _token_ids(prompt: Prompt, engine: "Engine", chat: bool) -> tuple[int, ...]:
+def _token_ids(prompt: Prompt, engine: "Engine", chat: bool, adapter: str | None) -> tuple[int, ...]:
     if not _is_prompt(prompt):
         raise InvalidRequest("a prompt is empty, or a list within a list", "prompts")
     if not isinstance(prompt, str) and _is_int(prompt[0]):
         return tuple(int(token) for token in prompt)
-    if engine.tokenizer is None:
+    tokenizer = engine.tokenizer_of(adapter)
+    if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer (dummy weights); give token ids", "prompts")
     if isinstance(prompt, str) and not chat:
-        ids = engine.tokenizer.encode(prompt)
-        return tuple(ids) or tuple(i for i in [engine.tokenizer.bos_token_id] if i is not None)
+        ids = tokenizer.encode(prompt, max_tokens=engine.max_model_len)
+        return tuple(ids) or tuple(i for i in [tokenizer.bos_token_id] if i is not None)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return tuple(engine.tokenizer.encode_chat(read_messages(messages)))
+    return tuple(tokenizer.encode_chat(read_messages(messages), max_tokens=engine.max_model_len))
 
 
 def _adapter_name(adapter: AdapterChoice, engine: "Engine") -> str | None:
@@ -377,6 +379,8 @@ def _engine(model: "str | Path | Engine | None", options: Mapping[str, Any]) -> 
         if options:
             raise InvalidRequest(f"{', '.join(options)}: a running engine takes no options")
         return model
+    for kept in list(_engines.values()):
+        kept.check_process()  # ahead of the lock, which a fork may have copied while it was held
     fields = dict(options, model="demo" if model is None else str(model))
     config = build_config(fields)
     if config.model == "demo" and not config.adapters:

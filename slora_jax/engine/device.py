@@ -93,13 +93,13 @@ class ModelDevice:
         self._key_of_page.clear()
 
     def warm_up(self, active: list[int], max_rank: int, pages: int) -> int:
-        """Compiles every shape of step and runs it once.
+        """Compiles shapes of steps ahead, see ``Runner.warm_up``.
 
         Args:
           active, max_rank, pages: as for ``Runner.all_shapes``.
 
         Returns:
-          How many shapes there are.
+          How many.
         """
         self.followers.warm_up(active, max_rank, pages)
         shapes = self.runner.all_shapes(active, max_rank, pages)

@@ -23,15 +23,18 @@ from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.meeting import Meeting
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnsupportedModel
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.modules import MODULES
+from slora_jax.process import OwnProcess
 from slora_jax.request import Delta, FinishReason, Request, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import Emitted, Sequence
 from slora_jax.scheduler.traffic import Whereabouts
+from slora_jax.text.adapters import AdapterTokenizers
+from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +104,7 @@ class Engine:
             )
         self.config = parts.config.model_copy(update={"scheduler": settings})
         self.parts = parts
+        self._process = OwnProcess()
         self.model_name = parts.model_name
         self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
@@ -126,6 +130,8 @@ class Engine:
         self.device.forget()
         self._core = Core(create_scheduler, self.device, observe)
         self._store.limit_pins(self._budget.max_pinned_pages)
+        self._adapter_tokenizers = AdapterTokenizers(self.tokenizer) if self.tokenizer else None
+        self._tokenizers: dict[str | None, Tokenizer | None] = {}
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
         self._seeds = np.random.default_rng(self.config.seed)
@@ -210,10 +216,33 @@ class Engine:
           BadAdapter: it cannot be served exactly as trained, the name is the base model's or begins with it and a
             colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
-        self._check_adapter_name(name)
-        info = self._store.register(name, resolve_adapter_path(path), pinned)
+        folder = resolve_adapter_path(path)
+        own = self._own_tokenizer(folder)
+        info = self._store.register(name, folder, pinned)
+        self._tokenizers[name] = own
         self._wake()
         return info
+
+    def tokenizer_of(self, adapter: str | None) -> Tokenizer | None:
+        """The tokenizer with the chat template that goes with an adapter: its folder's own, else the base model's."""
+        return self._tokenizers.get(adapter) or self.tokenizer
+
+    def _own_tokenizer(self, folder: Path) -> Tokenizer | None:
+        """The base's tokenizer with the chat template in an adapter's folder; None if none is there that differs.
+
+        Raises:
+          BadAdapter: the adapter was trained with tokens that the base model does not have, or a file there is damaged.
+        """
+        if self.tokenizer is None or self._adapter_tokenizers is None:
+            return None
+        problem = self._adapter_tokenizers.problem(folder)
+        try:
+            own = None if problem else self.tokenizer.with_chat_template_of(folder)
+        except UnsupportedModel as e:
+            problem = str(e)
+        if problem:
+            raise BadAdapter(f"adapter {folder}: {problem}")
+        return own
 
     def register_loaded_adapter(
         self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0
@@ -228,27 +257,17 @@ class Engine:
         """
         if self.config.mesh.num_hosts > 1:
             raise BadAdapter(f"adapter {name}: several hosts read adapters from folders; save it as one")
-        self._check_adapter_name(name)
         most = self.parts.max_rank
         if most is not None and max(ranks.values()) > most:
             raise BadAdapter(f"adapter {name} has rank {max(ranks.values())}, but these lora_ops take at most {most}")
         return self._store.register_loaded(name, loaded_adapter(name, ranks, packed, self.pool_layout, scale))
-
-    def _check_adapter_name(self, name: str) -> None:
-        if name == self.model_name:
-            raise BadAdapter(f"adapter name {name!r} is the base model's; choose another")
-        if name.startswith(f"{self.model_name}:"):
-            raise BadAdapter(
-                f"adapter name {name[:200]!r} begins with the base model's and a colon, as clients may write for any "
-                "adapter; leave that part out"
-            )
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
         infos, refused = self._store.register_dir(Path(directory))
         for name in list(infos):
             try:
-                self._check_adapter_name(name)
+                self._tokenizers[name] = self._own_tokenizer(infos[name].path)
             except BadAdapter as e:
                 self._store.unregister(name)
                 del infos[name]
@@ -264,6 +283,7 @@ class Engine:
           UnknownAdapter: no adapter of that name.
         """
         self._store.unregister(name)
+        self._tokenizers.pop(name, None)
         self._wake()
 
     # Requests
@@ -276,8 +296,9 @@ class Engine:
             is for another scheduling policy than this engine's.
           UnknownAdapter: ``request.adapter`` is not registered.
           Overloaded: too many requests are waiting.
-          EngineStopped: the engine is closed.
+          EngineStopped: the engine is closed, or another process's.
         """
+        self.check_process()
         adapter = self._store.get(request.adapter) if request.adapter is not None else None
         self._check_policy_fields(request)
         max_tokens = self._check_prompt(request, adapter)
@@ -305,7 +326,11 @@ class Engine:
         """Makes the request's n sequences. Needs the lock, so that ``arrival`` increases with the sequences' ids."""
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else int(self._seeds.integers(2**63))
-        eos = () if sampling.ignore_eos else self.model_config.eos_token_ids
+        ends = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends.update(self.model_config.eos_token_ids)
+        if self.tokenizer is not None:
+            ends.update(self.tokenizer.stop_token_ids(sampling.stop))
         arrival = time.monotonic()
         group: list[_Answer] = []
         for index in range(sampling.n):
@@ -316,7 +341,7 @@ class Engine:
                 max_tokens=max_tokens,
                 sampling=sampling,
                 seed=seed + index,
-                end_token_ids=frozenset((*sampling.stop_token_ids, *eos)),
+                end_token_ids=frozenset(ends),
                 adapter=adapter,
                 leader=group[0].sequence if group else None,
                 arrival=arrival,
@@ -501,6 +526,14 @@ class Engine:
         self._thread.start()
         _close_at_exit(self)
 
+    def check_process(self) -> None:
+        """Does nothing in the process that made the engine.
+
+        Raises:
+          EngineStopped: this is a forked child of it, in which the engine cannot be used.
+        """
+        self._process.check()
+
     def abandon(self, reason: str) -> None:
         """Ends all requests with an error, and takes no more, without waiting for the loop. Thread-safe.
 
@@ -516,8 +549,11 @@ class Engine:
     def close(self) -> None:
         """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent.
 
-        It waits for the step in flight: at the end of a process no thread may be inside of JAX.
+        It waits for the step in flight: at the end of a process no thread may be inside of JAX. It does nothing in a
+        forked child, whose parent goes on with the engine.
         """
+        if not self._process.is_here:
+            return
         with self._lock:
             self._closed = self._closed or "the engine was closed"
         self._wake()

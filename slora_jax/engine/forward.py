@@ -1,9 +1,9 @@
 """The model's forward as compiled programs, each known by a hashable key.
 
-One program for all of a step is the fastest to run, and the slowest to compile. On a CPU compiling it took 3 to 8 s for
-30 layers, in which somebody waits for an answer. There the same few layers are a program of their own, run once for
-each such group of layers with its weights: all programs of a step then compile in about 1 s, and a step takes 2 to 5 %
-longer. A GPU keeps the one program: launching more would cost it more than compiling ahead does.
+One program for all of a step is the slowest to compile: 3 to 8 s for 30 layers on a CPU, in which somebody may be
+waiting for an answer. There a few layers are a program of their own, run once for each such group of layers with its
+weights. A shape of step then compiles in 1 to 2 s on two cores, and starting ten programs in place of one costs 1 to 3
+ms a step. A GPU keeps the one program: there a step takes no longer than that, and is compiled ahead.
 """
 
 from collections.abc import Callable, Hashable

@@ -85,13 +85,10 @@ class Programs:
 
     def get(self, shape: Hashable) -> jax.stages.Compiled:
         """The shape's program."""
-        program = self._lasting.get(shape)
-        if program is None:
-            if shape not in self._passing:
-                self.prepare([shape])
-            self._passing.move_to_end(shape)
-            program = self._passing[shape]
-        return program
+        if shape not in self._lasting:
+            self.prepare([shape])
+            return self._passing[shape]
+        return self._lasting[shape]
 
     def prepare(self, shapes: Iterable[Hashable], what: str = "a program", lasting: bool = False) -> None:
         """Gets these shapes' programs into memory, using all cores.
@@ -99,11 +96,19 @@ class Programs:
         If one must be compiled, a line in the log says so before, and another how long it took.
 
         Args:
-          shapes: whose programs; without ``lasting``, fewer than ``MAX_PASSING``.
+          shapes: whose programs; without ``lasting``, at most ``MAX_PASSING``.
           what: they are for, in words.
           lasting: they stay in memory.
         """
-        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
+        missing = []
+        for shape in dict.fromkeys(shapes):
+            if shape in self._passing:
+                if lasting:
+                    self._lasting[shape] = self._passing.pop(shape)
+                else:
+                    self._passing.move_to_end(shape)
+            elif shape not in self._lasting:
+                missing.append(shape)
         if missing:
             programs = self._got(missing, what)
             if lasting:

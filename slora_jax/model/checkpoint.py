@@ -1,8 +1,9 @@
 """Ready-to-serve parameters kept on disk as an Orbax checkpoint, so that the next start only reads them.
 
 An entry of the cache is a folder ``<source folder>-<source files>-<form>``, each part a digest; ``form`` covers the
-config, the dtype and the sharding. It is written under another name, recorded with the size of every file, and
-renamed when whole. One process at a time writes the entries of one source folder; the others serve without writing.
+config, the dtype and the sharding. It is written under another name, recorded with the size of every file and the
+digests of small ones, and renamed when whole. One process at a time writes the entries of one source folder; the others
+serve without writing.
 """
 
 import fcntl
@@ -12,9 +13,10 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,10 @@ from slora_jax.model.weights import load_params, sharded_abstract_params, weight
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise when the parameter tree changes; entries of other formats are then stale
+_FORMAT = 3  # raise when the parameter tree or the manifest changes; entries of other formats are then stale
 _PARAMS = "params"
 _MANIFEST = "manifest.json"
+_SMALL_FILE_BYTES = 2**16
 _HOST_COPY_GB = 2  # host memory for arrays on their way between disk and device
 
 
@@ -60,10 +63,6 @@ class _Entry:
     def lock_path(self) -> Path:
         return self.root / f".{self.source}.lock"
 
-    def leftovers(self) -> list[Path]:
-        """What interrupted writers of this source folder left behind; meaningful only under the lock."""
-        return list(self.root.glob(f".{self.source}.tmp-*"))
-
     def stale(self) -> list[Path]:
         """Entries made from files that the source folder no longer has."""
         return [p for p in self.root.glob(f"{self.source}-*") if not p.name.startswith(f"{self.source}-{self.files}-")]
@@ -80,7 +79,8 @@ def load_or_restore(
     """``load_params``, or the same parameters from the cache if the source files have not changed since.
 
     An entry with files missing, cut short or unreadable is deleted and made anew. The numbers in it are trusted, as
-    those in the safetensors are. A cache that cannot be written costs a warning, nothing else.
+    those in the safetensors are: digests cover only what tells where they are. A cache that cannot be written costs a
+    warning, nothing else.
 
     Args:
       folder, config, dtype, mesh, progress: as in ``load_params``.
@@ -137,10 +137,9 @@ def _restore(entry: _Entry, abstract) -> dict[str, Any] | None:
         raise  # the device or the host is full: the entry is not to blame
     except Exception as e:  # whatever Orbax and TensorStore raise on files they cannot read
         logger.warning(
-            "cached weights %s cannot be restored (%s: %s); deleting them and reading the safetensors",
+            "cached weights %s cannot be restored (%s); deleting them and reading the safetensors",
             entry.path,
-            type(e).__name__,
-            e,
+            _reason(e),
         )
         shutil.rmtree(entry.path, ignore_errors=True)
         return None
@@ -155,8 +154,9 @@ def _save(entry: _Entry, params) -> None:
         with _lock(entry.lock_path) as held:
             if not held or entry.path.exists():
                 return  # another process writes it, or just has
-            for path in [*entry.leftovers(), *entry.stale()]:
+            for path in entry.stale():
                 shutil.rmtree(path, ignore_errors=True)
+            _remove_leftovers(entry)
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
             free = shutil.disk_usage(entry.root).free
             if free < needed * 1.05:
@@ -165,18 +165,35 @@ def _save(entry: _Entry, params) -> None:
             try:
                 with _quiet(), _checkpointer(params) as checkpointer:
                     checkpointer.save(fresh / _PARAMS, args=ocp.args.PyTreeSave(params))
-                (fresh / _MANIFEST).write_text(json.dumps(_file_sizes(fresh)))
+                (fresh / _MANIFEST).write_text(json.dumps(_described(fresh)))
                 _flush(fresh)  # or a power failure after the rename could leave files of the right size, all zeros
                 fresh.rename(entry.path)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
     except Exception as e:  # the cache is a convenience: whatever goes wrong, the server has its weights
         logger.warning(
-            "weights could not be cached in %s (%s: %s); the next start will read the safetensors again",
+            "weights could not be cached in %s (%s); the next start will read the safetensors again",
             entry.root,
-            type(e).__name__,
-            e,
+            _reason(e),
         )
+
+
+def _remove_leftovers(entry: _Entry) -> None:
+    """What killed writers left behind, of this source folder, whose lock is held, and of others that nobody writes."""
+    for path in entry.root.glob(".*.tmp-*"):
+        source = path.name[1:].partition(".")[0]
+        if source == entry.source:
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        with _lock(entry.root / f".{source}.lock") as held:
+            if held:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """In one line; TensorStore names every file that it was at, one within another."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"
 
 
 def _checkpointer(tree):
@@ -196,19 +213,41 @@ def _checkpointer(tree):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging each of its steps; what goes wrong it raises."""
+    """Keeps Orbax and TensorStore from printing each of their steps, and dozens of traces of what they raise anyway."""
     log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    level, hook = log.level, sys.unraisablehook
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_late_callbacks(hook)
     try:
         yield
     finally:
         log.setLevel(level)
+        # After a failure TensorStore's threads go on for a while, and so the hook stays.
+        if sys.exc_info()[0] is None:
+            sys.unraisablehook = hook
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
+def _without_late_callbacks(hook: Callable) -> Callable:
+    """The hook, but for what TensorStore's threads have to say to an event loop that one failure has closed."""
+
+    def filtered(unraisable: "sys.UnraisableHookArgs") -> None:
+        trace = unraisable.exc_traceback
+        is_late = trace is not None and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"
+        if not (is_late and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    return filtered
+
+
+def _described(folder: Path) -> dict[str, list]:
+    """Every file's size, and the digest of those so small that reading them costs nothing: all but the numbers."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {str(path.relative_to(folder)): _size_and_digest(path) for path in files}
+
+
+def _size_and_digest(path: Path) -> list:
+    size = path.stat().st_size
+    return [size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= _SMALL_FILE_BYTES else None]
 
 
 def _flush(folder: Path) -> None:
@@ -221,11 +260,11 @@ def _flush(folder: Path) -> None:
 
 
 def _check_manifest(folder: Path) -> None:
-    """Raises ValueError unless the files are those that were written, by name and size."""
-    expected, found = json.loads((folder / _MANIFEST).read_text()), _file_sizes(folder)
+    """Raises ValueError unless the files are those that were written, by name, size and digest of the small ones."""
+    expected, found = json.loads((folder / _MANIFEST).read_text()), _described(folder)
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(f"{len(wrong)} files are missing, cut short or unknown, such as {wrong[0]}")
+        raise ValueError(f"{len(wrong)} files are missing, damaged or unknown, such as {wrong[0]}")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ grows, and ``token_text`` for a token by itself (log-probabilities).
 """
 
 import codecs
-import datetime
 import functools
 import json
 import re
@@ -13,23 +12,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
-from slora_jax.errors import InvalidRequest, UnsupportedModel
+from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel
+from slora_jax.text.folder import TokenizerFiles, load_backend, read_files
+from slora_jax.text.template import ChatTemplate, TemplateError, as_parts, as_text
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Tokenizer:
     """The tokenizer of one model folder; safe to use from many threads.
 
     Attributes:
-      special_tokens: ``bos_token``, ``eos_token``, ... as texts, those that the model names.
+      special_tokens: ``bos_token``, ``eos_token``, ... as texts, those that the model names. Templates see them.
+      chat_templates: by name; ``default``, and ``tool_use`` where tools have one of their own.
     """
 
     def __init__(
@@ -37,50 +37,60 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         special_tokens: Mapping[str, str] | None = None,
-        chat_template: str | None = None,
-        add_bos_token: bool = False,
+        chat_templates: Mapping[str, str] | None = None,
+        clean_up: bool = False,
     ):
         # What tokenizer.json says about these is meant for training batches.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self._chat_template = chat_template
-        self._bos_to_add = self.bos_token_id if add_bos_token else None
+        self.chat_templates = {name: ChatTemplate(source) for name, source in (chat_templates or {}).items()}
+        self._clean_up = clean_up
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._piece_bytes = _piece_decoder(backend)
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Reads ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` of a model folder.
+        """Reads the tokenizer of a model folder as ``AutoTokenizer`` of transformers 5 does.
+
+        ``tokenizer.json`` must be there. ``tokenizer_config.json``, ``added_tokens.json`` and
+        ``special_tokens_map.json`` add tokens and names; templates come from ``chat_template.jinja`` and
+        ``additional_chat_templates``, or else from ``tokenizer_config.json``. As in transformers, ``add_bos_token`` and
+        ``add_eos_token`` mean nothing beside a ``tokenizer.json``, whose post-processor says what is added.
 
         Raises:
-          UnsupportedModel: no ``tokenizer.json``, or a file that cannot be read.
+          UnsupportedModel: no ``tokenizer.json``, or a file or field that is not understood; the message names it.
         """
         folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise UnsupportedModel(
-                f"{file} not found; make it with transformers: "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as e:  # the library raises Exception itself
-            raise UnsupportedModel(f"{file} cannot be read: {e}") from None
-        config = _read_json(folder / "tokenizer_config.json")
-        names = _read_json(folder / "special_tokens_map.json") | config
-        return cls(
-            backend,
-            special_tokens={
-                name: text
-                for name, value in names.items()
-                if name.endswith("_token") and (text := _token_content(value)) is not None
-            },
-            chat_template=_chat_template(folder, config),
-            add_bos_token=config.get("add_bos_token") is True,
-        )
+        backend, files, names = load_backend(folder)
+        return cls(backend, special_tokens=names, chat_templates=files.templates, clean_up=_clean_up(files, backend))
+
+    def with_chat_template_of(self, path: str | Path) -> "Tokenizer | None":
+        """This tokenizer with the chat template of an adapter's folder, and the special tokens that it names.
+
+        Returns None where the folder has no template, or nothing that differs. Vocabulary and text are shared.
+
+        Raises:
+          UnsupportedModel: a file or field is not understood, or the template is not valid; the message names it.
+        """
+        files = read_files(Path(path))
+        named = {name: None if token is None else token.content for name, token in files.names.items()}
+        names = {name: text for name, text in (self.special_tokens | named).items() if text is not None}
+        sources = {name: template.source for name, template in self.chat_templates.items()}
+        if not files.templates or (sources, self.special_tokens) == (files.templates, names):
+            return None
+        mine = Tokenizer.__new__(Tokenizer)
+        mine.__dict__ |= self.__dict__
+        mine.special_tokens = names
+        mine.chat_templates = {name: ChatTemplate(source) for name, source in files.templates.items()}
+        for name, template in mine.chat_templates.items():
+            try:
+                template.content  # noqa: B018 (compiles it)
+            except TemplateError as e:
+                raise UnsupportedModel(f"chat template {name!r} of {path}: {e}") from None
+        return mine
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -99,27 +109,61 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return bool(self.chat_templates)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``.
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written so, special or not; None if there is none."""
+        return self._backend.token_to_id(text)
 
-        With ``add_special_tokens``, what ``tokenizer.json`` adds is added, and the begin-of-sequence token
-        where ``tokenizer_config.json`` asks for it and it is not there yet.
+    def stop_token_ids(self, stops: Iterable[str]) -> frozenset[int]:
+        """The special tokens among stop strings. They leave no text, so no stop string can be found there."""
+        ids = (self._backend.token_to_id(stop) for stop in stops if _is_unicode(stop))
+        return frozenset(i for i in ids if i in self._special_ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of ``text``, with what ``tokenizer.json`` adds to a text if ``add_special_tokens``.
+
+        Other threads run meanwhile, however long the text is. With ``max_tokens`` (the model's context) a text that
+        certainly has more is refused without being read, where that can be told from its length: see
+        ``fewest_tokens``.
 
         Raises:
+          PromptTooLong: more than ``max_tokens`` tokens.
           InvalidRequest: the text is not valid Unicode (a lone surrogate).
         """
+        if max_tokens is not None and (fewest := self.fewest_tokens(text)) > max_tokens:
+            raise _too_long(max_tokens, f"at least {fewest}")
         try:
-            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # encode() would keep the interpreter's lock; the batch does not, and the fast one makes no offsets.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequest("the text is not valid Unicode: it holds a lone surrogate", "prompt") from None
-        if add_special_tokens and self._bos_to_add is not None and ids[:1] != [self._bos_to_add]:
-            ids.insert(0, self._bos_to_add)
-        return ids
+        except BaseException as e:
+            raise _library_failure(e, "text") from None
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise _too_long(max_tokens, str(len(encoding)))
+        return encoding.ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that the text has at least, told from its length; 0 where that says nothing.
+
+        It says something if every character of the text, but for known ones, is in some token: no normalizer or
+        pre-tokenizer drops any, no added token takes the spaces beside it, and what is not in the vocabulary is spelled
+        in bytes. Then there are at least as many tokens as the longest one goes into the text. (NFC and NFKC make one
+        character of at most four.)
+        """
+        longest, dropped = self._spelling
+        return -(-(len(text) - sum(map(text.count, dropped))) // longest) if longest else 0
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        try:
+            text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as e:
+            raise _library_failure(e, "tokens") from None
+        if self._clean_up:
+            for old, new in _CLEAN_UPS:
+                text = text.replace(old, new)
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes this token stands for; they may be a part of a character."""
@@ -138,48 +182,70 @@ class Tokenizer:
         return token_id in self._special_ids
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
     ) -> str:
         """The prompt for a chat. Encode it with ``add_special_tokens=False``: templates write their own.
 
+        A message's content is a string or a list of parts ``{"type": "text", "text": ...}``. A template that takes
+        the other form gets that: parts are joined, a line each; a string becomes one part.
+
         Raises:
-          InvalidRequest: the model has no template, or the template refuses these messages.
+          InvalidRequest: the model has no template, or the template refuses these messages, fails on them, or does
+            more than it may.
         """
-        if self._chat_template is None:
-            raise InvalidRequest(
-                "this model has no chat template: send plain text (/v1/completions), or put a "
-                "chat_template.jinja into the model's folder",
-                "messages",
-            )
-        variables = {**self.special_tokens, **extra}
+        template = self._template(tools)
+        variables = {
+            **self.special_tokens,
+            **extra,
+            "tools": None if tools is None else list(tools),
+            "documents": None if documents is None else list(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._compiled_template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **variables
-            )
-        except _TemplateRefusal as e:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {e}", "messages") from None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:
-            raise InvalidRequest(
-                f"the model's chat template fails on these messages: {type(e).__name__}: {e}", "messages"
-            ) from None
+            convert = {"text": as_text, "parts": as_parts, "either": lambda content: content}[template.content]
+            chat = [_for_template(message, convert) for message in messages]
+            return template.render({**variables, "messages": chat})
+        except TemplateError as e:
+            raise InvalidRequest(str(e), "messages") from None
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        max_tokens: int | None = None,
+        **extra: Any,
     ) -> list[int]:
-        """Token ids of a chat; see ``apply_chat_template``."""
+        """Token ids of a chat; see ``apply_chat_template`` and ``encode``."""
         text = self.apply_chat_template(messages, add_generation_prompt, **extra)
-        return self.encode(text, add_special_tokens=False)
+        try:
+            return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+        except InvalidRequest as e:
+            e.param = "messages"
+            raise
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        names = ("tool_use", "default") if tools is not None else ("default",)
+        for name in names:
+            if name in self.chat_templates:
+                return self.chat_templates[name]
+        what = f"only the chat templates {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
+        raise InvalidRequest(
+            f"this model has {what or 'no chat template'}: send plain text (/v1/completions), or put a "
+            "chat_template.jinja into the model's folder",
+            "messages",
+        )
 
     @functools.cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        # The template comes with the model, so it is not trusted.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        return environment.from_string(self._chat_template)
+    def _spelling(self) -> tuple[int, str]:
+        """Most characters of a text that one token can be, 0 if there is no such number; and those that are in none."""
+        return _spelling(self._backend)
 
     def _special_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -199,6 +265,7 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, strip_leading_space: bool = False):
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._clean_ups = [_Replacer(old, new) for old, new in _CLEAN_UPS] if tokenizer._clean_up else []
         self._strip = strip_leading_space and _strips_leading_space(tokenizer._backend)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -206,11 +273,17 @@ class IncrementalDecoder:
         """Takes the next token; returns the text that is complete with it."""
         if self._skip_special and self._tokenizer.is_special(token_id):
             return ""
-        return self._cut(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        text = self._cut(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        for replacer in self._clean_ups:
+            text = replacer.push(text)
+        return text
 
     def flush(self) -> str:
         """Ends the sequence; returns what an unfinished character leaves."""
-        return self._cut(self._utf8.decode(b"", final=True))
+        text = self._cut(self._utf8.decode(b"", final=True))
+        for replacer in self._clean_ups:
+            text = replacer.push(text) + replacer.flush()
+        return text
 
     def _cut(self, text: str) -> str:
         if self._strip and text:
@@ -219,27 +292,147 @@ class IncrementalDecoder:
         return text
 
 
-class _TemplateRefusal(Exception):
-    """A chat template called ``raise_exception``."""
+class _Replacer:
+    """``str.replace`` on a text that grows: holds back an end that may begin what is replaced."""
+
+    def __init__(self, old: str, new: str):
+        self._old, self._new = old, new
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        *whole, rest = (self._held + text).split(self._old)
+        keep = next((n for n in range(min(len(self._old) - 1, len(rest)), 0, -1) if self._old.startswith(rest[-n:])), 0)
+        self._held = rest[len(rest) - keep :]
+        return self._new.join([*whole, rest[: len(rest) - keep]])
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's part for training; for a prompt it is just its content."""
+_CLEAN_UPS = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
 
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _clean_up(files: TokenizerFiles, backend: tokenizers.Tokenizer) -> bool:
+    """Whether spaces before punctuation are dropped from decoded text: transformers does not do so for BPE."""
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    for field in ("clean_up_tokenization_spaces", forced):
+        if not isinstance(files.config.get(field, False), bool):
+            raise UnsupportedModel(
+                f"tokenizer_config.json: {field} must be true or false, got {ascii(files.config[field])[:80]}"
+            )
+    is_bpe = isinstance(backend.model, tokenizers.models.BPE)
+    return files.config.get("clean_up_tokenization_spaces", False) and (not is_bpe or files.config.get(forced, False))
 
 
-def _refuse(message: str):
-    raise _TemplateRefusal(message)
+def _for_template(message: Mapping[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """A message as templates expect it: what is null is not there, reasoning goes by all of its names."""
+    given = {name: value for name, value in message.items() if value is not None}
+    if "content" in given:
+        given["content"] = convert(given["content"])
+    reasoning = next((given[name] for name in _REASONING if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """As transformers has it: Jinja's own filter would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _too_long(context: int, tokens: str) -> PromptTooLong:
+    return PromptTooLong(
+        f"This model's maximum context length is {context} tokens. However, your prompt resulted in {tokens} tokens. "
+        "Please reduce its length.",
+        "prompt",
+    )
+
+
+def _library_failure(error: BaseException, what: str) -> BaseException:
+    """The error of a call into the tokenizers library, as the caller's: a panic there is not even an ``Exception``."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return InvalidRequest(
+            f"the tokenizer fails on this {what}: {type(error).__name__}: {str(error)[:300]}", "prompt"
+        )
+    return error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_NOTHING_KNOWN = 0, ""
+_MOST_DROPPED = 32
+
+
+def _spelling(backend: tokenizers.Tokenizer) -> tuple[int, str]:
+    added = backend.get_added_tokens_decoder().values()
+    shrinking = _shrinks(_state(backend.normalizer))
+    dropped = _dropped(backend)
+    if any(token.lstrip or token.rstrip for token in added) or shrinking == 0 or dropped is None:
+        return _NOTHING_KNOWN
+    if not _keeps_everything(_state(backend.pre_tokenizer)):
+        return _NOTHING_KNOWN
+    return shrinking * max(map(len, backend.get_vocab(with_added_tokens=True)), default=0), dropped
+
+
+def _state(part: Any) -> Mapping[str, Any] | None:
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _shrinks(normalizer: Mapping[str, Any] | None) -> int:
+    """Most characters that a normalizer makes one of; 0 if there is no bound, or it is not known here."""
+    match normalizer:
+        case None | {"type": "Prepend" | "NFD" | "NFKD"}:
+            return 1
+        case {"type": "NFC" | "NFKC"}:
+            return 4
+        case {"type": "Replace", "pattern": {"String": old}, "content": new} if len(new) >= len(old):
+            return 1
+        case {"type": "Sequence", "normalizers": parts}:
+            product = 1
+            for part in parts:
+                product *= _shrinks(part)
+            return product
+    return 0
+
+
+def _keeps_everything(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    match pre_tokenizer:
+        case None | {"type": "ByteLevel" | "Metaspace" | "Digits"}:
+            return True
+        case {"type": "Split" | "Punctuation", "behavior": behavior}:
+            return behavior != "Removed"
+        case {"type": "Sequence", "pretokenizers": parts}:
+            return all(map(_keeps_everything, parts))
+    return False
+
+
+def _dropped(backend: tokenizers.Tokenizer) -> str | None:
+    """The characters for which BPE has no token, where it spells those it does not know in bytes; None if it does not.
+
+    Vocabularies lack bytes that hardly ever come. A character of several bytes has one that is not lacking.
+    """
+    if not isinstance(backend.model, tokenizers.models.BPE):
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    if backend.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
+        return ""
+    state = _state(backend.pre_tokenizer) or {}
+    if not any(part.get("type") == "ByteLevel" for part in state.get("pretokenizers", [state])):
+        return None
+    lacking = {byte for name, byte in _byte_level_table().items() if name not in vocabulary}
+    dropped = "".join(chr(byte) for byte in sorted(lacking) if byte < 0x80)
+    return None if lacking & set(range(0x80, 0xC0)) or len(dropped) > _MOST_DROPPED else dropped
 
 
 def _piece_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
@@ -286,30 +479,3 @@ def _sentencepiece(byte_fallback: bool, piece: str) -> bytes:
     if byte_fallback and (match := _BYTE_TOKEN.fullmatch(piece)):
         return bytes([int(match[1], 16)])
     return piece.replace(_SPACE_MARK, " ").encode()
-
-
-def _token_content(value: Any) -> str | None:
-    """tokenizer_config.json writes a token as its text or as a mapping with its text in ``content``."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default") or next(iter(named.values()), None)
-    return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UnsupportedModel(f"{path} is not valid JSON: {e}") from None

@@ -315,27 +315,72 @@ def test_greeting_names_a_few_of_many_adapters(tmp_path):
 
 
 FAKE_LAUNCH = """
-    import importlib.util, sys, types
+    import importlib.util, os, signal, sys, threading, time, types
     from pathlib import Path
-    root, folder = map(Path, sys.argv[1:3])
+    root, folder, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     sys.path.insert(0, str(root))
     from tests.helpers.fake_engine import FakeEngine
     class Engine(FakeEngine):
         @classmethod
         def create(cls, config):
+            if what == "crash":
+                raise ValueError("nobody\\nforesaw \\x1b[31mthis")
+            if what == "out of memory":
+                raise MemoryError("RESOURCE_EXHAUSTED: 5 GiB")
+            if what == "stopped":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(30)
             return cls(folder)
+        def start(self):
+            super().start()
+            if what == "fails":
+                threading.Timer(0.5, self.fail, ["the device is gone"]).start()
+        def close(self):
+            if what == "fails":
+                time.sleep(30)  # a device that is gone may never answer
+            super().close()
     sys.modules["slora_jax.engine.engine"] = types.SimpleNamespace(Engine=Engine, leave_alone_what_exists=list)
     spec = importlib.util.spec_from_file_location("serve", root / "serve.py")
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
-    serve.main(["--port", "0"])
+    serve.SECONDS_TO_END = 1.0
+    serve.main(["--port", "0", *sys.argv[4:]])
 """
+
+
+def launch(folder: Path, what: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A launch that ends by itself."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(FAKE_LAUNCH), str(ROOT), str(folder), what]
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=25)
+
+
+def test_sigterm_while_loading_ends_with_code_0(tmp_path):
+    run = launch(tmp_path, "stopped")
+    assert (run.returncode, run.stderr.splitlines()) == (0, ["Loading demo ...", "Stopped."])
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(tmp_path):
+    run = launch(tmp_path, "crash")
+    said = r"Error: ValueError: nobody foresaw \x1b[31mthis (--log-level debug shows where)"
+    assert (run.returncode, run.stderr.splitlines()) == (70, ["Loading demo ...", said])
+    assert "Traceback" in launch(tmp_path, "crash", "--log-level", "debug").stderr
+
+
+def test_too_little_memory_says_what_to_lower(tmp_path):
+    run = launch(tmp_path, "out of memory")
+    assert run.returncode == 70
+    assert "lower --pool-memory-fraction, --max-batch-tokens or --max-sequences" in run.stderr.splitlines()[-1]
+
+
+def test_an_engine_that_failed_ends_the_process_with_70(tmp_path):
+    run = launch(tmp_path, "fails")
+    assert (run.returncode, run.stderr.splitlines()) == (70, ["Loading demo ...", "engine failed: the device is gone"])
 
 
 def test_a_launch_from_start_to_ctrl_c(tmp_path):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(FAKE_LAUNCH)]
     with subprocess.Popen(
-        [*command, str(ROOT), str(tmp_path)],
+        [*command, str(ROOT), str(tmp_path), "serves"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

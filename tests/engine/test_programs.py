@@ -180,3 +180,7 @@ def test_programs_in_memory_are_bounded(tmp_path, monkeypatch):
     assert 4 not in counting.programs, "the longest unused went"
     assert counting.results(4) == [[4.0] * 3]
     assert counting.lowered == [1, 2, 3, 4, 5, 6], "and came back from disk"
+    counting.programs.prepare([3, 7])
+    assert list(counting.programs) == [1, 2, 4, 3, 7], "what is asked for together stays together"
+    counting.programs.prepare([3], lasting=True)
+    assert counting.results(5, 6, 8) and 3 in counting.programs and len(counting.programs) == 6

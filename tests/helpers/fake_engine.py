@@ -200,6 +200,12 @@ class FakeEngine:
         self.fail = on_failure
         self._thread.start()
 
+    def tokenizer_of(self, adapter):
+        return self.tokenizer
+
+    def check_process(self) -> None:
+        """Tests do not fork."""
+
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():

@@ -10,8 +10,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import choose_backend, paged_attention, plan_attention
-from pallas_kernels.paged_attention import mosaic, triton
-from pallas_kernels.paged_attention.mosaic import Sizes
+from pallas_kernels.paged_attention import hopper, triton
+from pallas_kernels.paged_attention.mosaic_kernel import QUERY_TILE, Sizes
+from pallas_kernels.paged_attention.work import Tiles, cut_tiles
 from pallas_kernels.pool import PAGE_SIZE
 from tests.helpers import oracles
 from tests.helpers.triton_on_cpu import compiled
@@ -36,24 +37,25 @@ def test_attention_interpreted(seed, name):
     q, pool, table, query_start, context_len = case.build(seed)
     options = {"num_kv_heads": case.kv_heads, "scale": 0.3}
     expected = oracles.attention(q, pool, case.layer, table, query_start, context_len, **options)
-    tiles, num_tiles = triton._tiles(jnp.asarray(query_start), jnp.asarray(context_len), len(q), mosaic.QUERY_TILE)
+    ragged = jnp.asarray(query_start), jnp.asarray(context_len)
+    tiles = cut_tiles(*ragged, num_tokens=len(q), size=QUERY_TILE)
 
-    arguments = map(jnp.asarray, (q, pool, table))
-    interpret = plgpu.InterpretGPUParams()
-    out = mosaic.attend_tiles(*arguments, tiles, num_tiles, case.layer, **options, sizes=sizes, interpret=interpret)
+    q, pool, table = map(jnp.asarray, (q, pool, table))
+    options |= {"sizes": sizes, "interpret": plgpu.InterpretGPUParams()}
+    out = hopper.attend_tiles(q, pool, case.layer, table, tiles, **options)
 
     assert out.dtype == q.dtype
     out = out[: len(q)]
-    written = in_tiles(tiles, num_tiles, len(q))
+    written = in_tiles(tiles, len(q))
     assert_close(out[written], expected[written])
     assert not np.asarray(out[query_start[-1] :]).any(), "padding tokens give exactly 0"
     assert np.isnan(np.asarray(out[~written], np.float32)).all(), "other tokens are not written"
 
 
-def in_tiles(tiles, num_tiles, num_tokens):
+def in_tiles(tiles, num_tokens):
     """Which tokens are in a tile; no token is in two."""
     count = np.zeros(num_tokens, int)
-    for token, length, *_ in np.asarray(tiles)[: int(num_tiles[0])]:
+    for token, length, *_ in np.asarray(tiles.records)[: int(tiles.count[0])]:
         count[token : token + length] += 1
     assert count.max() == 1
     return count == 1
@@ -77,8 +79,9 @@ def test_attention_lowers(name):
 
     q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype)
     pool = jax.ShapeDtypeStruct((2, 2, 1024 * PAGE_SIZE, num_kv_heads * head_dim), dtype)
-    attend = partial(mosaic.attend_tiles, num_kv_heads=num_kv_heads, scale=0.1, sizes=sizes)
-    traced = jax.jit(attend).trace(q, pool, integers(8, 600), integers(80, 4), integers(1), integers())
+    attend = partial(hopper.attend_tiles, num_kv_heads=num_kv_heads, scale=0.1, sizes=sizes)
+    tiles = Tiles(integers(80, 4), integers(1), QUERY_TILE)
+    traced = jax.jit(attend).trace(q, pool, integers(), integers(8, 600), tiles)
     lowered = traced.lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
     assert lowered.out_info.shape == (max(num_tokens, 128), *q.shape[1:]) and lowered.out_info.dtype == dtype
@@ -122,6 +125,7 @@ def test_what_only_others_do(change):
     sizes = {"head_dim": 64, "dtype": jnp.bfloat16, "pool_dtype": jnp.bfloat16, "scale": 1.0} | change
     q = jnp.zeros((2, 2, sizes["head_dim"]), sizes["dtype"])
     pool = jnp.zeros((1, 2, 16, sizes["head_dim"]), sizes["pool_dtype"])
-    arguments = q, pool, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 4), jnp.int32), jnp.ones(1, jnp.int32), 0
+    tiles = Tiles(jnp.zeros((1, 4), jnp.int32), jnp.ones(1, jnp.int32), QUERY_TILE)
+    arguments = q, pool, 0, jnp.zeros((1, 1), jnp.int32), tiles
     with pytest.raises(NotImplementedError, match="the Mosaic kernel does head_dim 64 and 128"):
-        mosaic.attend_tiles(*arguments, num_kv_heads=1, scale=sizes["scale"])
+        hopper.attend_tiles(*arguments, num_kv_heads=1, scale=sizes["scale"])

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import mosaic, triton
-from pallas_kernels.paged_attention.mosaic import Sizes
+from pallas_kernels.paged_attention import hopper
+from pallas_kernels.paged_attention.mosaic_kernel import QUERY_TILE, Sizes
+from pallas_kernels.paged_attention.work import cut_tiles
 from tests.helpers import oracles
 from tests.kernels.test_attention_mosaic import in_tiles
 from tests.kernels.test_attention_triton_gpu import MIXTURE, moved_far, poison
@@ -37,17 +38,17 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def hopper():
+def only_on_hopper():
     if jax.devices()[0].compute_capability != "9.0":
         pytest.skip("needs a Hopper GPU")
 
 
 @partial(jax.jit, static_argnames=("num_kv_heads", "scale", "sizes"))
 def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, sizes=None):
-    tiles, num_tiles = triton._tiles(query_start, context_len, q.shape[0], mosaic.QUERY_TILE)
+    tiles = cut_tiles(query_start, context_len, num_tokens=q.shape[0], size=QUERY_TILE)
     options = {"num_kv_heads": num_kv_heads, "scale": scale, "sizes": sizes}
-    out = mosaic.attend_tiles(q, pool, jnp.maximum(page_table, 0), tiles, num_tiles, layer, **options)
-    return out[: q.shape[0]], tiles, num_tiles
+    out = hopper.attend_tiles(q, pool, layer, jnp.maximum(page_table, 0), tiles, **options)
+    return out[: q.shape[0]], tiles
 
 
 def check(case, seed, sizes=None, pool_of=lambda pool, table: (pool, table)):
@@ -58,13 +59,13 @@ def check(case, seed, sizes=None, pool_of=lambda pool, table: (pool, table)):
     arguments = jnp.asarray(q), jnp.asarray(pool), jnp.int32(case.layer), *map(jnp.asarray, ragged)
     compiled = attend.lower(*arguments, **options, sizes=sizes).compile()
     poison()
-    out, tiles, num_tiles = map(np.asarray, compiled(*arguments))
-    written = in_tiles(tiles, num_tiles, len(q))
+    out, tiles = compiled(*arguments)
+    out, written = np.asarray(out), in_tiles(tiles, len(q))
     assert out.dtype == q.dtype
     assert_close(out[written], expected[written])
     assert not out[ragged[1][-1] :].any(), "padding tokens give exactly 0"
     for _ in range(3):
-        again, *_ = compiled(*arguments)
+        again, _ = compiled(*arguments)
         assert np.asarray(again)[written].tobytes() == out[written].tobytes()
 
 
@@ -81,8 +82,8 @@ def test_a_whole_batch_with_its_decoding_sequences(name):
 
     @jax.jit
     def run(q, pool, *ragged):
-        plan = triton.plan(*ragged, num_tokens=q.shape[0], tiles_in_mosaic=True)
-        return triton.paged_attention(q, pool, case.layer, plan, **options)
+        plan = hopper.plan(*ragged, num_tokens=q.shape[0])
+        return hopper.paged_attention(q, pool, case.layer, plan, **options)
 
     poison()
     out = run(jnp.asarray(q), jnp.asarray(pool), *map(jnp.asarray, ragged))

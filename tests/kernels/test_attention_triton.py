@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.paged_attention import rotary_triton
+from pallas_kernels.paged_attention import rotary_triton, work
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
 from tests.helpers import oracles
@@ -51,7 +51,7 @@ def test_attention_by_interpreter(seed, name, monkeypatch):
         return sizes | {"programs": 7} if "programs" in sizes else sizes  # interpreted one by one
 
     monkeypatch.setattr(attention, "block_sizes", few_programs)
-    monkeypatch.setattr(attention, "ITEM_LEVELS", (4, 8))
+    monkeypatch.setattr(work, "ITEM_LEVELS", (4, 8))
     if case.dtype == BFLOAT16 and case.query_dtype is None:
         case = dataclasses.replace(case, dtype=HALF)
     q, pool, *ragged = case.build(seed)
@@ -97,15 +97,15 @@ def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
     lengths = (counts + rng.integers(0, 40000 if seed % 2 else 900, 12)).astype(np.int32)
     query_start = np.cumsum([0, *counts]).astype(np.int32)
     num_tokens = 3 * 12 + 2  # the same for all, which is compiled once
-    plan = jitted_plan(
+    cut = jitted_plan(
         jnp.zeros((12, 3), jnp.int32),
         jnp.asarray(query_start),
         jnp.asarray(lengths),
         num_tokens=num_tokens,
         max_query_len=max_query_len,
-    )
+    ).work
     decoding = {int(query_start[s]): s for s in range(12) if counts[s] == 1}
-    for decode in plan.decode:
+    for decode in cut.decode:
         keys = {token: [] for token in decoding}
         items, rows = np.asarray(decode.items), np.asarray(decode.rows)
         for token, sequence, begin, end, is_part, *_ in items:
@@ -121,7 +121,7 @@ def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
             else:
                 assert count == 0
         written = {t for t in rows[:, 0] if t >= 0}
-        for token, count, *_ in () if plan.tiles is None else np.asarray(plan.tiles):
+        for token, count, *_ in () if cut.tiles is None else np.asarray(cut.tiles.records):
             assert not written & set(range(token, token + count))
             written |= set(range(token, token + count))
         assert written == set(range(num_tokens))

@@ -66,7 +66,7 @@ def check(case, seed, scale=0.2, pool_of=lambda pool, table: (pool, table)):
     poison()
     out = attend(q, pool, case.layer, *ragged, **options)
     assert out.dtype == q.dtype
-    # Float32 sums of hundreds of products, in another order than the oracle's.
+    # Float32 sums of hundreds of terms, in another order than the oracle's.
     tolerance = {SINGLE: 1e-5}.get(np.dtype(q.dtype), 0.0)
     if tolerance:
         np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * max(1.0, np.abs(expected).max()))

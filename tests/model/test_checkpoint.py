@@ -4,6 +4,9 @@ import fcntl
 import logging
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -121,6 +124,17 @@ def overwrite_metadata(entry: Path) -> None:
     file.write_bytes(b"x" * file.stat().st_size)
 
 
+def overwrite_small_files(entry: Path) -> None:
+    for file in entry.rglob("*.ocdbt"):
+        file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+def empty_everything(entry: Path) -> None:
+    for file in entry.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
 def delete_data(entry: Path) -> None:
     shutil.rmtree(next(path for path in entry.rglob("d") if path.is_dir()))
 
@@ -133,7 +147,13 @@ def delete_params(entry: Path) -> None:
     shutil.rmtree(entry / "params")
 
 
-@pytest.mark.parametrize("damage", [cut_largest, overwrite_metadata, delete_data, delete_manifest, delete_params])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(cut_largest, overwrite_metadata, overwrite_small_files, empty_everything),
+        *(delete_data, delete_manifest, delete_params),
+    ],
+)
 def test_damaged_entry_is_made_anew(run, cache, damage):
     run()
     damage(entries(cache)[0])
@@ -143,11 +163,11 @@ def test_damaged_entry_is_made_anew(run, cache, damage):
 
 
 def test_interrupted_write_leaves_nothing_to_restore(run, cache, monkeypatch):
-    real = checkpoint._file_sizes
-    monkeypatch.setattr(checkpoint, "_file_sizes", lambda folder: 1 / 0)
+    real = checkpoint._described
+    monkeypatch.setattr(checkpoint, "_described", lambda folder: 1 / 0)
     assert run(warning="weights could not be cached") == "safetensors"
     assert entries(cache) == []
-    monkeypatch.setattr(checkpoint, "_file_sizes", real)
+    monkeypatch.setattr(checkpoint, "_described", real)
     assert run() == "safetensors"
     assert run() == "orbax"
 
@@ -159,6 +179,45 @@ def test_leftovers_of_a_killed_process_are_removed(run, cache):
     entry.rename(leftover)  # all its data, but never renamed
     assert run() == "safetensors"
     assert entries(cache) == [entry]
+
+
+def test_leftovers_of_other_models_are_removed_unless_they_are_written_now(run, cache):
+    cache.mkdir()
+    left, written = cache / ".0123.tmp-abcdefgh", cache / ".4567.tmp-abcdefgh"
+    left.mkdir()
+    written.mkdir()
+    with (cache / ".4567.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run()
+    assert not left.exists()
+    assert written.exists()
+
+
+@pytest.mark.parametrize("limit", [3_000, 20_000])
+def test_a_disk_that_gets_full_costs_one_line(tmp_path, limit):
+    """By the kernel's limit on the size of a file, which TensorStore meets as it meets a full disk."""
+    code = textwrap.dedent("""
+        import logging, resource, signal, sys
+        from pathlib import Path
+        import jax.numpy as jnp
+        from slora_jax.model.checkpoint import load_or_restore
+        from slora_jax.model.config import ModelConfig
+
+        logging.basicConfig(level="WARNING")
+        model, cache, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        config = ModelConfig.from_folder(model)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        params, provenance = load_or_restore(model, config, jnp.float32, cache, progress=False)
+        assert provenance.source == "safetensors"
+    """)
+    # To a pipe, to which the limit does not apply.
+    command = [sys.executable, "-c", code, str(FIXTURE), str(tmp_path), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"WARNING:slora_jax.model.checkpoint:weights could not be cached in {tmp_path} (")
+    assert "File too large" in line
+    assert entries(tmp_path) == []
 
 
 def test_only_one_process_writes(run, cache):

@@ -1,10 +1,13 @@
 import json
 import random
+import threading
+import time
 
 import pytest
-from tokenizers import decoders, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
-from slora_jax.errors import InvalidRequest, UnsupportedModel
+from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 from tests.helpers.small_tokenizers import CHAT_TEMPLATE, byte_level, byte_level_folder, sentencepiece, write_folder
 
@@ -84,18 +87,20 @@ def test_token_bytes_and_text(tokenizer):
     assert tokenizer.token_text(tokenizer.encode("h", add_special_tokens=False)[-1]).strip() == "h"
 
 
-def test_bos_is_added_once(tmp_path):
-    asks = {"bos_token": "<s>", "add_bos_token": True}
-    both = Tokenizer.from_folder(write_folder(tmp_path / "both", sentencepiece(), **asks))
+def test_the_post_processor_alone_says_what_is_added(tmp_path):
+    """transformers 5 drops add_bos_token and add_eos_token where there is a tokenizer.json."""
     backend = sentencepiece()
     backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    asks = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}
     config_only = Tokenizer.from_folder(write_folder(tmp_path / "config", backend, **asks))
-    neither = Tokenizer.from_folder(write_folder(tmp_path / "none", backend, bos_token="<s>"))
-    plain = neither.encode("hello")
-    assert both.encode("hello") == config_only.encode("hello") == [1, *plain]
-    for tokenizer in (both, config_only):
-        assert tokenizer.encode("hello", add_special_tokens=False) == plain
-        assert tokenizer.bos_token_id == 1
+    file_says = Tokenizer.from_folder(
+        write_folder(tmp_path / "file", sentencepiece(), **asks | {"add_bos_token": False})
+    )
+    plain = config_only.encode("hello")
+    assert plain == [270, 264, 266, 266, 267]
+    assert file_says.encode("hello") == [1, *plain]
+    assert file_says.encode("hello", add_special_tokens=False) == plain
+    assert file_says.bos_token_id == 1
 
 
 def test_folder(tmp_path):
@@ -195,3 +200,160 @@ def test_what_a_template_cannot_do_is_the_callers_error(tmp_path, template, mess
     with pytest.raises(InvalidRequest, match=message) as error:
         tokenizer.apply_chat_template(messages)
     assert error.value.param == "messages"
+
+
+def test_tokens_that_only_the_config_has(tmp_path):
+    """transformers gives them the next ids, whatever the config says, and the flags that it says."""
+    named = {str(300 + i): {"content": t, "special": True} for i, t in enumerate(["<s>", "</s>", "<|new|>"])}
+    tokenizer = Tokenizer.from_folder(byte_level_folder(tmp_path, added_tokens_decoder=named, eos_token="<|late|>"))
+    size = 256 + 6 + 4
+    assert tokenizer.encode("<|new|>h<|late|>") == [size + 2, tokenizer.token_id("h"), size + 3]
+    assert tokenizer.eos_token_ids == (size + 3,)
+    assert tokenizer.decode([size + 2, tokenizer.token_id("h")]) == "h"
+
+
+def test_tokens_of_the_older_files(tmp_path):
+    folder = byte_level_folder(tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps({"<b>": 301, "<a>": 300}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<c>", "image_token": "<a>"}))
+    tokenizer = Tokenizer.from_folder(folder)
+    size = 256 + 6 + 4
+    assert tokenizer.encode("<a><b><c>") == [size, size + 1, size + 2]
+    assert tokenizer.special_tokens["eos_token"] == "<c>"  # this file goes ahead of tokenizer_config.json
+    assert tokenizer.special_tokens["image_token"] == "<a>"
+
+
+def test_the_class_decides_what_is_made_of_the_file(tmp_path):
+    """LlamaTokenizer of transformers 5 puts a space before the first word only, whatever the file's normalizer says."""
+    text = "hello</s>hello"
+    as_is = Tokenizer.from_folder(
+        write_folder(tmp_path / "a", sentencepiece(), tokenizer_class="PreTrainedTokenizerFast")
+    )
+    first = Tokenizer.from_folder(write_folder(tmp_path / "b", sentencepiece(), tokenizer_class="LlamaTokenizer"))
+    legacy = write_folder(tmp_path / "c", sentencepiece(), tokenizer_class="LlamaTokenizerFast", legacy=True)
+    hello = [264, 266, 266, 267]
+    assert as_is.encode(text, False) == [270, *hello, 2, 270, *hello]
+    assert first.encode(text, False) == [270, *hello, 2, 265, *hello]
+    assert Tokenizer.from_folder(legacy).encode(text, False) == [270, *hello, 2, 270, *hello]
+    with pytest.raises(UnsupportedModel, match=r"tokenizer_config\.json: tokenizer_class 'BertTokenizer'"):
+        Tokenizer.from_folder(write_folder(tmp_path / "d", sentencepiece(), tokenizer_class="BertTokenizerFast"))
+
+
+def unigram() -> Backend:
+    backend = Backend(models.Unigram([("<unk>", 0.0), *((c, -1.0) for c in "▁abn't.,?")], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend
+
+
+def test_spaces_before_punctuation_are_cleaned_up_where_transformers_does(tmp_path):
+    asks = {"clean_up_tokenization_spaces": True}
+    cleaning = Tokenizer.from_folder(write_folder(tmp_path / "unigram", unigram(), **asks))
+    bpe = Tokenizer.from_folder(write_folder(tmp_path / "bpe", sentencepiece(), **asks))
+    assert cleaning.decode(cleaning.encode("a b . ab n't ' a ,")) == "a b. abn't'a,"
+    assert bpe.decode(bpe.encode("a b .")) == "a b ."
+    rng = random.Random(4)
+    for _ in range(300):
+        ids = [rng.randrange(1, cleaning.vocab_size) for _ in range(rng.randint(0, 14))]
+        assert "".join(pieces(cleaning, ids, strip_leading_space=True)) == cleaning.decode(ids)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_by_its_length():
+    tokenizer = Tokenizer(byte_level())
+    longest = len("  two spaces")
+    assert tokenizer.fewest_tokens("x" * (longest * 10 + 1)) == 11
+    with pytest.raises(PromptTooLong, match=r"maximum context length is 10 tokens\. .* at least 11 tokens"):
+        tokenizer.encode("x" * (longest * 10 + 1), max_tokens=10)
+    with pytest.raises(PromptTooLong, match=r"maximum context length is 10 tokens\. .* resulted in 11 tokens") as error:
+        tokenizer.encode("x" * 11, max_tokens=10)
+    assert error.value.param == "prompt"
+    assert len(tokenizer.encode("x" * 10, max_tokens=10)) == 10
+
+
+SHRINKING = [
+    ("normalizer", normalizers.Strip()),
+    ("normalizer", normalizers.Replace("ab", "")),
+    ("normalizer", normalizers.StripAccents()),
+    ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])),
+    ("pre_tokenizer", pre_tokenizers.WhitespaceSplit()),
+    ("pre_tokenizer", pre_tokenizers.Split(" ", "removed")),
+]
+
+
+@pytest.mark.parametrize(("part", "value"), SHRINKING)
+def test_length_says_nothing_where_text_is_dropped(part, value):
+    backend = byte_level()
+    setattr(backend, part, value)
+    assert Tokenizer(backend).fewest_tokens("x" * 1000) == 0
+    greedy = byte_level()
+    greedy.add_tokens([AddedToken("<x>", lstrip=True)])
+    assert Tokenizer(greedy).fewest_tokens("x" * 1000) == 0
+
+
+def without_bytes(*lacking: str) -> Backend:
+    """Byte-level BPE whose vocabulary lacks bytes that hardly ever come, as SmolLM2's does."""
+    state = json.loads(byte_level().to_str())
+    for character in lacking:
+        del state["model"]["vocab"][{"\x04": "\u0104", "\xf1": "\xf1"}[character]]
+    return Backend.from_str(json.dumps(state))
+
+
+def test_no_text_has_fewer_tokens_than_its_length_says():
+    rng = random.Random(5)
+    backends = [byte_level(), sentencepiece(), without_bytes("\x04", "\xf1")]
+    for form in (normalizers.NFC(), normalizers.NFKC()):
+        backends.append(byte_level())
+        backends[-1].normalizer = form
+    for backend in backends:
+        tokenizer = Tokenizer(backend)
+        assert tokenizer.fewest_tokens("x" * 1000) > 0
+        for _ in range(200):
+            text = "".join(
+                rng.choices(
+                    [" ", "  two spaces", "hello", "α\u0313\u0300\u0345", "ﬃ", "é", "</s>", "\x04", "\U00040000"], k=30
+                )
+            )
+            assert len(tokenizer.encode(text, False)) >= tokenizer.fewest_tokens(text)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    tokenizer = Tokenizer(byte_level())
+    tokenizer.encode("warm")
+    text = "the moon is far " * 60_000
+    encoding = threading.Thread(target=tokenizer.encode, args=(text,))
+    started, gaps, last = time.perf_counter(), [], time.perf_counter()
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        gaps.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    # With encode() there is one gap, as long as the whole.
+    assert max(gaps) < 0.5 * (last - started)
+
+
+def test_a_stop_string_that_is_a_special_token(tmp_path):
+    tokenizer = Tokenizer.from_folder(byte_level_folder(tmp_path))
+    im_end = tokenizer.token_id("<|im_end|>")
+    assert tokenizer.stop_token_ids(["<|im_end|>", "hello", "  two spaces", "no such", "\ud800"]) == {im_end}
+
+
+ADAPTERS_TEMPLATE = "{{ bos_token }}{{ eos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def test_an_adapters_own_template(tmp_path):
+    base = Tokenizer.from_folder(byte_level_folder(tmp_path / "base"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    assert base.with_chat_template_of(adapter) is None
+    byte_level_folder(adapter)
+    assert base.with_chat_template_of(adapter) is None  # the same as the base's
+    (adapter / "chat_template.jinja").write_text(ADAPTERS_TEMPLATE)
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    own = base.with_chat_template_of(adapter)
+    assert own.apply_chat_template(MESSAGES[1:]) == "<|end|><|end|>[Hi <there>]"
+    assert own.eos_token_ids == (base.token_id("<|end|>"),)
+    assert own.encode("hello") == base.encode("hello")
+    assert base.apply_chat_template(MESSAGES).startswith("<|im_start|>")
+    (adapter / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(UnsupportedModel, match="not valid Jinja"):
+        base.with_chat_template_of(adapter)

@@ -1,7 +1,7 @@
-"""Ragged paged attention of many query tokens for Hopper GPUs, in Pallas Mosaic GPU.
+"""The Pallas Mosaic GPU kernel of ragged paged attention, for many query tokens on Hopper; ``hopper`` launches it.
 
-Semantics, shapes and tiles are those of ``triton._tile_kernel``: for every query token t of a tile, at position p of
-sequence s, head h of KV head ``g = h // (H // num_kv_heads)``::
+Semantics, for every query token t of a tile, at position p of sequence s, head h of KV head
+``g = h // (H // num_kv_heads)``::
 
     w[c]      = softmax over c in [0, p] of  scale * q[t, h] . K[row(s, c), g]
     out[t, h] = sum over c of  w[c] * V[row(s, c), g]
@@ -10,8 +10,8 @@ Tokens of a tile before all keys are padding and give 0; tokens of no tile are n
 
 A program has three warpgroups. One only copies: the K and V of a block of keys come page by page, each page a TMA copy
 into its rows of a swizzled tile, all of them counted by one barrier. The other two have 64 queries each and take turns:
-one's softmax runs while the other's products keep the tensor cores busy. A turn issues the product with V of one block
-and the product with K of the next together.
+one's softmax runs while the other's matmuls keep the tensor cores busy. A turn issues the matmul with V of one block
+and the matmul with K of the next together.
 
 TMA copies have fixed sizes, and a swizzled tile takes them only at multiples of 8 rows, but a tile of queries may begin
 at any token and have any number of them. So queries and outputs pass through a buffer of plain rows. The queries of a
@@ -23,7 +23,7 @@ may hold NaN, which no weight hides.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.backend import MOSAIC_DTYPES, MOSAIC_HEAD_DIMS
-from pallas_kernels.pool import PAGE_SIZE, layer_array
-from pallas_kernels.tuning import block_sizes, device_kind
+from pallas_kernels.pool import PAGE_SIZE
 
 QUERY_TILE = 128
 """Most tokens of a tile."""
 
 _ROWS = QUERY_TILE // 2
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# Type checkers take a method that these classes leave to their base for one that is missing.
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 # Of 65,536 registers, in threads' shares: two computing warpgroups and one that copies.
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
 
@@ -60,44 +59,15 @@ class Sizes(NamedTuple):
     turns: int
 
 
-def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, scale, sizes=None, interpret=None):
-    """Attention of the tiles' tokens; the output's other tokens are not written.
-
-    Args:
-      q: ``[T, H, D]``, D 64 or 128.
-      pool: ``[layers, 2, rows, num_kv_heads * D]`` of q's dtype.
-      page_table: ``[S, P]`` int32.
-      tiles: ``[N, 4]`` int32: first token, number of tokens (at most ``QUERY_TILE``), sequence, position of the first.
-      num_tiles: ``[1]`` int32.
-      layer: an int or an int32 scalar.
-      num_kv_heads, scale: static.
-      sizes: ``Sizes``; None takes those measured for this GPU.
-      interpret: parameters of the interpreter; None compiles for a GPU.
-
-    Returns:
-      ``[max(T, QUERY_TILE), H, D]`` of q's dtype. Not cut to T here: XLA hands a slice to the next kernel as a view of
-      this buffer, and loses what a kernel writes into it in place.
-
-    Raises:
-      NotImplementedError: a head size, scale or dtype that only other back ends have.
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    if q.dtype != pool.dtype or q.dtype not in MOSAIC_DTYPES or head_dim not in MOSAIC_HEAD_DIMS or scale <= 0:
-        raise NotImplementedError(
-            "the Mosaic kernel does head_dim 64 and 128, a positive scale, and q and pool both bfloat16 or float16; got"
-            f" head_dim {head_dim}, scale {scale}, q {q.dtype} and pool {pool.dtype}: use triton"
-        )
-    sizes = sizes or Sizes(**block_sizes("mosaic_attention", device_kind(), "half"))
-    if num_tokens < QUERY_TILE:
-        q = jnp.pad(q, ((0, QUERY_TILE - num_tokens), (0, 0), (0, 0)))
-    options = {"num_rows": pool.shape[2], "num_kv_heads": num_kv_heads, "scale": scale, "sizes": sizes}
-    block = plgpu.SMEM((sizes.stages, sizes.block_n, head_dim), q.dtype, transforms=_SWIZZLED)
+def buffers(sizes: Sizes, head_dim: int, dtype: jnp.dtype) -> dict[str, Any]:
+    """What a program has in shared memory: the ``buffers`` of ``attend``."""
+    block = plgpu.SMEM((sizes.stages, sizes.block_n, head_dim), dtype, transforms=_SWIZZLED)
     loaded = plgpu.Barrier(num_arrivals=sizes.block_n // PAGE_SIZE, num_barriers=sizes.stages)
     consumed = plgpu.Barrier(num_arrivals=2, num_barriers=sizes.stages)
-    buffers = {
-        "staged": plgpu.SMEM((2, _ROWS, head_dim), q.dtype),
+    return {
+        "staged": plgpu.SMEM((2, _ROWS, head_dim), dtype),
         "staged_loaded": plgpu.Barrier(num_barriers=2),
-        "queries": plgpu.SMEM((2, _ROWS, head_dim), q.dtype, transforms=_SWIZZLED),
+        "queries": plgpu.SMEM((2, _ROWS, head_dim), dtype, transforms=_SWIZZLED),
         "k": block,
         "k_loaded": loaded,
         "k_consumed": consumed,
@@ -106,31 +76,20 @@ def attend_tiles(q, pool, page_table, tiles, num_tiles, layer, *, num_kv_heads, 
         "v_consumed": consumed,
         "turn": plgpu.Barrier(num_arrivals=2),
     }
-    return plgpu.kernel(
-        partial(_kernel, **options, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types={"buffers": buffers},
-        grid=(min(sizes.programs, num_heads * tiles.shape[0]),),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(q, pool.reshape(-1, pool.shape[3]), page_table, tiles, num_tiles, layer_array(layer))
 
 
 class _Tile(NamedTuple):
-    """What one program does at a time: a tile of one head; its last query sees the keys before ``end``."""
+    """What a program does at a time: a tile's tokens of one head. The last of them sees the keys before ``end``."""
 
     head: jax.Array
     token: jax.Array
-    count: jax.Array
+    num_tokens: jax.Array
     sequence: jax.Array
     position: jax.Array
     end: jax.Array
 
 
-def _kernel(
+def attend(
     q,  # [T, H, D]
     pool,  # [layers * 2 * num_rows, W]
     page_table,  # [S, P]
@@ -140,7 +99,11 @@ def _kernel(
     out,  # [T, H, D]
     **options,
 ):
-    """One program: some of the tiles of some heads, the longest first."""
+    """The kernel: one program does some of the tiles of some heads, the longest first.
+
+    ``options`` are ``num_rows`` (the pool's), ``num_kv_heads``, ``scale``, ``sizes``, ``interpret`` (the interpreter's
+    parameters, None on a GPU) and ``buffers``.
+    """
     num_heads = q.shape[1]
     warpgroup = lax.axis_index("warpgroup")
     program = lax.axis_index("program")
@@ -154,9 +117,9 @@ def _kernel(
         item = item_of(i)
         # The last tiles of a sequence see the most keys: they come first.
         index = num_tiles[0] - 1 - _div(item, num_heads)
-        token, count, sequence, position = (tiles[index, field] for field in range(4))
-        end = jnp.maximum(position + count, 0)
-        return _Tile(_rem(item, num_heads), token, count, sequence, position, end)
+        token, num_tokens, sequence, position = (tiles[index, field] for field in range(4))
+        end = jnp.maximum(position + num_tokens, 0)
+        return _Tile(_rem(item, num_heads), token, num_tokens, sequence, position, end)
 
     num_items = num_tiles[0] * num_heads
     rounds = _div(num_items, num_programs)
@@ -172,10 +135,10 @@ def _kernel(
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        attend = _attender(q, out, warpgroup, **options)
+        attend_tile = _attender(q, out, warpgroup, **options)
         # Half a turn apart.
         pl.when(warpgroup == 1)(partial(_switch, **options))
-        lax.fori_loop(0, num_mine, lambda i, before: attend(tile_of(i), before), jnp.int32(0))
+        lax.fori_loop(0, num_mine, lambda i, before: attend_tile(tile_of(i), before), jnp.int32(0))
         pl.when(warpgroup == 0)(partial(_switch, **options))
         plgpu.wait_smem_to_gmem(0)
 
@@ -260,7 +223,7 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
             if last:
                 _clear_from(values, tile.end - block * block_n)
                 switch()
-                (acc,) = _products((acc, weights, values), then=switch, interpret=interpret)
+                (acc,) = _matmuls((acc, weights, values), then=switch, interpret=interpret)
                 scores = ()
             else:
                 plgpu.barrier_wait(buffers["k_loaded"].at[next_slot])
@@ -268,9 +231,7 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
                 keys = buffers["k"].at[next_slot].transpose((1, 0))
                 # The scores first: the next softmax waits for them.
                 zeros = _full((_ROWS, block_n), 0)
-                scores, acc = _products(
-                    (zeros, queries, keys), (acc, weights, values), then=switch, interpret=interpret
-                )
+                scores, acc = _matmuls((zeros, queries, keys), (acc, weights, values), then=switch, interpret=interpret)
                 plgpu.barrier_arrive(buffers["k_consumed"].at[next_slot])
             plgpu.barrier_arrive(buffers["v_consumed"].at[slot])
             return scores, acc, total, top
@@ -293,7 +254,7 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
 
             keys = buffers["k"].at[first_slot].transpose((1, 0))
             zeros = _full((_ROWS, block_n), 0)
-            (scores,) = _products((zeros, queries, keys), then=switch, interpret=interpret)
+            (scores,) = _matmuls((zeros, queries, keys), then=switch, interpret=interpret)
             plgpu.barrier_arrive(buffers["k_consumed"].at[first_slot])
             # Keys of the first so many blocks are seen by every query.
             whole = jnp.minimum(_div(tile.position + 1, block_n), num_blocks - 1)
@@ -305,7 +266,7 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
 
         plgpu.commit_smem()
         row = jnp.clip(tile.token - start, 0, _ROWS)
-        count = jnp.clip(tile.token + tile.count - start, 0, _ROWS) - row
+        count = jnp.clip(tile.token + tile.num_tokens - start, 0, _ROWS) - row
         for size in (2**i for i in reversed(range(_ROWS.bit_length()))):
 
             @pl.when(count & size != 0)
@@ -320,7 +281,7 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
     return attend_tile
 
 
-def _products(*operands, then, interpret):
+def _matmuls(*operands, then, interpret):
     """``start + a @ b`` for each triple; calls ``then`` when all of them are under way."""
     if interpret is not None:
         # The interpreter knows neither accumulators that begin with a value nor factors in registers.
@@ -367,12 +328,12 @@ def _full(shape, value, dtype=jnp.float32):
 
 
 def _rows(column, width):
-    """``[rows]`` to ``[rows, width]``."""
+    """Broadcasts ``[rows]`` to ``[rows, width]``."""
     return lax.broadcast_in_dim(column, (column.shape[0], width), (0,))
 
 
 def _div(a, b: int):
-    """Quotient of numbers that are not negative: without the corrections of ``//``."""
+    """Returns the quotient of numbers that are not negative, without the corrections of ``//``."""
     return lax.div(a, jnp.int32(b))
 
 

@@ -1,0 +1,59 @@
+"""The Triton kernel of rotary embedding and KV write; ``rotary_triton`` launches it.
+
+Semantics, for token t and ``i < D / 2``, each row of ``qkv [T, (H + 2 * K) * D]`` seen as H heads q, K heads k, K heads
+v::
+
+    rotate(x)[i], rotate(x)[i + D / 2] = x[i] * cos - x[i + D / 2] * sin,  x[i + D / 2] * cos + x[i] * sin
+    q[t, h] = rotate(q_h),    pool[layer, 0, rows[t], h] = rotate(k_h),    pool[layer, 1, rows[t], h] = v_h
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rotary_write_kernel(
+    qkv,  # [T, HEADS + 2 * KV_HEADS, 2 * HALF]
+    cos,  # [T, HALF] float32
+    sin,  # [T, HALF] float32
+    rows,  # [T]
+    layer,  # [1]
+    num_rows,
+    pool,  # [2 * layers, num_rows, KV_HEADS, 2 * HALF]
+    q,  # [T, HEADS, 2 * HALF]
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """One program does one token and ``BLOCK_H`` of its heads, whichever of q, k and v these are."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    i = tl.arange(0, BLOCK_HALF)
+    inside = i[None, :] < HALF
+    exists = (head[:, None] < HEADS + 2 * KV_HEADS) & inside
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head[:, None]) * (2 * HALF) + i[None, :]
+    raw_first = tl.load(source, mask=exists, other=0.0)
+    raw_second = tl.load(source + HALF, mask=exists, other=0.0)
+    cosine = tl.load(cos + token * HALF + i, mask=i < HALF, other=0.0)[None, :]
+    sine = tl.load(sin + token * HALF + i, mask=i < HALF, other=0.0)[None, :]
+    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
+    # Not cos = 1 and sin = 0 for v: its own second half may be infinite.
+    is_v = (head >= HEADS + KV_HEADS)[:, None]
+    turned_first = tl.where(is_v, first, first * cosine - second * sine)
+    turned_second = tl.where(is_v, second, second * cosine + first * sine)
+
+    target = q + (token * HEADS + head[:, None]) * (2 * HALF) + i[None, :]
+    is_q = (head < HEADS)[:, None] & inside
+    tl.store(target, turned_first.to(q.dtype.element_ty), mask=is_q)
+    tl.store(target + HALF, turned_second.to(q.dtype.element_ty), mask=is_q)
+
+    # K's plane is followed by V's, so k and v heads are alike but for the plane.
+    kv_head = tl.maximum(head - HEADS, 0)
+    plane = 2 * tl.load(layer).to(tl.int64) + kv_head // KV_HEADS
+    row = plane * num_rows + tl.load(rows + token)
+    target = pool + (row * KV_HEADS + kv_head % KV_HEADS)[:, None] * (2 * HALF) + i[None, :]
+    is_kv = (head >= HEADS)[:, None] & exists
+    tl.store(target, turned_first.to(pool.dtype.element_ty), mask=is_kv)
+    tl.store(target + HALF, turned_second.to(pool.dtype.element_ty), mask=is_kv)
