@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ POOL_SIZES = ("memory_fraction", "gigabytes", "pages")
 SHOWN_ADAPTERS = 8
 FAILED = 70
 """Exit code of a failure that is not the user's; EX_SOFTWARE of sysexits.h."""
+SECONDS_TO_ANSWER = 1.0
+"""How long clients may take to hear that their requests failed, before a process that lost another host ends."""
 SECONDS_TO_END = 45.0
 """How long a failed server may take to tell its clients before the process is ended from within."""
 MAX_MESSAGE = 4000
@@ -575,20 +578,26 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.app import create_app
     from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.server import run_server
+    from slora_jax.engine.meeting import together
 
     failure = EngineFailure(SECONDS_TO_END)
     # First the port: if it is taken, say so before the slow part.
-    with contextlib.closing(listen_on(server_config)) as sock:
+    with together(engine_config.mesh) as meeting, contextlib.closing(listen_on(server_config)) as sock:
         click.echo(f"Loading {engine_config.model} ...", err=True)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
-        engine = Engine.create(engine_config)
+        engine = Engine.create(engine_config, meeting=meeting)
         try:
             engine.warm_up()
             leave_alone_what_exists()
             engine.start(on_failure=failure.report)
-            # As if Ctrl-C were for this process.
-            engine.watch_hosts(_thread.interrupt_main)
+
+            def ready(url: str) -> None:
+                if meeting is not None:
+                    # A signal to another host is as if Ctrl-C were for this process.
+                    meeting.serve(_thread.interrupt_main, lambda reason: _give_up(engine, reason))
+                click.echo(greeting(engine, url))
+
             max_body_bytes = server_config.max_body_bytes or useful_body_bytes(engine.max_model_len)
             app = create_app(
                 engine,
@@ -602,23 +611,33 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 max_body_bytes=max_body_bytes,
                 sock=sock,
                 on_stop=engine.close,
-                on_ready=lambda url: click.echo(greeting(engine, url)),
+                on_ready=ready,
             )
         finally:
+            if meeting is not None and failure.reason is not None:
+                meeting.end(f"host 0: {failure.reason}", FAILED)
             failure.end()
             engine.close()
             gc.unfreeze()  # or libraries complain at exit of what is left
     click.echo("Stopped.", err=True)
 
 
+def _give_up(engine: "Engine", reason: str) -> None:
+    """Lets clients hear of it before this process ends."""
+    engine.abandon(reason)
+    time.sleep(SECONDS_TO_ANSWER)
+
+
 def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Lends this host's devices to the first host's server until that stops, which Ctrl-C or SIGTERM asks it to do."""
-    from slora_jax.engine.build import follow
+    from slora_jax.engine.meeting import together
 
     mesh = engine_config.mesh
     click.echo(f"Host {mesh.host_id} of {mesh.num_hosts}, for the server at {mesh.coordinator} ...", err=True)
-    follow(engine_config)
-    click.echo("Stopped.", err=True)
+    with together(mesh) as meeting:
+        from slora_jax.engine.build import follow
+
+        follow(engine_config, meeting)
 
 
 def greeting(engine: "Engine", url: str) -> str:

@@ -177,6 +177,7 @@ class AdapterStore:
         host_bytes: Callable[[int], int] | None = None,
         max_pinned_pages: int | None = None,
         base_name: str | None = None,
+        confirm: Callable[[HostAdapter], None] | None = None,
     ):
         """
         Args:
@@ -192,6 +193,8 @@ class AdapterStore:
           max_pinned_pages: pool pages that pinned adapters may take together; None for no bound.
           base_name: the base model's, which no adapter may have, nor begin with it and a colon.
           host_bytes: bytes that ``stage`` keeps of an adapter of so many pages; by default those of its pages.
+          confirm: asked about each adapter read from disk after it was staged, by the thread that loaded it, which it
+            may keep waiting: raises BadAdapter if the adapter cannot be served after all.
         """
         self._model = model
         self._pool_layout = pool_layout
@@ -199,6 +202,7 @@ class AdapterStore:
         self._base_name = base_name
         self._on_change = on_change
         self._stage = stage or (lambda packed: packed)
+        self._confirm = confirm or (lambda host: None)
         self._versions: dict[str, AdapterVersion] = {}
         # Checks done before: adapters trained alike share theirs.
         self._known_shapes: dict[bytes, AdapterShape] = {}
@@ -466,12 +470,15 @@ class AdapterStore:
                 failure = (
                     f"adapter {version.info.path}: its weights changed since they were first loaded; register it again"
                 )
+            else:
+                self._confirm(host)
         except BadAdapter as e:
-            failure = str(e)
+            host, failure = None, str(e)
             logger.warning("adapter %s failed to load: %s", version.info.name, failure)
         except Exception as e:
             # Whatever it was, one adapter must not leave its requests waiting for ever.
             logger.exception("loading adapter %s failed", version.info.name)
+            host = None
             failure = f"adapter {version.info.path}: loading failed: {type(e).__name__}: {e}"
         with self._changed:
             self._finish(version, host, failure)

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,8 +21,9 @@ from slora_jax.adapters.store import AdapterStore
 from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import Buckets
 from slora_jax.engine.device import ModelDevice
-from slora_jax.engine.hosts import Follower, Followers, agreed_minimum, join_hosts
-from slora_jax.engine.runner import Runner
+from slora_jax.engine.hosts import Follower, Followers
+from slora_jax.engine.meeting import Meeting
+from slora_jax.engine.runner import Runner, code_digest
 from slora_jax.errors import InvalidRequest
 from slora_jax.gpu_memory import is_reserved_at_once, set_share
 from slora_jax.memory.costs import PageCosts
@@ -31,7 +33,7 @@ from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig, default_sampling, ending_tokens
 from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import ModelMesh
-from slora_jax.model.weights import dummy_params, resolve_model, untied_where_different
+from slora_jax.model.weights import dummy_params, resolve_model, untied_where_different, weight_files
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ start = logging.getLogger("slora_jax.start")
 """What whoever starts an engine should read, whatever else is logged."""
 
 _MAX_CPU_POOL_BYTES = 2 * 2**30
+_COMPARED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,40 @@ class BaseModel:
     name: str
     mesh: ModelMesh | None
     default_sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    meeting: Meeting | None = None
 
 
-def load_base(config: EngineConfig, progress: bool) -> BaseModel:
-    """The base model, on its devices. Decides how much of a GPU JAX takes, if JAX has not started yet."""
+def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = None) -> BaseModel:
+    """The base model, on its devices. Decides how much of a GPU JAX takes, if JAX has not started yet.
+
+    Args:
+      config: of the engine.
+      progress: show bars.
+      meeting: several hosts: where they meet, which they do here.
+    """
     set_share(config.gpu_memory_fraction, config.mesh.tp)
-    join_hosts(config.mesh)
+    if config.mesh.num_hosts > 1:
+        if meeting is None:
+            raise InvalidRequest("several hosts need a meeting: start them with serve.py, or inside of together()")
+        meeting.join(config.mesh)
+        meeting.agree("flags", _fields_that_must_agree(config))
     enable_compilation_cache(config.compilation_cache)
     dtype = dtype_of(config)
     if config.dummy:
         model_config = ModelConfig.from_hf(read_yaml(Path(config.model)), config.max_model_len, config.model)
+        _agree_on_model(meeting, model_config, ())
         mesh = ModelMesh.create(model_config, config.mesh.tp)
         with _room_for_weights(model_config, dtype, mesh):
             params = dummy_params(model_config, dtype, config.seed, mesh)
-        return BaseModel(model_config, params, None, config.served_name or Path(config.model).stem, mesh)
+        name = config.served_name or Path(config.model).stem
+        return BaseModel(model_config, params, None, name, mesh, meeting=meeting)
     folder = resolve_model(config.model)
     model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
     defaults = default_sampling(folder) if config.generation_config else MappingProxyType({})
     if defaults:
         told = ", ".join(f"{name} {value}" for name, value in defaults.items())
         logger.info("requests that do not say are sampled as generation_config.json says: %s", told)
+    _agree_on_model(meeting, model_config, weight_files(folder))
     mesh = ModelMesh.create(model_config, config.mesh.tp)
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
@@ -89,7 +106,7 @@ def load_base(config: EngineConfig, progress: bool) -> BaseModel:
     name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
     ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
     model_config = dataclasses.replace(model_config, eos_token_ids=ends)
-    return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults)
+    return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults, meeting)
 
 
 def make_model(base: BaseModel, lora_ops: LoraOps = GATHERED) -> Llama:
@@ -137,13 +154,13 @@ class EngineParts:
             self.store.close()
 
 
-def build_parts(config: EngineConfig, progress: bool = True) -> EngineParts:
-    """Loads the base model and divides the memory that is left.
+def build_parts(config: EngineConfig, progress: bool = True, meeting: Meeting | None = None) -> EngineParts:
+    """Loads the base model and divides the memory that is left. ``meeting`` is where several hosts meet.
 
     Raises:
       UnsupportedModel, InvalidRequest: what cannot be loaded, and why.
     """
-    return make_parts(config, load_base(config, progress))
+    return make_parts(config, load_base(config, progress, meeting))
 
 
 def make_parts(
@@ -163,7 +180,7 @@ def make_parts(
     model, mesh = base.model_config, base.mesh
     dtype = jax.tree.leaves(base.params)[0].dtype
     layout = pool_layout_of(model, mesh)
-    pool, max_len = make_pool(config, model, layout, dtype, mesh)
+    pool, max_len = make_pool(config, model, layout, dtype, mesh, base.meeting)
     if layout.shards.num_idle:
         logger.warning(
             "%d of %d devices have no attention heads, only their share of the MLP: the model has %d KV heads",
@@ -178,9 +195,10 @@ def make_parts(
         dtype,
         on_change=wake_event.set,
         stage=pool.stage,
-        capacity=host_adapter_bytes(config),
+        capacity=_least(base.meeting, "adapter memory", host_adapter_bytes(config)),
         host_bytes=pool.staged_bytes,
         base_name=base.name,
+        confirm=lambda host: followers.confirm(host),
     )
     runner = Runner(
         make_model(base, lora_ops),
@@ -192,6 +210,7 @@ def make_parts(
         # Programs are kept by the model's shape, which does not tell other updates apart.
         program_folder(config) if lora_ops is GATHERED else None,
     )
+    followers = Followers(base.meeting, runner)
     page_bytes = layout.page_bytes(dtype.itemsize)
     return EngineParts(
         config=config,
@@ -202,7 +221,7 @@ def make_parts(
         pool_layout=layout,
         dtype=dtype,
         max_model_len=max_len,
-        device=ModelDevice(runner, pool, Followers()),
+        device=ModelDevice(runner, pool, followers),
         store=store,
         costs=PageCosts.estimate(model, page_bytes, layout.shards.count, jax.default_backend() != "cpu"),
         max_rank=lora_ops.max_rank,
@@ -210,18 +229,26 @@ def make_parts(
     )
 
 
-def follow(config: EngineConfig, progress: bool = True) -> None:
+def follow(config: EngineConfig, meeting: Meeting, progress: bool = True) -> None:
     """What the other hosts do in place of an engine: follows the first one's until that is closed.
+
+    Args:
+      config: as on the first host, but for its number.
+      meeting: with the first host; see ``together``.
+      progress: show bars.
 
     Raises:
       UnsupportedModel, BadAdapter, InvalidRequest: what cannot be loaded, and why.
     """
-    base = load_base(config, progress)
+    base = load_base(config, progress, meeting)
     model, mesh = base.model_config, base.mesh
     layout = pool_layout_of(model, mesh)
-    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh)
+    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh, meeting)
+    # Host 0 decides what is kept, and each host keeps the same.
+    _least(meeting, "adapter memory", host_adapter_bytes(config))
     runner = Runner(make_model(base), base.params, pool, make_buckets(config), max_len, mesh)
-    Follower(model, layout, pool, runner, host_adapter_bytes(config)).follow()
+    meeting.follow()
+    Follower(meeting, model, layout, pool, runner).follow()
 
 
 @contextlib.contextmanager
@@ -256,7 +283,12 @@ def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
 
 
 def make_pool(
-    config: EngineConfig, model: ModelConfig, layout: PoolLayout, dtype: jnp.dtype, mesh: ModelMesh | None
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: PoolLayout,
+    dtype: jnp.dtype,
+    mesh: ModelMesh | None,
+    meeting: Meeting | None = None,
 ) -> tuple[UnifiedPool, int]:
     """The pool, the same on all hosts, and the longest sequence that model, configuration and pool allow.
 
@@ -265,7 +297,7 @@ def make_pool(
     """
     page_bytes = layout.page_bytes(dtype.itemsize)
     memory = DeviceMemory.now(layout.shards.count)
-    num_pages = agreed_minimum(num_pages_of(config.pool, page_bytes, memory))
+    num_pages = _least(meeting, "pool pages", num_pages_of(config.pool, page_bytes, memory))
     with _told_when_full(
         f"a pool of {num_pages:,} pages, {num_pages * page_bytes / 2**30:.3g} GiB on each device, does not fit",
         "lower pool.memory_fraction, pool.gigabytes or pool.pages",
@@ -415,6 +447,48 @@ def num_pages_of(config: PoolConfig, page_bytes: int, memory: DeviceMemory | Non
             f"needed; raise pool.gigabytes{f' ({memory.source})' if memory else ''}"
         )
     return pages
+
+
+def _least(meeting: Meeting | None, name: str, value: int) -> int:
+    """The least of all hosts' values."""
+    return value if meeting is None else min(meeting.exchange(name, value))
+
+
+def _fields_that_must_agree(config: EngineConfig) -> dict[str, str | None]:
+    """By the names that a person knows them by; those that may differ, such as paths, are left out."""
+    limits, pool = config.scheduler, config.pool
+    fields = {
+        "--tp": config.mesh.tp,
+        "--dummy": config.dummy,
+        "--dtype": config.dtype,
+        "--max-model-len": config.max_model_len,
+        "--seed": config.seed if config.dummy else None,
+        "--max-batch-tokens": limits.max_batch_tokens,
+        "--max-sequences": limits.max_sequences,
+        "--pool-memory-fraction": pool.memory_fraction,
+        "--pool-gigabytes": pool.gigabytes,
+        "--pool-pages": pool.pages,
+        "JAX version": jax.__version__,
+        "kind of device": jax.devices()[0].platform,
+        "version of slora-jax's code": code_digest(),
+    }
+    return {name: None if value is None else str(value) for name, value in fields.items()}
+
+
+def _agree_on_model(meeting: Meeting | None, model: ModelConfig, files: Sequence[Path]) -> None:
+    """A part of the weights stands for all of them: whoever trains a model changes every tensor."""
+    if meeting is None:
+        return
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            digest.update(stream.read(_COMPARED_BYTES))
+            stream.seek(max(0, size - _COMPARED_BYTES))
+            digest.update(stream.read(_COMPARED_BYTES))
+    fields = {f"model ({field.name})": str(getattr(model, field.name)) for field in dataclasses.fields(model)}
+    meeting.agree("model", fields | {"weights": digest.hexdigest()[:12]})
 
 
 def host_adapter_bytes(config: EngineConfig) -> int:

@@ -2,14 +2,27 @@
 
 from collections import deque
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 from slora_jax.adapters.store import AdapterVersion
 from slora_jax.engine.batch import AdapterSlice
-from slora_jax.engine.core import Step
+from slora_jax.engine.core import Step, StepResult
 from slora_jax.engine.hosts import Followers
-from slora_jax.engine.runner import LaidOut, Runner
+from slora_jax.engine.runner import LaidOut, Runner, StepInFlight
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.scheduler.sequence import AdapterLoad, ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class _ExplainedStep:
+    """A step in flight on all hosts."""
+
+    step: StepInFlight
+    followers: Followers
+
+    def read(self) -> StepResult:
+        with self.followers.explained():
+            return self.step.read()
 
 
 class ModelDevice:
@@ -35,7 +48,7 @@ class ModelDevice:
     def start_copy(self, load: AdapterLoad) -> None:
         host = _version(load).host()
         assert host is not None, "an adapter left host memory while it was held"
-        self.followers.start_copy(host.header.path, host.content_hash, load.pages)
+        self.followers.start_copy(host.packed, load.pages)
         self._copies.append((load, self.pool.start_copy(host.packed, load.pages)))
         self.copied_bytes += host.packed.nbytes
 
@@ -60,8 +73,9 @@ class ModelDevice:
         return self.runner.lay_out(entries, {key: self._slices[key] for key in keys})
 
     def launch(self, batch: LaidOut) -> Step:
-        self.followers.run(*batch.arguments)
-        return self.runner.start(batch)
+        with self.followers.explained():
+            self.followers.run(*batch.arguments)
+            return _ExplainedStep(self.runner.start(batch), self.followers)
 
     def reset(self) -> None:
         """Makes the pool and what steps hand each other anew; compiled programs stay.
@@ -91,7 +105,7 @@ class ModelDevice:
         """
         self.followers.warm_up(active, max_rank, pages)
         shapes = self.runner.all_shapes(active, max_rank, pages)
-        self.runner.warm_up(shapes)
+        self.runner.warm_up(shapes, self.followers.compiled)
         return len(shapes)
 
     def _note_slice(self, load: AdapterLoad) -> None:

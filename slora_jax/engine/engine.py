@@ -22,6 +22,7 @@ from slora_jax.config import EngineConfig, SchedulerConfig
 from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
+from slora_jax.engine.meeting import Meeting
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnsupportedModel
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
@@ -146,13 +147,18 @@ class Engine:
         self._counts = Counter(cached_tokens=0, late=0)
 
     @classmethod
-    def create(cls, config: EngineConfig, progress: bool = True) -> "Engine":
+    def create(cls, config: EngineConfig, progress: bool = True, meeting: Meeting | None = None) -> "Engine":
         """Loads the base model and registers the configured adapters. ``close`` gives everything back.
+
+        Args:
+          config: of the engine.
+          progress: show bars.
+          meeting: where the hosts of ``config.mesh`` meet, if there are several; see ``together``.
 
         Raises:
           UnsupportedModel, BadAdapter, UnknownAdapter, InvalidRequest: what cannot be loaded or pinned, and why.
         """
-        return cls.owning(build_parts(config, progress))
+        return cls.owning(build_parts(config, progress, meeting))
 
     @classmethod
     def owning(cls, parts: EngineParts) -> "Engine":
@@ -528,9 +534,17 @@ class Engine:
         """
         self._process.check()
 
-    def watch_hosts(self, on_stop: Callable[[], None]) -> None:
-        """Calls ``on_stop`` once, in a thread of its own, if another host's process is asked to stop."""
-        self.device.followers.watch(on_stop)
+    def abandon(self, reason: str) -> None:
+        """Ends all requests with an error, and takes no more, without waiting for the loop. Thread-safe.
+
+        For a process that is about to end because its devices will not come back.
+        """
+        with self._lock:
+            self._closed = self._closed or reason
+        # Copied at once, as the loop may be taking from them.
+        waiting = itertools.chain.from_iterable(self._submitted.copy())
+        for answer in (*waiting, *self._answers.copy().values()):
+            answer.end("error", reason)
 
     def close(self) -> None:
         """Stops the loop and ends all requests with "abort"; a second call waits for the first. Idempotent.
@@ -542,7 +556,6 @@ class Engine:
             return
         with self._lock:
             self._closed = self._closed or "the engine was closed"
-        self.device.followers.unwatch()
         self._wake()
         # Two threads may close: whoever returns may end the process, under which the other must not be inside of JAX.
         with self._closing:

@@ -1,107 +1,79 @@
 """Several hosts: the first one plans and answers, the others do on their devices what it does on its own.
 
 All hosts run the same compiled programs in the same order, as JAX asks of processes that share a mesh. What to run the
-others learn from the first, through the key-value store of JAX's coordination service: it is on the host's side, so a
-message does not wait for the step that the devices are working on.
+others learn from the first, over the connections of their ``Meeting``: on the hosts' side, so that a message does not
+wait for the step that the devices are working on.
+
+What devices wait for has deadlines (30 s on CPU devices, and a process that misses one is ended). So hosts meet before
+the devices do: a program runs for the first time only when every host has compiled it, and an adapter is ready only
+when every host has its weights, and the same ones, in memory.
 """
 
+import contextlib
 import dataclasses
 import itertools
-import logging
-import signal
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import serialization
-from jax.experimental import multihost_utils
 
-from slora_jax.adapters.peft import load_adapter, read_header
-from slora_jax.config import MeshConfig
+from slora_jax.adapters.peft import HostAdapter, load_adapter, read_header
 from slora_jax.engine.batch import BatchShape
+from slora_jax.engine.meeting import Meeting
 from slora_jax.engine.runner import Runner
 from slora_jax.engine.sampling import SamplerInputs, SamplerShape
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import PoolLayout
-from slora_jax.memory.pool import StagedAdapter, UnifiedPool
+from slora_jax.memory.pool import AdapterCopy, StagedAdapter, UnifiedPool
 from slora_jax.model.config import ModelConfig
 
-logger = logging.getLogger(__name__)
+_POLL_SECONDS = 1.0
 
-_POLL_MILLISECONDS = 1_000
-"""Python hears signals only between polls."""
+_NOTICE_SECONDS = 5.0
+"""How much later than the devices the connection may know that a host is gone."""
 
-_LOST_SECONDS = 30
-"""A process that gave no sign for so long is lost: JAX then ends the others."""
-
-_STOP = "slora_jax/stop"
-"""Set by a host that is asked to stop."""
-
-
-def join_hosts(config: MeshConfig) -> None:
-    """Meets the other hosts' processes, and returns when all are there. Before anything else that JAX does."""
-    if config.num_hosts > 1 and not jax.distributed.is_initialized():
-        # It would keep SIGTERM from ending the process, in wait for a training loop that saves its state.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            config.coordinator,
-            config.num_hosts,
-            config.host_id,
-            heartbeat_timeout_seconds=_LOST_SECONDS,
-            shutdown_timeout_seconds=_LOST_SECONDS,
-        )
-
-
-def agreed_minimum(value: int) -> int:
-    """The least of the hosts' values. Every host must ask."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.process_allgather(np.array(value)).min())
+_COMPILED = "compiled"
 
 
 class Followers:
-    """What the first host tells the others; nothing where there are none. For the engine loop's thread.
+    """What the first host tells the others; nothing where there are none.
 
-    Messages are dicts of what msgpack knows and numpy arrays. Each host has its own, numbered, and deletes what it has
-    read.
+    ``run``, ``warm_up``, ``start_copy``, ``finish_copy`` and ``stop`` are for the engine loop's thread; ``confirm`` for
+    any other.
     """
 
-    def __init__(self):
-        self._hosts: Sequence[int] = range(1, jax.process_count())
-        self._numbers = itertools.count()
-        self._watch: threading.Thread | None = None
-        self._unwatched = threading.Event()
-
-    def watch(self, on_stop: Callable[[], None]) -> None:
-        """Calls ``on_stop`` once, in a thread of its own, if another host is asked to stop, until ``unwatch``.
-
-        They go on until ``stop``, which waits for the thread: none may be inside of JAX at the end of a process.
+    def __init__(self, meeting: Meeting | None, runner: Runner):
         """
-
-        def wait():
-            while not self._unwatched.is_set():
-                if _value(_STOP) is not None:
-                    if not self._unwatched.is_set():
-                        on_stop()
-                    return
-
-        if self._hosts and self._watch is None:
-            self._watch = threading.Thread(target=wait, name="slora-hosts")
-            self._watch.start()
-
-    def unwatch(self) -> None:
-        """What others are asked no longer matters: this host is stopping. Returns at once."""
-        self._unwatched.set()
+        Args:
+          meeting: host 0's; None where there are no others.
+          runner: what compiles this host's programs.
+        """
+        self._meeting = meeting
+        self._runner = runner
+        self._places = itertools.count()
+        self._checks = itertools.count()
+        self._numbers: weakref.WeakKeyDictionary[StagedAdapter, int] = weakref.WeakKeyDictionary()
+        # Of weights that left this host's memory: they may die anywhere, so it is only noted then.
+        self._gone: deque[int] = deque()
+        self._answers: dict[int, dict[int, str]] = {}
+        self._answered = threading.Condition()
+        self._stopped = False
+        if meeting is not None:
+            meeting.on_answer(self._take_answer)
 
     def run(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> None:
-        """They start a step, with the arguments of ``Runner.launch``."""
-        if not self._hosts:
+        """They start a step, with the arguments of ``Runner.launch``.
+
+        Returns at once, unless a program of it is not compiled: then when it is, on every host.
+        """
+        if self._meeting is None:
             return
+        place = None if self._runner.is_compiled(shape, sampler) else f"step {next(self._places)}"
         places = np.flatnonzero(packed).astype(np.int32)  # tables are mostly empty
         self._tell(
             "run",
@@ -110,15 +82,53 @@ class Followers:
             values=packed[places],
             sampler=dataclasses.asdict(sampler),
             inputs={field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)},
+            meet=place,
         )
+        if place is not None:
+            self._runner.prepare(shape, sampler)
+            self._meeting.exchange(place, None)
 
     def warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
-        """They compile and run what ``Runner.all_shapes`` gives."""
+        """They compile what ``Runner.all_shapes`` gives; and run it when this host has come to ``compiled``."""
         self._tell("warm_up", active=[*active], max_rank=max_rank, pages=pages)
 
-    def start_copy(self, folder: Path, content_hash: str, pages: Sequence[int]) -> None:
-        """They bring the adapter of that folder to their devices."""
-        self._tell("start_copy", folder=str(folder), content_hash=content_hash, pages=[*pages])
+    def compiled(self) -> None:
+        """Waits until all have compiled what ``warm_up`` told them to."""
+        if self._meeting is not None:
+            self._meeting.exchange(_COMPILED, None)
+
+    def confirm(self, host: HostAdapter) -> None:
+        """Has the others load an adapter, and waits until they have.
+
+        Args:
+          host: it, as staged by the pool. They keep theirs as long as this ``StagedAdapter`` lives.
+
+        Raises:
+          BadAdapter: one of them cannot, or its files hold something else; the message says which, and why.
+        """
+        meeting = self._meeting  # which another thread may stop
+        if meeting is None:
+            return
+        number = next(self._checks)
+        self._numbers[host.packed] = number
+        weakref.finalize(host.packed, self._gone.append, number).atexit = False
+        answers = self._answers[number] = {}
+        self._tell("load", number=number, folder=str(host.header.path), content_hash=host.content_hash)
+        others = meeting.others
+        with self._answered:
+            while not (self._stopped or len(answers) == len(others) or any(answers.values())):
+                self._answered.wait(_POLL_SECONDS)
+        del self._answers[number]
+        for other, reason in answers.items():
+            if reason:
+                raise BadAdapter(f"host {other} has other files than host 0: {reason}")
+        if len(answers) < len(others):
+            raise BadAdapter(f"adapter {host.header.path}: the hosts are stopping")
+
+    def start_copy(self, staged: StagedAdapter, pages: Sequence[int]) -> None:
+        """They bring an adapter to their devices, which ``confirm`` has found on all of them."""
+        if self._meeting is not None:
+            self._tell("start_copy", number=self._numbers[staged], pages=[*pages])
 
     def finish_copy(self) -> None:
         """They write the adapter that was started first into its pages."""
@@ -129,123 +139,106 @@ class Followers:
         Raises:
           RuntimeError: there are other hosts, whose devices cannot be known to be in the state of this one's.
         """
-        if self._hosts:
+        if self._meeting is not None:
             raise RuntimeError("several hosts cannot start anew together; start them all again")
 
     def stop(self) -> None:
-        """They end. Nothing can be told afterwards."""
-        self._tell("stop")
-        self._hosts = ()
-        self.unwatch()
-        if self._watch is not None and self._watch is not threading.current_thread():
-            self._watch.join()
+        """They end. Nothing can be told afterwards. Idempotent."""
+        with self._answered:
+            self._stopped = True
+            self._answered.notify_all()
+        if self._meeting is not None:
+            self._tell("stop")
+            self._meeting = None
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Around what waits for the devices: if they fail because a host was lost, that is said first."""
+        try:
+            yield
+        except Exception:
+            if self._meeting is not None:
+                self._meeting.wait_until_lost(_NOTICE_SECONDS)
+            raise
+
+    def _take_answer(self, host: int, answer: dict[str, Any]) -> None:
+        with self._answered:
+            answers = self._answers.get(answer["number"])
+            if answers is not None:
+                answers[host] = answer["reason"]
+            self._answered.notify_all()
 
     def _tell(self, what: str, **arguments: Any) -> None:
-        if not self._hosts:
+        meeting = self._meeting
+        if meeting is None:
             return
-        message = serialization.msgpack_serialize({"what": what, **arguments})
-        number = next(self._numbers)
-        for host in self._hosts:
-            _store().key_value_set_bytes(_key(host, number), message)
+        with contextlib.suppress(IndexError):  # until it is empty, which another thread may make it meanwhile
+            while True:
+                meeting.send({"kind": "told", "what": "forget", "number": self._gone.popleft()})
+        meeting.send({"kind": "told", "what": what, **arguments})
 
 
 class Follower:
-    """Runs on the other hosts what ``Followers`` tells.
+    """Runs on the other hosts what ``Followers`` tells."""
 
-    Args:
-      host_adapter_bytes: of host memory for adapters; those used last stay.
-    """
-
-    def __init__(
-        self, model: ModelConfig, layout: PoolLayout, pool: UnifiedPool, runner: Runner, host_adapter_bytes: int
-    ):
+    def __init__(self, meeting: Meeting, model: ModelConfig, layout: PoolLayout, pool: UnifiedPool, runner: Runner):
+        self._meeting = meeting
         self._model = model
         self._layout = layout
         self._pool = pool
         self._runner = runner
-        self._host_adapter_bytes = host_adapter_bytes
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="slora-adapter")
-        self._copies: deque[Future] = deque()
-        self._staged: OrderedDict[str, StagedAdapter] = OrderedDict()
+        self._loader = ThreadPoolExecutor(2, thread_name_prefix="slora-adapter")
+        self._copies: deque[AdapterCopy] = deque()
+        self._loaded: dict[int, Future[StagedAdapter]] = {}
 
     def follow(self) -> None:
-        """Does as told until told to stop. For the main thread: Ctrl-C and SIGTERM ask the first host to stop them all.
-
-        Raises:
-          BadAdapter: an adapter's folder does not hold here what it holds on the first host.
-        """
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, _ask_to_stop) for number in signals]
+        """Does as told until told to stop."""
         try:
-            for number in itertools.count():
-                message = _received(_key(jax.process_index(), number))
+            for message in self._meeting.messages():
                 what = message.pop("what")
                 if what == "stop":
                     return
                 getattr(self, f"_{what}")(**message)
         finally:
             self._loader.shutdown(cancel_futures=True)
-            for number, handler in zip(signals, before, strict=True):
-                signal.signal(number, handler)
 
-    def _run(self, shape: dict, places: np.ndarray, values: np.ndarray, sampler: dict, inputs: dict) -> None:
-        batch_shape = BatchShape(**shape | {"active": tuple(shape["active"])})
+    def _run(
+        self, shape: dict, places: np.ndarray, values: np.ndarray, sampler: dict, inputs: dict, meet: str | None
+    ) -> None:
+        batch_shape, sampler_shape = BatchShape(**shape | {"active": tuple(shape["active"])}), SamplerShape(**sampler)
         packed, _ = batch_shape.zeros()
         packed[places] = values
-        self._runner.launch(batch_shape, packed, SamplerShape(**sampler), SamplerInputs(**inputs))
+        if meet is not None:
+            self._runner.prepare(batch_shape, sampler_shape)
+            self._meeting.exchange(meet, None)
+        self._runner.launch(batch_shape, packed, sampler_shape, SamplerInputs(**inputs))
 
     def _warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
-        self._runner.warm_up(self._runner.all_shapes(tuple(active), max_rank, pages))
+        shapes = self._runner.all_shapes(tuple(active), max_rank, pages)
+        self._runner.warm_up(shapes, lambda: self._meeting.exchange(_COMPILED, None))
 
-    def _start_copy(self, folder: str, content_hash: str, pages: Sequence[int]) -> None:
-        self._copies.append(self._loader.submit(self._copied, Path(folder), content_hash, tuple(pages)))
+    def _load(self, number: int, folder: str, content_hash: str) -> None:
+        self._loaded[number] = loading = self._loader.submit(self._read, Path(folder), content_hash)
+        loading.add_done_callback(lambda done: self._answer(number, done))
+
+    def _answer(self, number: int, done: "Future[StagedAdapter]") -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        reason = str(error) or type(error).__name__ if error else ""
+        self._meeting.send({"kind": "answer", "number": number, "reason": reason})
+
+    def _read(self, folder: Path, content_hash: str) -> StagedAdapter:
+        host = load_adapter(read_header(folder, self._model, self._layout), self._pool.array.dtype)
+        if host.content_hash != content_hash:
+            raise BadAdapter(f"adapter {folder} has other weights or scales there; copy it again")
+        return self._pool.stage(host.packed)
+
+    def _forget(self, number: int) -> None:
+        self._loaded.pop(number).cancel()
+
+    def _start_copy(self, number: int, pages: Sequence[int]) -> None:
+        self._copies.append(self._pool.start_copy(self._loaded[number].result(), pages))
 
     def _finish_copy(self) -> None:
-        self._pool.finish_copy(self._copies.popleft().result())
-
-    def _copied(self, folder: Path, content_hash: str, pages: Sequence[int]):
-        staged = self._staged.pop(content_hash, None)
-        if staged is None:
-            host = load_adapter(read_header(folder, self._model, self._layout), self._pool.array.dtype)
-            if host.content_hash != content_hash:
-                raise BadAdapter(f"adapter {folder} is another one here than on the first host; copy it again")
-            staged = self._pool.stage(host.packed)
-        self._staged[content_hash] = staged
-        used = sum(self._pool.staged_bytes(s.num_pages) for s in self._staged.values())
-        while used > self._host_adapter_bytes and len(self._staged) > 1:
-            used -= self._pool.staged_bytes(self._staged.popitem(last=False)[1].num_pages)
-        return self._pool.start_copy(staged, pages)
-
-
-def _store():
-    """JAX's key-value store, which has no public name: ``jax.distributed`` meets and parts, no more, and what
-    ``multihost_utils`` sends goes through the devices. ``test_followers`` holds what is used of it.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
-def _key(host: int, number: int) -> str:
-    return f"slora_jax/{host}/{number}"
-
-
-def _ask_to_stop(number: int, frame: object) -> None:
-    _store().key_value_set_bytes(_STOP, b"1", allow_overwrite=True)
-
-
-def _value(key: str) -> bytes | None:
-    """What is or comes under the key, or None after a poll."""
-    try:
-        return _store().blocking_key_value_get_bytes(key, _POLL_MILLISECONDS)
-    except jax.errors.JaxRuntimeError as e:
-        if "DEADLINE_EXCEEDED" not in str(e):
-            raise
-        return None
-
-
-def _received(key: str) -> dict[str, Any]:
-    while (message := _value(key)) is None:
-        pass
-    _store().key_value_delete(key)
-    return serialization.msgpack_restore(message)
+        self._pool.finish_copy(self._copies.popleft())

@@ -215,10 +215,7 @@ def _without_jax_cache() -> Iterator[None]:
 
 def _environment(code: Iterable[Path], devices: Sequence[jax.Device]) -> Iterator[str]:
     """All that a compiled program depends on besides what is asked of it."""
-    for root in code:
-        for path in sorted(root.rglob("*")):
-            if path.suffix in (".py", ".json"):
-                yield f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    yield source_digest(code)
     for package in ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "flax", "jax-triton", "triton"):
         yield f"{package} {_version(package)}"
     yield f"{devices[0].client.platform_version} {[(d.id, d.device_kind) for d in devices]}"
@@ -226,6 +223,18 @@ def _environment(code: Iterable[Path], devices: Sequence[jax.Device]) -> Iterato
         # Code is made for what the CPU can do, and a cache may be shared.
         yield str(_cpu_flags())
     yield f"{os.environ.get('XLA_FLAGS')} {jax.config.jax_enable_x64} {jax.config.jax_default_matmul_precision}"
+
+
+def source_digest(code: Iterable[Path]) -> str:
+    """Of all source files, and their data, in these folders."""
+    return _digest(
+        *(
+            f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+            for root in code
+            for path in sorted(root.rglob("*"))
+            if path.suffix in (".py", ".json")
+        )
+    )
 
 
 def _version(package: str) -> str | None:

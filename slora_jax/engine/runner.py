@@ -1,7 +1,7 @@
 """Runs plans on the device: the one place that knows which functions are compiled and what stays on the device."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
 from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device
-from slora_jax.engine.programs import Programs
+from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
@@ -35,6 +35,11 @@ _WHOLE = PartitionSpec()
 
 type _Key = ProgramKey | SamplerShape
 """Of a program of the forward, or of a sampler."""
+
+
+def code_digest() -> str:
+    """Of the code that decides what devices run: hosts that share a model need the same."""
+    return source_digest(_CODE)
 
 
 def _num_rows(shape: _Key) -> int:
@@ -188,12 +193,25 @@ class Runner:
         self.expect(active, max_rank, pages)
         return self._buckets.shapes_ahead(self._table_width, self._room, max_rank)
 
-    def warm_up(self, shapes: Sequence[BatchShape]) -> None:
+    def is_compiled(self, shape: BatchShape, sampler: SamplerShape) -> bool:
+        """Whether all programs of such a step are in memory."""
+        return all(key in self.programs for key in (*self._forward.keys(shape), sampler))
+
+    def prepare(self, shape: BatchShape, sampler: SamplerShape) -> None:
+        """Gets the programs of such a step into memory, from disk or by compiling them."""
+        # All at once: what is missing is compiled side by side.
+        self.programs.prepare((*self._forward.keys(shape), sampler), shape.words)
+
+    def warm_up(self, shapes: Sequence[BatchShape], when_compiled: Callable[[], object] = lambda: None) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling, to stay in memory.
 
         On a GPU it runs, too, on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms
         (7B, H200) that all of a step's requests would wait. Other ways of sampling, and shapes not given here, are
         compiled when a step first needs them.
+
+        Args:
+          shapes: as of ``all_shapes``.
+          when_compiled: called between compiling and running, to wait for other hosts.
         """
         samplers = {
             n: [SamplerShape(n, random=random, filtered=False, history=0, logprobs=False) for random in (False, True)]
@@ -203,6 +221,7 @@ class Runner:
         self.programs.prepare(
             (*itertools.chain(*samplers.values()), *forwards), f"{len(shapes)} shapes of steps", lasting=True
         )
+        when_compiled()
         if jax.default_backend() == "cpu":
             return
         for shape in shapes:
@@ -258,8 +277,7 @@ class Runner:
 
     def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        # All at once: what is missing is compiled side by side.
-        self.programs.prepare((*self._forward.keys(shape), sampler), shape.words)
+        self.prepare(shape, sampler)
         hidden, self._pool.array = self._forward.start(
             self.programs.get, shape, self.params, packed, self._tokens, self._pool.array
         )

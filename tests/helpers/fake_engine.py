@@ -206,9 +206,6 @@ class FakeEngine:
     def check_process(self) -> None:
         """Tests do not fork."""
 
-    def watch_hosts(self, on_stop) -> None:
-        """There are no others."""
-
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():

@@ -496,10 +496,10 @@ def test_peak_host_memory_is_far_from_twice_the_model(tmp_path, tp):
 MEASURE_HOST = """
 import sys
 from slora_jax.config import MeshConfig
-from slora_jax.engine.hosts import join_hosts
+from slora_jax.engine.meeting import Meeting
 
 coordinator, host = sys.argv.pop(1), int(sys.argv.pop(1))
-join_hosts(MeshConfig(tp=2, coordinator=coordinator, num_hosts=2, host_id=host))
+Meeting(host).join(MeshConfig(tp=2, coordinator=coordinator, num_hosts=2, host_id=host))
 """
 
 

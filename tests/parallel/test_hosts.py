@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,9 +29,26 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def start(host: int, *flags: str) -> subprocess.Popen:
+SLOW_TO_COMPILE = """
+import sys, time
+from slora_jax.engine import programs
+prepare = programs.Programs.prepare
+
+def prepare_late(self, shapes, *arguments, **options):
+    if len(self) == 0:
+        time.sleep(40)  # CPU devices wait for each other for 30 s
+    prepare(self, shapes, *arguments, **options)
+
+programs.Programs.prepare = prepare_late
+sys.path.insert(0, ".")
+import serve
+serve.main()
+"""
+
+
+def start(host: int, *flags: str, program: str | None = None) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "serve.py", "--host-id", str(host), *flags],
+        [sys.executable, *(["-c", program] if program else ["serve.py"]), "--host-id", str(host), *flags],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": DEVICES},
         stdout=subprocess.PIPE,
@@ -46,7 +64,7 @@ def post(url: str, body: dict) -> dict:
 
 
 def wait_until_healthy(url: str, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
@@ -56,19 +74,40 @@ def wait_until_healthy(url: str, processes: list[subprocess.Popen]) -> None:
     raise AssertionError("the server did not answer")
 
 
+@contextlib.contextmanager
+def two_hosts(*flags: str, second: str | None = None):
+    """The server's address and the two processes, when they serve.
+
+    Args:
+      second: what the second one runs in place of ``serve.py``.
+    """
+    port = free_port()
+    flags += ("--model", str(CASE / "model"), "--dtype", "float32", "--tp", "4", "--num-hosts", "2")
+    flags += ("--coordinator", f"127.0.0.1:{free_port()}", "--port", str(port), "--no-compilation-cache")
+    flags += ("--pool-pages", "60", "--max-batch-tokens", "32", "--max-sequences", "16")
+    processes = [start(0, *flags), start(1, *flags, program=second)]
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}", processes)
+        yield f"http://127.0.0.1:{port}", processes
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Its code, and the last line that it said."""
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output.rstrip().rpartition("\n")[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("host", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
 def test_two_processes_answer_mixed_adapters_like_the_oracle_and_stop_by_a_signal_to_either(host, number):
-    port = free_port()
-    flags = ["--model", str(CASE / "model"), "--adapter-dir", str(CASE / "adapters"), "--dtype", "float32"]
-    flags += ["--tp", "4", "--num-hosts", "2", "--coordinator", f"127.0.0.1:{free_port()}", "--port", str(port)]
-    flags += ["--no-compilation-cache", "--pool-pages", "60", "--max-batch-tokens", "32", "--max-sequences", "16"]
     requests = json.loads((CASE / "expected.json").read_text())["requests"]
     tokenizer = Tokenizer.from_folder(CASE / "model")
-    processes = [start(host, *flags) for host in (0, 1)]
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, processes)
+    with two_hosts("--adapter-dir", str(CASE / "adapters"), "--no-warm-up") as (url, processes):
 
         def ask(request) -> str:
             body = {"model": request["adapter"] or "model", "prompt": request["prompt"], "max_tokens": 32}
@@ -80,12 +119,34 @@ def test_two_processes_answer_mixed_adapters_like_the_oracle_and_stop_by_a_signa
         assert texts == [tokenizer.decode(request["tokens"][:32]) for request in requests]
         assert len({request["adapter"] for request in requests}) > 2
         processes[host].send_signal(number)  # the second asks the first, which stops as by Ctrl-C and tells it to
-        for process in processes:
-            output, _ = process.communicate(timeout=60)
-            assert process.returncode == 0, output
-            assert output.rstrip().endswith("Stopped."), output
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+        assert [ended(process) for process in processes] == [(0, "Stopped.")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_sentence_and_its_clients_with_an_error(killed):
+    with two_hosts("--no-warm-up") as (url, processes), ThreadPoolExecutor(1) as clients:
+        body = {"model": "model", "prompt": "a", "temperature": 0, "ignore_eos": True}
+        post(f"{url}/v1/completions", body | {"max_tokens": 2})
+        running = clients.submit(post, f"{url}/v1/completions", body | {"max_tokens": 900})
+        time.sleep(1)
+        before = time.monotonic()
+        processes[killed].kill()
+        sentence = f"host {killed} was lost (its process ended); start all hosts again"
+        assert ended(processes[1 - killed]) == (70, f"Error: {sentence}")
+        assert time.monotonic() - before < 30
+        if killed == 1:
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                running.result()
+            assert refused.value.code == 500 and sentence in refused.value.read().decode()
+        else:
+            assert running.exception() is not None
+
+
+@pytest.mark.slow
+def test_warming_up_takes_as_long_as_the_slowest_host_however_long():
+    with two_hosts("--warm-up", second=SLOW_TO_COMPILE) as (url, processes):
+        answer = post(f"{url}/v1/completions", {"model": "model", "prompt": "a", "max_tokens": 4, "ignore_eos": True})
+        assert answer["usage"]["completion_tokens"] == 4
+        processes[1].send_signal(signal.SIGTERM)
+        assert [ended(process) for process in processes] == [(0, "Stopped.")] * 2
