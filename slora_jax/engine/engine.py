@@ -541,7 +541,8 @@ class Engine:
         """
         with self._lock:
             self._closed = self._closed or reason
-            waiting = [answer for group in self._submitted for answer in group]
+        # Copied at once, as the loop may be taking from them.
+        waiting = itertools.chain.from_iterable(self._submitted.copy())
         for answer in (*waiting, *self._answers.copy().values()):
             answer.end("error", reason)
 

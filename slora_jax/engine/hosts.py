@@ -106,14 +106,15 @@ class Followers:
         Raises:
           BadAdapter: one of them cannot, or its files hold something else; the message says which, and why.
         """
-        if self._meeting is None:
+        meeting = self._meeting  # which another thread may stop
+        if meeting is None:
             return
         number = next(self._checks)
         self._numbers[host.packed] = number
         weakref.finalize(host.packed, self._gone.append, number).atexit = False
         answers = self._answers[number] = {}
         self._tell("load", number=number, folder=str(host.header.path), content_hash=host.content_hash)
-        others = self._meeting.others
+        others = meeting.others
         with self._answered:
             while not (self._stopped or len(answers) == len(others) or any(answers.values())):
                 self._answered.wait(_POLL_SECONDS)
@@ -171,8 +172,9 @@ class Followers:
         meeting = self._meeting
         if meeting is None:
             return
-        while self._gone:
-            meeting.send({"kind": "told", "what": "forget", "number": self._gone.popleft()})
+        with contextlib.suppress(IndexError):  # until it is empty, which another thread may make it meanwhile
+            while True:
+                meeting.send({"kind": "told", "what": "forget", "number": self._gone.popleft()})
         meeting.send({"kind": "told", "what": what, **arguments})
 
 
@@ -213,10 +215,7 @@ class Follower:
 
     def _warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
         shapes = self._runner.all_shapes(tuple(active), max_rank, pages)
-        self._runner.warm_up(shapes, self._compiled)
-
-    def _compiled(self) -> None:
-        self._meeting.exchange(_COMPILED, None)
+        self._runner.warm_up(shapes, lambda: self._meeting.exchange(_COMPILED, None))
 
     def _load(self, number: int, folder: str, content_hash: str) -> None:
         self._loaded[number] = loading = self._loader.submit(self._read, Path(folder), content_hash)

@@ -178,7 +178,7 @@ class Meeting:
         Raises:
           EngineStopped: this process was to end, where ``end_process`` did not end it.
         """
-        assert config.coordinator is not None, "several hosts have a coordinator"
+        assert config.coordinator is not None, "one host has nobody to meet"
         address, _, port = config.coordinator.rpartition(":")
         address = address.strip("[]")
         if self.host == 0:
@@ -193,7 +193,7 @@ class Meeting:
             server = _listening(port)
         except OSError as e:
             self.end(
-                f"host 0 cannot listen on port {port}, where the other hosts look for it ({os.strerror(e.errno or 0)}); "
+                f"host 0 cannot listen on port {port}, where the other hosts look for it: {os.strerror(e.errno or 0)}; "
                 "end what has that port, or give all hosts a --coordinator with another one",
                 BAD_START,
             )
@@ -421,7 +421,10 @@ class Meeting:
             self._ending = ending
             self._changed.notify_all()
         if ending.reason:
-            self._on_fail(ending.reason)
+            try:
+                self._on_fail(ending.reason)
+            except Exception:  # the others must hear of it all the same
+                logger.exception("what this host does at the end failed")
         self.send({"kind": "end", "reason": ending.reason, "code": ending.code})
         # Who ends while the other still sends takes back what it has said.
         for other in self.others:

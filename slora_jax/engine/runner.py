@@ -33,13 +33,13 @@ _FEW_ROWS = 16
 _WHOLE = PartitionSpec()
 
 
+type _Key = ProgramKey | SamplerShape
+"""Of a program of the forward, or of a sampler."""
+
+
 def code_digest() -> str:
     """Of the code that decides what devices run: hosts that share a model need the same."""
     return source_digest(_CODE)
-
-
-type _Key = ProgramKey | SamplerShape
-"""Of a program of the forward, or of a sampler."""
 
 
 def _num_rows(shape: _Key) -> int:
@@ -202,7 +202,7 @@ class Runner:
         # All at once: what is missing is compiled side by side.
         self.programs.prepare((*self._forward.keys(shape), sampler), shape.words)
 
-    def warm_up(self, shapes: Sequence[BatchShape], when_compiled: Callable[[], None] = lambda: None) -> None:
+    def warm_up(self, shapes: Sequence[BatchShape], when_compiled: Callable[[], object] = lambda: None) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling, to stay in memory.
 
         On a GPU it runs, too, on padding, for the CUDA graph of a program is built when that first runs: 25 to 50 ms

@@ -322,7 +322,7 @@ FAKE_LAUNCH = """
     from tests.helpers.fake_engine import FakeEngine
     class Engine(FakeEngine):
         @classmethod
-        def create(cls, config, meeting):
+        def create(cls, config, meeting=None):
             if what == "crash":
                 raise ValueError("nobody\\nforesaw \\x1b[31mthis")
             if what == "out of memory":

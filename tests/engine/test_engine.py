@@ -328,7 +328,7 @@ def test_weights_from_memory_answer_like_the_same_weights_from_disk(tiny_case):
 def test_bad_weights_from_memory_are_refused(engine):
     packed = synthetic_weights(4, "q", engine.pool_layout, engine.dtype)
     for name, ranks, says in (
-        (engine.model_name, {"q": 4}, "the base model's"),
+        (engine.model_name, {"q": 4}, "is the base model"),
         ("bad name", {"q": 4}, "is not allowed"),
         ("mine", {"q": 400}, "ranks must be"),
         ("mine", {"x": 4}, "ranks must be"),
@@ -410,6 +410,33 @@ def test_a_device_that_fails_again_and_again_ends_the_engine_with_the_reason(tin
         engine.submit(greedy(PROMPT))
     engine.close()
     assert not engine.is_running and len(sentences) == 1 and sentences[0] in errors[-1]
+
+
+def test_abandoning_ends_what_runs_and_what_waits_while_the_device_hangs(tiny_case, monkeypatch):
+    engine = tiny_case.engine()
+    launched, goes_on = threading.Event(), threading.Event()
+    launch = engine.device.launch
+
+    def hang(batch):
+        launched.set()
+        assert goes_on.wait(30)
+        return launch(batch)
+
+    monkeypatch.setattr(engine.device, "launch", hang)
+    engine.start()
+    try:
+        running = engine.submit(greedy(PROMPT, n=2))
+        assert launched.wait(30)
+        waiting = engine.submit(greedy(PROMPT))
+        engine.abandon("host 1 was lost")
+        for generation in (running, waiting):
+            completions = generation.result(timeout=5).completions
+            assert {(c.finish_reason, c.error) for c in completions} == {("error", "host 1 was lost")}
+        with pytest.raises(EngineStopped, match="host 1 was lost"):
+            engine.submit(greedy(PROMPT))
+    finally:
+        goes_on.set()
+        engine.close()
 
 
 # Engines that follow each other over the same parts

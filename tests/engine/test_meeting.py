@@ -81,6 +81,17 @@ def test_a_lost_host_is_named_to_all_and_the_server_hears_it_first():
         assert heard == [(sentence, [])]
 
 
+def test_all_end_even_if_what_the_server_does_first_fails():
+    def fail(reason):
+        raise RuntimeError("the engine is not what it was")
+
+    with hosts_that_met(3) as hosts:
+        hosts[0].serve(on_stop=lambda: None, on_fail=fail)
+        hosts[2].close()
+        for host in hosts[:2]:
+            wait_for(lambda host=host: host.endings)
+
+
 def test_the_others_wait_for_host_0s_last_word():
     with hosts_that_met(2) as hosts, ThreadPoolExecutor(1) as threads:
         leaving = threads.submit(hosts[1].leave)
