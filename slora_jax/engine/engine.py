@@ -131,7 +131,8 @@ class Engine:
         self._core = Core(create_scheduler, self.device, observe)
         self._store.limit_pins(self._budget.max_pinned_pages)
         self._adapter_tokenizers = AdapterTokenizers(self.tokenizer) if self.tokenizer else None
-        self._tokenizers: dict[str | None, Tokenizer | None] = {}
+        # Only of those whose folder has a chat template of its own. A version takes its entry with it.
+        self._tokenizers: weakref.WeakKeyDictionary[AdapterVersion, Tokenizer] = weakref.WeakKeyDictionary()
         self._answers: dict[int, _Answer] = {}
         self._sequence_ids = itertools.count()
         self._seeds = np.random.default_rng(self.config.seed)
@@ -219,13 +220,22 @@ class Engine:
         folder = resolve_adapter_path(path)
         own = self._own_tokenizer(folder)
         info = self._store.register(name, folder, pinned)
-        self._tokenizers[name] = own
+        self._keep_tokenizer(name, own)
         self._wake()
         return info
 
     def tokenizer_of(self, adapter: str | None) -> Tokenizer | None:
-        """The tokenizer with the chat template that goes with an adapter: its folder's own, else the base model's."""
-        return self._tokenizers.get(adapter) or self.tokenizer
+        """The tokenizer with the chat template that goes with an adapter: its folder's own, else the base model's.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+        """
+        own = None if adapter is None else self._tokenizers.get(self._store.get(adapter))
+        return own or self.tokenizer
+
+    def _keep_tokenizer(self, name: str, own: Tokenizer | None) -> None:
+        if own is not None:
+            self._tokenizers[self._store.get(name)] = own
 
     def _own_tokenizer(self, folder: Path) -> Tokenizer | None:
         """The base's tokenizer with the chat template in an adapter's folder; None if none is there that differs.
@@ -267,7 +277,7 @@ class Engine:
         infos, refused = self._store.register_dir(Path(directory))
         for name in list(infos):
             try:
-                self._tokenizers[name] = self._own_tokenizer(infos[name].path)
+                self._keep_tokenizer(name, self._own_tokenizer(infos[name].path))
             except BadAdapter as e:
                 self._store.unregister(name)
                 del infos[name]
@@ -283,7 +293,6 @@ class Engine:
           UnknownAdapter: no adapter of that name.
         """
         self._store.unregister(name)
-        self._tokenizers.pop(name, None)
         self._wake()
 
     # Requests
