@@ -218,16 +218,7 @@ def build_config(fields: dict[str, Any]) -> EngineConfig:
     Raises:
       InvalidRequest: an unknown key or a bad value; the message lists each by its path.
     """
-    return validated(EngineConfig, fields)
-
-
-def validated[Model: pydantic.BaseModel](model: type[Model], fields: Mapping[str, Any], section: str = "") -> Model:
-    """Builds a config model from plain fields; ``section`` is where they stand in the file.
-
-    Raises:
-      InvalidRequest: an unknown key or a bad value; the message lists each by its path.
-    """
-    built, problems = checked(model, fields, section)
+    built, problems = checked(EngineConfig, fields)
     if built is None:
         raise InvalidRequest(f"invalid configuration: {'; '.join(f'{path}: {text}' for path, text in problems)}")
     return built
@@ -236,7 +227,7 @@ def validated[Model: pydantic.BaseModel](model: type[Model], fields: Mapping[str
 def checked[Model: pydantic.BaseModel](
     model: type[Model], fields: Mapping[str, Any], section: str = ""
 ) -> tuple[Model | None, list[tuple[str, str]]]:
-    """As ``validated``, but gives the problems to whoever has more of them to tell.
+    """Builds a config model from plain fields; ``section`` is where they stand in the file.
 
     Returns:
       The config model, or None; and every problem as the path of its field and what is wrong there.

@@ -15,8 +15,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pydantic
 import waitress.channel
@@ -26,7 +26,7 @@ import waitress.wasyncore
 
 from slora_jax.api.app import error_body
 from slora_jax.api.parsing import RequestParser
-from slora_jax.config import Section, Text, validated
+from slora_jax.config import Section, Text
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -67,15 +67,6 @@ class ServerConfig(Section):
     max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)
     allow_adapter_loading: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
-
-
-def build_server_config(fields: Mapping[str, Any]) -> ServerConfig:
-    """Validates plain fields.
-
-    Raises:
-      InvalidRequest: an unknown key or a bad value; the message lists each.
-    """
-    return validated(ServerConfig, fields, section="server")
 
 
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:

@@ -9,6 +9,7 @@ import numpy as np
 
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.bench.simulate import ReadyAdapter
+from slora_jax.bench.timing import PartTimer
 from slora_jax.config import POLICIES, SchedulerConfig
 from slora_jax.engine.batch import AdapterSlice, Buckets, HostBatch, build_batch
 from slora_jax.engine.core import Core, StepResult
@@ -106,9 +107,10 @@ class HostLoop:
         device = StubDevice(table_width)
         adapters = [ReadyAdapter(str(i), device.adapter_layout.num_pages) for i in range(num_adapters)]
         config = SchedulerConfig(max_batch_tokens=8192, max_sequences=_NUM_SEQUENCES, max_waiting=10**6, policy=policy)
-        self._part, self._since = "", 0.0
         self.milliseconds: dict[str, list[float]] = {}
-        self._core = Core(lambda: Scheduler(config, PageAllocator(2**17), time.monotonic), device, self._observe)
+        self._core = Core(
+            lambda: Scheduler(config, PageAllocator(2**17), time.monotonic), device, PartTimer(self._note)
+        )
         sampling = SamplingParams(max_tokens=max_tokens, temperature=float(random), ignore_eos=True)
         now = time.monotonic()
         for i in range(num_waiting):
@@ -127,11 +129,9 @@ class HostLoop:
         for _ in range(num_steps):
             self._core.step()
 
-    def _observe(self, part: str) -> None:
-        now = time.perf_counter()
-        if self._part:
-            self.milliseconds.setdefault(self._part, []).append((now - self._since) * 1000)
-        self._part, self._since = ("" if part in ("rest", "wait") else part), now
+    def _note(self, part: str, seconds: float) -> None:
+        if part != "wait":  # there is nothing to wait for
+            self.milliseconds.setdefault(part, []).append(seconds * 1000)
 
 
 def run_host(num_steps: int) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:

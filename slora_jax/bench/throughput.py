@@ -19,7 +19,7 @@ import psutil
 from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.bench.service import Times
-from slora_jax.bench.timing import KernelEvent, gpu_events, machine, profiled, read_profile, union_seconds
+from slora_jax.bench.timing import KernelEvent, PartTimer, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import build_config
 from slora_jax.engine.build import build_parts
@@ -70,20 +70,6 @@ class Recorder:
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     sequences: list[int] = dataclasses.field(default_factory=list)
     peak_pages: int = 0
-
-
-class PartTimes:
-    """An observer of the loop (see ``Core``): seconds by part since it was cleared."""
-
-    def __init__(self):
-        self.seconds: Counter[str] = Counter()
-        self._part, self._since = "rest", 0.0
-
-    def __call__(self, part: str) -> None:
-        now = time.perf_counter()
-        if self._part != "rest":
-            self.seconds[self._part] += now - self._since
-        self._part, self._since = part, now
 
 
 def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path | None = None):
@@ -208,8 +194,8 @@ def run_throughput(
         }
     )
     parts = build_parts(config, progress=False)
-    observer = PartTimes()
-    engine = Engine(parts, observe=observer)
+    part_seconds: Counter[str] = Counter()
+    engine = Engine(parts, observe=PartTimer(lambda part, seconds: part_seconds.update({part: seconds})))
     try:
         making = time.perf_counter()
         register_adapters(engine, cases, Weights(engine.pool_layout, engine.dtype))
@@ -228,9 +214,9 @@ def run_throughput(
                 warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
             run_loop(engine, case, warm_up)
             workload = draw_workload(requests, case.num_adapters, vocab, seed, longest, trace)
-            observer.seconds.clear()
+            part_seconds.clear()
             yield {
-                **_run_case(engine, case, workload, observer, profile and profile / str(case)),
+                **_run_case(engine, case, workload, part_seconds, profile and profile / str(case)),
                 "start_seconds": start_seconds,
                 "start_compiling_seconds": compiling,
                 "model": Path(model).stem,
@@ -249,7 +235,9 @@ def run_throughput(
         gc.unfreeze()
 
 
-def _run_case(engine: Engine, case: Case, workload: list[WorkItem], observer: PartTimes, profile: Path | None) -> dict:
+def _run_case(
+    engine: Engine, case: Case, workload: list[WorkItem], part_seconds: Counter[str], profile: Path | None
+) -> dict:
     before = engine.stats()
     with compilations_counted() as compilations:
         seconds, recorder, times = run_loop(engine, case, workload, profile)
@@ -259,8 +247,8 @@ def _run_case(engine: Engine, case: Case, workload: list[WorkItem], observer: Pa
     counts = {name: after[name] - before[name] for name in after}
     steps = counts["steps"]
     step_milliseconds = np.array(recorder.step_seconds) * 1e3
-    host_seconds = sum(recorder.step_seconds) - observer.seconds["wait"]
-    parts = {name: seconds / steps * 1e3 for name, seconds in sorted(observer.seconds.items())}
+    host_seconds = sum(recorder.step_seconds) - part_seconds["wait"]
+    parts = {name: seconds / steps * 1e3 for name, seconds in sorted(part_seconds.items())}
     return {
         "setting": case.setting,
         "n": case.num_adapters,

@@ -20,6 +20,20 @@ _TIMED_RUNS = 5
 _PROFILED_EXECUTIONS = 3
 
 
+class PartTimer:
+    """An observer of the loop (see ``Core``): tells ``record`` of each part of a turn, and the seconds it took."""
+
+    def __init__(self, record: Callable[[str, float], None]):
+        self._record = record
+        self._part, self._since = "rest", 0.0
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._part != "rest":
+            self._record(self._part, now - self._since)
+        self._part, self._since = part, now
+
+
 class KernelEvent(NamedTuple):
     """One kernel or copy on the device; times in nanoseconds."""
 
