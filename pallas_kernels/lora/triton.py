@@ -17,11 +17,11 @@ splits are taken in order: results do not depend on timing.
 
 import jax
 import jax.numpy as jnp
-import jax_triton as jt
 import triton
 import triton.language as tl
 from flax import struct
 
+from pallas_kernels import launch
 from pallas_kernels.lora import triton_kernels
 from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
@@ -161,7 +161,7 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
         num_tiles,
         num_tokens,
     )
-    result = jt.triton_call(
+    result = launch.triton_call(
         *(arguments if ref is None else (*arguments, ref)),
         kernel=triton_kernels._shrink_kernel,
         out_type=out_type if ref is None else (),
@@ -207,7 +207,7 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         full, rest = divmod(d_out, width)
         first_block.append(first_block[-1] + full * triton.cdiv(width, columns) + triton.cdiv(rest, columns))
         first_column.append(first_column[-1] + d_out)
-    return jt.triton_call(
+    return launch.triton_call(
         partial_sums,
         pool,
         plan.records,

@@ -5,9 +5,9 @@ program takes one token and a block of its heads, whatever these are, and one la
 """
 
 import jax
-import jax_triton as jt
 import triton
 
+from pallas_kernels import launch
 from pallas_kernels.paged_attention import rotary_triton_kernel
 from pallas_kernels.pool import layer_array
 from pallas_kernels.tuning import block_sizes, device_kind
@@ -19,7 +19,7 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     sizes = block_sizes("rotary_write_kv", device_kind(), "any")
     pool_ref = jax.new_ref(pool)
-    q = jt.triton_call(
+    q = launch.triton_call(
         qkv,
         *rope,
         rows,

@@ -9,10 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jax_triton as jt
 import triton
 from flax import struct
 
+from pallas_kernels import launch
 from pallas_kernels.paged_attention import triton_kernels, work
 from pallas_kernels.paged_attention.work import Tiles, Work
 from pallas_kernels.pool import PAGE_SIZE, Layer, layer_array
@@ -119,7 +119,7 @@ def attend_decoding(
         jax.ShapeDtypeStruct((num_items, num_heads), jnp.float32),
     )
     call = partial(
-        jt.triton_call,
+        launch.triton_call,
         *(q, pool, work.page_table, decode.items, layer_array(layer), pool.shape[2]),
         kernel=triton_kernels._decode_kernel,
         grid=(num_kv_heads, num_items),
@@ -141,7 +141,7 @@ def attend_decoding(
     # Of many rows most are whole already, and several heads share the look; the parts of few are summed a head each.
     sizes = block_sizes("combine_attention", device_kind(), "many" if decode.rows.shape[0] > 64 else "few")
     block_h = min(sizes["block_h"], num_heads)
-    jt.triton_call(
+    launch.triton_call(
         parts,
         lse,
         decode.rows,
@@ -167,7 +167,7 @@ def _attend_tiles(q, pool, layer, page_table, tiles: Tiles, *, num_kv_heads, sca
     sizes = block_sizes("prefill_attention", device_kind(), "float32" if constants["FLOAT32"] else "half")
     split = tiles.size // sizes["block_m"]
     num_tiles, fields = tiles.records.shape
-    return jt.triton_call(
+    return launch.triton_call(
         q,
         pool,
         page_table,

@@ -1,4 +1,4 @@
-"""Interprets or compiles Triton kernels on the CPU, where the code under test calls ``jax_triton.triton_call``.
+"""Interprets or compiles Triton kernels on the CPU, where the code under test calls ``triton_call``.
 
 To interpret, ``TRITON_INTERPRET=1`` must be in the environment before the first import of the kernels. The
 interpreter's product of bfloat16 blocks is wrong: give it float32 or float16.
@@ -81,11 +81,16 @@ def _to_tensor(argument):
 
 
 def _interpret(*args, kernel, out_type, grid, num_warps, num_stages, **metaparams):
-    """As ``jax_triton.triton_call``, with outputs that hold NaN before."""
+    """As ``launch.triton_call``, with outputs that hold NaN before."""
     leaves, tree = jax.tree.flatten(out_type)
     outputs = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in leaves]
     kernel[grid](*map(_to_tensor, args), *map(_Tensor, outputs), **metaparams)
     return jax.tree.unflatten(tree, [jax.numpy.asarray(output) for output in outputs])
+
+
+def _caller(module) -> str:
+    """The name by which a module knows what has ``triton_call``: ``pallas_kernels.launch``, or jax-triton itself."""
+    return "launch" if hasattr(module, "launch") else "jt"
 
 
 @contextlib.contextmanager
@@ -93,7 +98,7 @@ def interpreted(module):
     """Inside, ``module`` runs its kernels in the interpreter, operation by operation."""
     stub = SimpleNamespace(triton_call=_interpret)
     with (
-        mock.patch.object(module, "jt", stub),
+        mock.patch.object(module, _caller(module), stub),
         mock.patch.object(jax, "new_ref", _Ref),
         mock.patch.object(jax, "freeze", lambda ref: jax.numpy.asarray(ref.array)),
     ):
@@ -117,7 +122,7 @@ def compiled(module, capability):
         kernels.append((kernel.__name__, compile(source, GPUTarget("cuda", capability, 32), options)))
         return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), out_type)
 
-    with mock.patch.object(module, "jt", SimpleNamespace(triton_call=call)):
+    with mock.patch.object(module, _caller(module), SimpleNamespace(triton_call=call)):
         yield kernels
 
 

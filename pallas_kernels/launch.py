@@ -1,0 +1,132 @@
+"""Launches Triton kernels as XLA launches its own: a kernel becomes a part of the program that calls it.
+
+Triton turns a kernel's Python into its intermediate representation (TTIR), and XLA compiles that with the rest of the
+program, as it compiles Pallas kernels for Triton. The call that jax-triton makes goes through XLA's foreign function
+interface instead. That costs twice there: XLA asks each such function before every run of a program, and a CUDA graph
+cannot hold it as it is, but is given what it launches anew whenever an address changes.
+"""
+
+import functools
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import numpy as np
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TARGET = "__gpu$xla.gpu.triton"
+_POINTER_TO = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+_LOCATION = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)
+_PARAMETER = re.compile(r"(%[\w$.-]+): ([^,{}]+?)( \{[^}]*\})?(?:, |$)")
+
+
+def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, num_stages: int, **constants):
+    """Calls a Triton kernel, whose parameters are ``args``, the outputs, and ``constants``.
+
+    Args:
+      args: arrays; integers, which are compiled in; and references (``jax.new_ref``) to arrays that the kernel changes.
+      kernel: decorated with ``triton.jit``; parameters that are not in ``constants`` come in the order above.
+      out_type: a pytree of shapes and dtypes, of arrays that the kernel writes.
+      grid: up to three numbers of programs.
+      num_warps, num_stages: as Triton has them.
+      constants: values of the ``tl.constexpr`` parameters, hashable.
+
+    Returns:
+      Arrays as of ``out_type``.
+    """
+    is_ref = [isinstance(arg, jax.Ref) for arg in args]
+    refs = [arg for arg, changes in zip(args, is_ref, strict=True) if changes]
+    arrays = [arg[...] if changes else arg for arg, changes in zip(args, is_ref, strict=True)]
+    outputs, tree = jax.tree.flatten(out_type)
+    changed = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs]
+    operands = [array for array in arrays if not isinstance(array, int)]
+    places = [i for i, array in enumerate(arrays) if not isinstance(array, int)]
+    aliases = {
+        places.index(i): len(outputs) + n for n, i in enumerate(i for i, changes in enumerate(is_ref) if changes)
+    }
+    text = _compiled(
+        kernel,
+        tuple(array if isinstance(array, int) else _POINTER_TO[array.dtype.name] for array in (*arrays, *outputs)),
+        tuple(_POINTER_TO[ref.dtype.name] for ref in refs),
+        tuple(sorted(constants.items())),
+        num_warps,
+        num_stages,
+        _capability(),
+    )
+    x, y, z = (*grid, 1, 1)[:3]
+    call = jax.ffi.ffi_call(_TARGET, [*outputs, *changed], input_output_aliases=aliases)
+    results = call(
+        *operands,
+        name=kernel.__name__,
+        ir=text,
+        num_stages=np.int32(num_stages),
+        num_warps=np.int32(num_warps),
+        grid_x=np.int32(x),
+        grid_y=np.int32(y),
+        grid_z=np.int32(z),
+        debug=False,
+    )
+    for ref, result in zip(refs, results[len(outputs) :], strict=True):
+        ref[...] = result
+    return tree.unflatten(results[: len(outputs)])
+
+
+@functools.cache
+def _compiled(
+    kernel,
+    parameters: tuple[int | str, ...],
+    changed: tuple[str, ...],
+    constants: tuple[tuple[str, Hashable], ...],
+    num_warps: int,
+    num_stages: int,
+    capability: int,
+) -> str:
+    """The kernel's TTIR, as a function of pointers alone: to the operands, the outputs, and the operands it changes.
+
+    XLA passes the latter once more, as results.
+    """
+    values: dict[str, Any] = dict(constants)
+    names = [name for name in kernel.arg_names if name not in values]
+    types = ["i32" if isinstance(parameter, int) else parameter for parameter in parameters]
+    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(values, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind != "i32"}
+    backend = triton.compiler.make_backend(GPUTarget("cuda", capability, 32))
+    options = backend.parse_options({"num_warps": num_warps, "num_stages": num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(kernel, signature, values, aligned)
+    codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(backend.target, options, codegen, modules, context)
+    module = backend.make_ttir(module, {}, options, capability)
+    return _of_pointers(_LOCATION.sub("", str(module)), kernel.__name__, parameters, changed)
+
+
+def _of_pointers(text: str, name: str, parameters: tuple[int | str, ...], changed: tuple[str, ...]) -> str:
+    """The same with its integers compiled in, and with more pointers, which are not used."""
+    head, opening, rest = text.partition(f"tt.func public @{name}(")
+    listed, closing, body = rest.partition(") attributes {noinline = false} {\n")
+    assert opening and closing, "Triton prints a function so"
+    found = _PARAMETER.findall(listed)
+    assert len(found) == len(parameters), "all parameters are found"
+    kept, compiled_in = [], []
+    for (variable, kind, attributes), value in zip(found, parameters, strict=True):
+        if isinstance(value, int):
+            compiled_in.append(f"    {variable} = arith.constant {value} : {kind}\n")
+        else:
+            kept.append(f"{variable}: {kind}{attributes}")
+    kept += [f"%changed_{i}: !tt.ptr<{_MLIR[kind]}>" for i, kind in enumerate(changed)]
+    return f"{head}{opening}{', '.join(kept)}{closing}{''.join(compiled_in)}{body}"
+
+
+_MLIR = {"*bf16": "bf16", "*fp16": "f16", "*fp32": "f32", "*i32": "i32"}
+
+
+def _capability() -> int:
+    """Of this process's GPU, such as 90; 90 where there is none, as when lowering for CUDA on a CPU."""
+    device = jax.devices()[0]
+    return int(device.compute_capability.replace(".", "")) if device.platform == "gpu" else 90
