@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import slora_jax
-from slora_jax.api import notebook
 from slora_jax.api.notebook import generate
+from slora_jax.engine.engine import Engine
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, UnknownAdapter
 from slora_jax.request import SamplingParams
 from tests.helpers.fake_engine import FAILS, LATE, WAITS, FakeEngine
@@ -220,13 +220,12 @@ def loaded(tmp_path, monkeypatch):
     """Engines that ``generate`` loads by itself."""
     engines = []
 
-    def start(config):
+    def create(config):
         engine = FakeEngine(tmp_path / str(len(engines)))
-        engine.start()
         engines.append((config, engine))
         return engine
 
-    monkeypatch.setattr(notebook, "_start_engine", start)
+    monkeypatch.setattr(Engine, "create", create)
     yield engines
     slora_jax.shutdown()
 

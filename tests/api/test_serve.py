@@ -310,8 +310,9 @@ def test_greeting(tmp_path):
 
 def test_greeting_names_a_few_of_many_adapters(tmp_path):
     engine = FakeEngine(tmp_path)
-    engine._adapters = {f"a{i}": None for i in range(1000)}
-    assert "a7 and 992 more" in serve.greeting(engine, "http://h:1")
+    for i in range(1000):
+        engine.register_adapter(f"a{i}", str(ROOT / "slora_jax" / "demo" / "adapters" / "pirate"))
+    assert "a4 and 995 more" in serve.greeting(engine, "http://h:1")
 
 
 FAKE_LAUNCH = """
