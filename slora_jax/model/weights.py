@@ -45,22 +45,18 @@ _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_model(spec: str) -> Path:
-    """The folder of a model: a local folder, ``demo``, or a Hugging Face id that is downloaded or in its cache.
+    """The folder of a model: a local folder, or a Hugging Face id that is downloaded or in its cache.
 
     Raises:
       InvalidRequest: there is no such folder or id, or it cannot be reached.
       UnsupportedModel: the folder holds no ``config.json`` or no safetensors, or an adapter too.
     """
-    if spec == "demo":
-        from slora_jax.demo.model import demo_model_path
-
-        return demo_model_path()
     folder = Path(spec).expanduser()
     if not spec or not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
             raise InvalidRequest(
                 f"model {spec!r} is neither a folder nor a Hugging Face id; give the path of a folder with config.json "
-                "and *.safetensors, an id such as 'organization/name', or 'demo'",
+                "and *.safetensors, or an id such as 'organization/name'",
                 param="model",
             )
         folder = _download(spec)
@@ -94,7 +90,7 @@ def _download(repo_id: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = (
             "is no folder here and not in the local Hugging Face cache, and the hub cannot be reached (no network, or "
-            "HF_HUB_OFFLINE is set); give the path of a local folder, or 'demo'"
+            "HF_HUB_OFFLINE is set); give the path of a local folder"
         )
     except (OSError, errors.HfHubHTTPError) as e:
         problem = f"could not be downloaded ({type(e).__name__}: {e}); try again, or give the path of a local folder"

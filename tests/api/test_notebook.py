@@ -4,8 +4,9 @@ import threading
 import numpy as np
 import pytest
 
-import slora_jax
+import slora_jax.demo
 from slora_jax.api.notebook import generate
+from slora_jax.demo import demo_adapters
 from slora_jax.engine.engine import Engine
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, UnknownAdapter
 from slora_jax.request import SamplingParams
@@ -226,6 +227,7 @@ def loaded(tmp_path, monkeypatch):
         return engine
 
     monkeypatch.setattr(Engine, "create", create)
+    monkeypatch.setattr(slora_jax.demo, "demo_model_path", lambda: tmp_path)
     yield engines
     slora_jax.shutdown()
 
@@ -260,11 +262,9 @@ def test_two_threads_load_once(loaded):
     assert len(loaded) == 1
 
 
-def test_the_default_is_the_demo_model_with_its_adapters(loaded):
-    from slora_jax.demo import demo_adapters
-
+def test_the_default_is_the_demo_model_with_its_adapters(loaded, tmp_path):
     generate("x")
-    assert loaded[0][0].model == "demo"
+    assert loaded[0][0].model == str(tmp_path)
     assert list(loaded[0][0].adapters) == list(demo_adapters())
 
 

@@ -19,7 +19,9 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from slora_jax.demo import MODEL_ID, MODEL_NAME, data, demo_adapters, demo_model_path, model
+import slora_jax.demo
+from slora_jax.config import EngineConfig
+from slora_jax.demo import MODEL_ID, MODEL_NAME, data, demo_adapters, demo_model_path, model, with_demo
 
 ADAPTERS = demo_adapters()
 
@@ -447,6 +449,17 @@ def test_importing_the_package_imports_nothing_heavy():
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_word_demo_in_a_config(monkeypatch, tmp_path):
+    monkeypatch.setattr(slora_jax.demo, "demo_model_path", lambda: tmp_path)
+    shipped = {name: str(path) for name, path in ADAPTERS.items()}
+    got = with_demo(EngineConfig(adapters={"mine": "folder", "pirate": "my-pirate"}, seed=3))
+    theirs = shipped | {"mine": "folder", "pirate": "my-pirate"}
+    assert got == EngineConfig(model=str(tmp_path), adapters=theirs, seed=3)
+    assert list(with_demo(EngineConfig()).adapters) == list(shipped)
+    for other in (EngineConfig(model="some/demo"), EngineConfig(dummy=True)):
+        assert with_demo(other) == other
 
 
 # --- Adapters ---------------------------------------------------------------------------------

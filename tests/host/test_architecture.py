@@ -16,7 +16,7 @@ ALLOWED = {
     "memory": {"model.config", "model.modules", "model.shards"},
     "scheduler": {"memory.budget", "memory.costs", "memory.layout", "memory.pages"},
     "adapters": {"memory.layout", "model.config", "model.modules"},
-    "model": {"demo"},
+    "model": set(),
     "engine": {"scheduler", "adapters", "model", "memory", "text"},
     "api": {"engine.engine", "engine.generation", "text", "demo", ""},
     "bench": {"api.bounds", "engine", "demo", "model", "scheduler", "memory", "adapters", ""},

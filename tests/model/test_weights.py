@@ -19,7 +19,6 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-import slora_jax.demo.model
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import abstract_params
@@ -367,11 +366,6 @@ def test_folder_of_pickles(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsupportedModel, match=r"found only pickles \(pytorch_model.bin\)"):
         resolve_model(str(tmp_path))
-
-
-def test_demo(monkeypatch, tmp_path):
-    monkeypatch.setattr(slora_jax.demo.model, "demo_model_path", lambda: tmp_path)
-    assert resolve_model("demo") == tmp_path
 
 
 @pytest.mark.parametrize("spec", ["/no/such/folder", "./here", "~/model", "a/b/c", "two words", ""])
