@@ -171,7 +171,7 @@ class EngineConfig(Section):
 
     Attributes:
       model: a local Hugging Face folder, a Hugging Face id or, with ``dummy``, the YAML file of a shape in
-        ``configs/``; ``serve.py`` and ``generate`` also take ``demo`` (the embedded SmolLM2-135M-Instruct; see ``slora_jax.demo``).
+        ``configs/``. ``serve.py`` and ``generate`` also take ``demo``, the embedded SmolLM2-135M-Instruct.
       served_name: the base model's name in the API; None takes the folder's or id's last part.
       dummy: draw random weights of the shape on the device instead of loading any.
       adapters: adapter name to PEFT folder or Hugging Face id.
