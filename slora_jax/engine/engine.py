@@ -23,7 +23,7 @@ from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.meeting import Meeting
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnsupportedModel
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.modules import MODULES
@@ -238,21 +238,7 @@ class Engine:
             self._tokenizers[self._store.get(name)] = own
 
     def _own_tokenizer(self, folder: Path) -> Tokenizer | None:
-        """The base's tokenizer with the chat template in an adapter's folder; None if none is there that differs.
-
-        Raises:
-          BadAdapter: the adapter was trained with tokens that the base model does not have, or a file there is damaged.
-        """
-        if self.tokenizer is None or self._adapter_tokenizers is None:
-            return None
-        problem = self._adapter_tokenizers.problem(folder)
-        try:
-            own = None if problem else self.tokenizer.with_chat_template_of(folder)
-        except UnsupportedModel as e:
-            problem = str(e)
-        if problem:
-            raise BadAdapter(f"adapter {folder}: {problem}")
-        return own
+        return None if self._adapter_tokenizers is None else self._adapter_tokenizers.tokenizer_of(folder)
 
     def register_loaded_adapter(
         self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0

@@ -581,51 +581,6 @@ def test_a_sparse_file_of_100_gb_is_refused_by_its_table(tmp_path):
         read_header(folder, MODEL, POOL)
 
 
-# Refused: tokens that the base has not
-
-
-def tokenizer(*added, vocab=3000) -> str:
-    tokens = [{"id": i, "content": text, "special": True} for text, i in added]
-    model = {"type": "BPE", "vocab": {f"t{i}": i for i in range(vocab)}}
-    return json.dumps({"version": "1.0", "truncation": None, "added_tokens": tokens, "model": model})
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("added_tokens.json", {"<a>": 63, "<b>": 64}, "adds token <b> with id 64, but the base model has 64 tokens"),
-        ("added_tokens.json", [1], r"the whole must be an object, got \[1\]"),
-        ("added_tokens.json", {"<a>": "64"}, "the id of added token <a> must be a number, got 64"),
-        ("added_tokens.json", "{", "is not valid JSON"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"64": {"content": "<b>"}}}, "adds token <b> with id 64"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<b>"}}}, "token <b> must be .*, got x"),
-        ("tokenizer_config.json", {"added_tokens_decoder": 3}, "added_tokens_decoder must be an object, got 3"),
-        ("tokenizer.json", tokenizer(("<a>", 5), ("<b>", 64), vocab=100_000), "adds token <b> with id 64"),
-        ("tokenizer.json", tokenizer(("<b>", None)), "token <b> must be a number, got null"),
-        ("tokenizer.json", '{"added_tokens": [{"id": 5', "added_tokens is not valid JSON"),
-    ],
-)
-def test_tokens_beyond_the_bases_vocabulary(tmp_path, name, content, reason):
-    folder = write_adapter(tmp_path)
-    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    known = {}
-    for _ in range(2):
-        with pytest.raises(BadAdapter, match=rf"{name}:? .*{reason}|{name}:? {reason}"):
-            read_header(folder, MODEL, POOL, known)
-
-
-def test_tokens_that_the_base_has(tmp_path):
-    known = {}
-    read_header(write_adapter(tmp_path), MODEL, POOL, known)
-    (tmp_path / "added_tokens.json").write_text('{"<a>": 63}')
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"63": {"content": "<a>"}}}')
-    (tmp_path / "tokenizer.json").write_text(tokenizer(("<a>", 63)))
-    read_header(tmp_path, MODEL, POOL, known)
-    (tmp_path / "added_tokens.json").write_text('{"<a>": 64}')
-    with pytest.raises(BadAdapter, match="adds token <a>"):
-        read_header(tmp_path, MODEL, POOL, known)
-
-
 # Refused: the weights
 
 
