@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from slora_jax.adapters.lora_config import LoraConfig, parse_lora_config
-from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor, shown
-from slora_jax.errors import BadAdapter
+from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor
+from slora_jax.errors import BadAdapter, shown
 from slora_jax.memory.layout import AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.modules import MODULES

@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
-from slora_jax.errors import InvalidRequest, UnsupportedModel
+from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.json_files import parse_json, read_json, shown
+from slora_jax.model.json_files import parse_json, read_json
 from slora_jax.model.llama import abstract_params
 from slora_jax.model.mesh import ModelMesh, ParamPath
 from slora_jax.model.shards import Run, Shards, joined_runs
@@ -567,21 +567,21 @@ def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: M
             tensor = tensors.get(name)
             if tensor is None:
                 raise UnsupportedModel(
-                    f"{folder}: tensor {name!r} is missing; the files must hold every weight of a Llama with the "
+                    f"{folder}: tensor {shown(name)} is missing; the files must hold every weight of a Llama with the "
                     "shape that config.json gives"
                 )
             if tensor.dtype_name not in _DTYPES:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has dtype {shown(tensor.dtype_name)[1:-1]}, supported are "
+                    f"{tensor.file}: tensor {shown(name)} has dtype {shown(tensor.dtype_name)}, supported are "
                     f"{', '.join(_DTYPES)}; give the unquantized checkpoint"
                 )
             if tensor.shape != shape:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, config.json asks for {shape}"
+                    f"{tensor.file}: tensor {shown(name)} has shape {tensor.shape}, config.json asks for {shape}"
                 )
             if tensor.dtype != tensors[first].dtype:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype_name} but {first!r} has "
+                    f"{tensor.file}: tensor {shown(name)} has dtype {tensor.dtype_name} but {shown(first)} has "
                     f"{tensors[first].dtype_name}; save the model in one dtype"
                 )
     redundant = {_EMBEDDING, _LM_HEAD} if config.tie_word_embeddings else set()

@@ -4,13 +4,12 @@ Where the base has no tokenizer nobody asks: prompts are then token ids, and tho
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 
-from slora_jax.errors import BadAdapter, UnsupportedModel
+from slora_jax.errors import BadAdapter, UnsupportedModel, shown
 from slora_jax.text.folder import TOKENIZER_FILE, TokenizerFiles, guarded, read_files
 from slora_jax.text.tokenizer import Tokenizer
 
@@ -76,7 +75,7 @@ class AdapterTokenizers:
                 there = "which the base model's tokenizer does not have" if found is None else f"which is {found} there"
                 number = "" if wanted is None else f" (id {wanted})"
                 return (
-                    f"its tokenizer has the token {json.dumps(text)[:80]}{number}, {there}; train it without new "
+                    f"its tokenizer has the token {shown(text)}{number}, {there}; train it without new "
                     "tokens, or merge it into the base model and serve that"
                 )
         return None

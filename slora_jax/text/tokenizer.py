@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel
+from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel, shown
 from slora_jax.text.folder import TokenizerFiles, load_backend
 from slora_jax.text.template import ChatTemplate, TemplateError, as_parts, as_text
 
@@ -334,7 +334,7 @@ def _clean_up(files: TokenizerFiles, backend: tokenizers.Tokenizer) -> bool:
     for field in ("clean_up_tokenization_spaces", forced):
         if not isinstance(files.config.get(field, False), bool):
             raise UnsupportedModel(
-                f"tokenizer_config.json: {field} must be true or false, got {ascii(files.config[field])[:80]}"
+                f"tokenizer_config.json: {field} must be true or false, got {shown(files.config[field])}"
             )
     is_bpe = isinstance(backend.model, tokenizers.models.BPE)
     return files.config.get("clean_up_tokenization_spaces", False) and (not is_bpe or files.config.get(forced, False))
