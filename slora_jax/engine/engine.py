@@ -217,6 +217,7 @@ class Engine:
           BadAdapter: it cannot be served exactly as trained, the name is the base model's or begins with it and a
             colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
+        self.check_process()
         folder = resolve_adapter_path(path)
         own = self._own_tokenizer(folder)
         info = self._store.register(name, folder, pinned)
@@ -251,6 +252,7 @@ class Engine:
           BadAdapter: a bad name, ranks or shape, or there are several hosts; nothing changes.
           ValueError: ``packed`` has not the pool's ``dtype``.
         """
+        self.check_process()
         if self.config.mesh.num_hosts > 1:
             raise BadAdapter(f"adapter {name}: several hosts read adapters from folders; save it as one")
         most = self.parts.max_rank
@@ -260,6 +262,7 @@ class Engine:
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
+        self.check_process()
         infos, refused = self._store.register_dir(Path(directory))
         for name in list(infos):
             try:
@@ -278,6 +281,7 @@ class Engine:
         Raises:
           UnknownAdapter: no adapter of that name.
         """
+        self.check_process()
         self._store.unregister(name)
         self._wake()
 
@@ -401,8 +405,9 @@ class Engine:
           Whether anything was done; False means that nothing can go on until a request or an adapter arrives.
 
         Raises:
-          EngineStopped: the engine failed and cannot go on.
+          EngineStopped: the engine failed and cannot go on, or is another process's.
         """
+        self.check_process()
         self._take_submitted()
         self._take_cancelled()
         self._core.pin(self._store.pinned)
@@ -493,6 +498,7 @@ class Engine:
         Call it before the first step. Shapes with adapters are those for the modules, ranks and pages of the adapters
         registered so far.
         """
+        self.check_process()
         if self.config.warm_up is False:
             return
         start = time.perf_counter()
@@ -514,6 +520,7 @@ class Engine:
           on_failure: called once, by that thread, with the reason in a sentence, if the engine cannot go on; all
             requests have ended by then, and it answers none any more.
         """
+        self.check_process()
         if self._thread is not None:
             raise EngineStopped("the engine was already started")
         self._on_failure = on_failure
