@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels import all_reduce
 from slora_jax.bench.timing import machine, seconds_per_execution
 from slora_jax.engine.runner import compiler_options
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import add_to_own_columns, gathered_ranks
-from slora_jax.model.mesh import TP, ModelMesh
+from slora_jax.model.mesh import TABLE, TP, ModelMesh
 
 RANKS = (16, 64)
 STEPS = ((1, 1), (16, 16), (128, 128), (512, 16))
@@ -43,35 +44,36 @@ class Scheme(NamedTuple):
 
     Attributes:
       specs: of each array of a layer; see ``_shapes``.
-      apply: from ``x``, the layer's arrays and the number of adapters to the output ``[T, out]``.
+      apply: from ``x``, the layer's arrays, the number of adapters and how devices send to the output ``[T, out]``.
     """
 
     specs: dict[str, PartitionSpec]
     apply: Callable
 
 
-def _base_o(x, layer, adapters):
-    return jax.lax.psum(x @ layer["kernel"], TP)
+def _base_o(x, layer, adapters, group):
+    return all_reduce(x @ layer["kernel"], group)
 
 
-def _split_o(x, layer, adapters):
-    partial_sums = jax.lax.psum(_shrink(x, layer["a"], adapters), TP)
+def _split_o(x, layer, adapters, group):
+    partial_sums = all_reduce(_shrink(x, layer["a"], adapters), group)
     delta = _expand(partial_sums, layer["b"], adapters, x.dtype)
-    return jax.lax.psum(add_to_own_columns(x @ layer["kernel"], delta), TP)
+    return all_reduce(add_to_own_columns(x @ layer["kernel"], delta), group)
 
 
-def _whole_o(x, layer, adapters):
+def _whole_o(x, layer, adapters, group):
     delta = _expand(_shrink(x, layer["a"], adapters), layer["b"], adapters, x.dtype)
-    return jax.lax.psum(x @ layer["kernel"] + delta, TP)
+    return all_reduce(x @ layer["kernel"] + delta, group)
 
 
-def _base_qkv(x, layer, adapters):
+def _base_qkv(x, layer, adapters, group):
     return x @ layer["kernel"]
 
 
-def _split_qkv(x, layer, adapters):
+def _split_qkv(x, layer, adapters, group):
     modules = ("q", "k", "v")
-    partial_sums = gathered_ranks(jnp.stack([_shrink(x, layer[f"a_{m}"], adapters) for m in modules], axis=1))
+    shrunk = jnp.stack([_shrink(x, layer[f"a_{m}"], adapters) for m in modules], axis=1)
+    partial_sums = gathered_ranks(shrunk, group)
     deltas = [_expand(partial_sums[:, i], layer[f"b_{m}"], adapters, x.dtype) for i, m in enumerate(modules)]
     return x @ layer["kernel"] + jnp.concatenate(deltas, axis=1)
 
@@ -130,12 +132,16 @@ def layers_drawn(
 
 
 def layers_run(mesh: ModelMesh, name: str, adapters: int, layers: int) -> Callable:
-    """A jitted function of the layers' arrays and ``x`` ``[T, hidden]``, whole on each device; it returns the like."""
+    """A jitted function of ``mesh.table``, the layers' arrays and ``x`` ``[T, hidden]``, whole on each device.
+
+    It returns the like of ``x``.
+    """
     scheme = SCHEMES[name]
 
-    def run(arrays, x):
+    def run(table, arrays, x):
+        group = mesh.collectives(table)
         for layer in arrays:
-            y = scheme.apply(x[:, : layer["kernel"].shape[0]], layer, adapters)
+            y = scheme.apply(x[:, : layer["kernel"].shape[0]], layer, adapters, group)
             # The next layer's input: some of the result, or all of it and again from its beginning; and normed.
             x = jnp.tile(y, (1, -(-x.shape[1] // y.shape[1])))[:, : x.shape[1]]
             x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-5)
@@ -144,7 +150,7 @@ def layers_run(mesh: ModelMesh, name: str, adapters: int, layers: int) -> Callab
     # The outputs for q, k and v differ from device to device: it does not matter whose is returned.
     return jax.jit(
         jax.shard_map(
-            run, mesh=mesh.mesh, in_specs=([scheme.specs] * layers, _WHOLE), out_specs=_WHOLE, check_vma=False
+            run, mesh=mesh.mesh, in_specs=(TABLE, [scheme.specs] * layers, _WHOLE), out_specs=_WHOLE, check_vma=False
         )
     )
 
@@ -169,6 +175,8 @@ def measure(models: dict[str, ModelConfig], tp: int, layers: int, command: str) 
       InvalidRequest: there are too few devices, or so many cannot share a model.
     """
     meshes = {name: ModelMesh.create(model, tp) for name, model in models.items()}
+    for name, mesh in meshes.items():
+        mesh.connect(max(tokens for tokens, _ in STEPS) * models[name].hidden_size * 2)
     cases = list(itertools.product(models, STEPS, RANKS))
     # All of it first: the search for the fastest products runs on the devices too.
     with ThreadPoolExecutor(os.cpu_count()) as workers:
@@ -188,7 +196,7 @@ def measure(models: dict[str, ModelConfig], tp: int, layers: int, command: str) 
             "adapters": adapters,
             "rank": rank,
             "seconds_per_layer": {
-                scheme: _seconds(*(program.result() for program in compiling.pop((case, scheme))), x) / layers
+                scheme: _seconds(*(program.result() for program in compiling.pop((case, scheme))), mesh, x) / layers
                 for scheme in SCHEMES
             },
             "sent_bytes_per_layer": {
@@ -209,18 +217,18 @@ def _compiling(model, mesh, scheme: str, tokens: int, adapters: int, rank: int, 
     x = jax.ShapeDtypeStruct((tokens, model.hidden_size), jnp.bfloat16, sharding=mesh.replicated)
     shardings = [{array: NamedSharding(mesh.mesh, spec) for array, spec in SCHEMES[scheme].specs.items()}] * layers
     arrays = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), draw.out_info, shardings)
-    run = layers_run(mesh, scheme, adapters, layers).lower(arrays, x)
+    run = layers_run(mesh, scheme, adapters, layers).lower(mesh.table, arrays, x)
     return [workers.submit(draw.compile), workers.submit(run.compile, compiler_options(tokens))]
 
 
-def _seconds(draw: Callable, run: Callable, x: jax.Array) -> float:
+def _seconds(draw: Callable, run: Callable, mesh: ModelMesh, x: jax.Array) -> float:
     """Of one execution of ``run``."""
     arrays = jax.block_until_ready(draw())
 
     def next_execution():
         # Of the last one's result, so that GPUs keep step; CPU devices hang with many executions of several queued.
         nonlocal x
-        x = run(arrays, x)
+        x = run(mesh.table, arrays, x)
         return x.block_until_ready() if jax.default_backend() == "cpu" else x
 
     return seconds_per_execution(next_execution, least_seconds=0.02)

@@ -295,6 +295,11 @@ def make_pool(
     Raises:
       InvalidRequest: the devices cannot hold a pool of that size, or of any that is of use.
     """
+    if mesh is not None:
+        # Ahead of the pool, which takes what is left.
+        mesh.connect(config.scheduler.max_batch_tokens * model.hidden_size * dtype.itemsize)
+        if mesh.peers is not None:
+            start.info("Messages between the devices: %.3g GiB on each", mesh.peers.nbytes / 2**30)
     page_bytes = layout.page_bytes(dtype.itemsize)
     memory = DeviceMemory.now(layout.shards.count)
     num_pages = _least(meeting, "pool pages", num_pages_of(config.pool, page_bytes, memory))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from slora_jax.engine.batch import BatchShape
 from slora_jax.model.llama import Llama, run_layers
-from slora_jax.model.mesh import POOL, ModelMesh
+from slora_jax.model.mesh import POOL, TABLE, ModelMesh
 
 _WHOLE = PartitionSpec()
 _MOST_LAYERS = 4
@@ -100,27 +100,30 @@ class WholeForward:
 
     def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
         assert isinstance(key, BatchShape), "not one of these keys"
-        return self.jitted(key).lower(params, packed_struct(key, self._mesh), tokens, pool)
+        return self.jitted(key).lower(table_of(self._mesh), params, packed_struct(key, self._mesh), tokens, pool)
 
     def jitted(self, shape: BatchShape):
-        """The function that is compiled, of ``(params, packed, tokens, pool)``."""
+        """The function that is compiled, of ``(table, params, packed, tokens, pool)``."""
 
-        def step(params, packed, tokens, pool):
+        def step(group, params, packed, tokens, pool):
             batch = shape.unpack(packed, tokens)
-            hidden, pool = self._model.apply({"params": params}, batch, pool)
+            hidden, pool = self._model.apply({"params": params}, batch, pool, group)
             return _of_last_tokens(hidden, batch.query_start), pool
 
-        def forward(params, *arguments):
-            return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
+        def forward(table, params, *arguments):
+            return on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
 
-        return jax.jit(forward, donate_argnums=3)
+        return jax.jit(forward, donate_argnums=4)
 
     def start(self, program, shape, params, packed, tokens, pool):
-        return program(shape)(params, packed, tokens, pool)
+        return program(shape)(table_of(self._mesh), params, packed, tokens, pool)
 
 
 class ForwardInParts:
-    """Three programs, of which the one with layers runs for one group of layers after the other."""
+    """Three programs, of which the one with layers runs for one group of layers after the other.
+
+    For CPU devices, which have XLA's collectives only.
+    """
 
     def __init__(self, model: Llama, mesh: ModelMesh | None):
         self._model = model
@@ -159,44 +162,59 @@ class ForwardInParts:
         return {f"layers_{i}": params[f"layers_{first + i}"] for i in range(self._group)}
 
     def _begin(self, shape: BatchShape, row_width: int):
-        def step(params, packed, tokens):
+        def step(group, params, packed, tokens):
             batch = shape.unpack(packed, tokens)
-            x, tables = self._model.apply({"params": params}, batch, row_width, method=Llama.begin)
+            x, tables = self._model.apply({"params": params}, batch, row_width, group, method=Llama.begin)
             return x, tables, batch.query_start
 
         def begin(params, *arguments):
-            return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
+            return on_each_device(step, self._mesh, None, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
 
         return begin
 
     def _layers(self, params, *arguments):
-        def step(params, first, x, tables, pool):
+        def step(group, params, first, x, tables, pool):
             layers = [params[f"layers_{i}"] for i in range(self._group)]
             return run_layers(self._model, layers, first, x, tables, pool)
 
         in_specs = (_WHOLE, _WHOLE, _WHOLE, POOL)
-        return on_each_device(step, self._mesh, params, arguments, in_specs, (_WHOLE, POOL))
+        return on_each_device(step, self._mesh, None, params, arguments, in_specs, (_WHOLE, POOL))
 
     def _end(self, params, *arguments):
-        def step(params, x, query_start):
+        def step(group, params, x, query_start):
             hidden = self._model.apply({"params": params}, x, method=Llama.end)
             assert isinstance(hidden, jax.Array)  # and no changed variables beside it, of which there are none
             return _of_last_tokens(hidden, query_start)
 
-        return on_each_device(step, self._mesh, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
+        return on_each_device(step, self._mesh, None, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
 
 
-def on_each_device(step: Callable, mesh: ModelMesh | None, params, arguments: tuple, in_specs, out_specs):
-    """``step(params, *arguments)``, or what it gives when every device of the mesh runs it on its slices."""
+def on_each_device(
+    step: Callable, mesh: ModelMesh | None, table: jax.Array | None, params, arguments: tuple, in_specs, out_specs
+):
+    """``step(group, params, *arguments)``, as every device of the mesh runs it on its slices.
+
+    ``group`` is how a device sends to the others (``ModelMesh.collectives``), with its part of ``table``. Without a
+    mesh it is None, and the one device runs ``step`` on all.
+    """
     if mesh is None:
-        return step(params, *arguments)
+        return step(None, params, *arguments)
+
+    def on_one(table, params, *arguments):
+        return step(mesh.collectives(table), params, *arguments)
+
     return jax.shard_map(
-        step,
+        on_one,
         mesh=mesh.mesh,
-        in_specs=(mesh.param_specs(params), *in_specs),
+        in_specs=(TABLE, mesh.param_specs(params), *in_specs),
         out_specs=out_specs,
         check_vma=False,
-    )(params, *arguments)
+    )(table, params, *arguments)
+
+
+def table_of(mesh: ModelMesh | None) -> jax.Array | None:
+    """What programs of devices that send to each other by kernels are given; None elsewhere."""
+    return mesh.table if mesh else None
 
 
 def packed_struct(shape: BatchShape, mesh: ModelMesh | None) -> jax.ShapeDtypeStruct:

@@ -15,7 +15,7 @@ import pallas_kernels
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
-from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device
+from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device, table_of
 from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.memory.layout import PoolLayout
@@ -170,7 +170,7 @@ class Runner:
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
             program_folder,
-            (model.config, model.backend, mesh and mesh.size, pool.array.aval, self._tokens.aval),
+            (model.config, model.backend, mesh and mesh.collectives(None), pool.array.aval, self._tokens.aval),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )
@@ -244,7 +244,7 @@ class Runner:
         history: Any = self._struct((shape.sequences, shape.history), jnp.int32)
         inputs = replace(inputs, history=history)
         sampler = _sampler(shape, self.model, self._mesh, self._buckets.max_sequences)
-        return sampler.lower(self._head, hidden, inputs, self._tokens)
+        return sampler.lower(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
 
     def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
@@ -281,21 +281,21 @@ class Runner:
         hidden, self._pool.array = self._forward.start(
             self.programs.get, shape, self.params, packed, self._tokens, self._pool.array
         )
-        sampled = self.programs.get(sampler)(self._head, hidden, inputs, self._tokens)
+        sampled = self.programs.get(sampler)(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
 
 
 def _sampler(shape: SamplerShape, model: Llama, mesh: ModelMesh | None, num_tokens_out: int):
-    """The function that is compiled for a sampler, of ``(head, hidden, inputs, tokens)``."""
+    """The function that is compiled for a sampler, of ``(table, head, hidden, inputs, tokens)``."""
 
-    def step(params, hidden, inputs, previous_tokens):
-        logits = model.apply({"params": params}, hidden, method=Llama.logits)
+    def step(group, params, hidden, inputs, previous_tokens):
+        logits = model.apply({"params": params}, hidden, group, method=Llama.logits)
         assert isinstance(logits, jax.Array)  # and no changed variables beside it, of which there are none
         return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
 
-    def sampled(params, *arguments) -> Sampled:
-        return on_each_device(step, mesh, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+    def sampled(table, params, *arguments) -> Sampled:
+        return on_each_device(step, mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
 
     # A function of its own each time: what JAX remembers of it goes with it.
     return jax.jit(sampled)

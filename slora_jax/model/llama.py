@@ -29,8 +29,11 @@ from flax import struct
 from pallas_kernels import (
     AttentionPlan,
     Backend,
+    Collectives,
     LoraPlan,
     LoraSegments,
+    all_gather,
+    all_reduce,
     lora_delta,
     lora_expand,
     lora_shrink,
@@ -76,8 +79,8 @@ class TokenBatch:
 class StepTables(NamedTuple):
     """What all layers share in one step: KV rows ``[T]``, rotary angles, and the kernels' plans.
 
-    ``lora_split`` is None on one device. On several it shrinks for the column-parallel modules, whose A is split by
-    rank; ``lora`` does the rest.
+    ``lora_split`` and ``group`` are None on one device. On several ``lora_split`` shrinks for the column-parallel
+    modules, whose A is split by rank, ``lora`` does the rest, and ``group`` says how they send to each other.
     """
 
     rows: jax.Array
@@ -85,6 +88,7 @@ class StepTables(NamedTuple):
     attention: AttentionPlan
     lora: LoraPlan | None
     lora_split: LoraPlan | None
+    group: Collectives | None
 
 
 class LoraOps(NamedTuple):
@@ -133,17 +137,20 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config.vocab_size, self.dtype)
 
-    def __call__(self, batch: TokenBatch, pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, batch: TokenBatch, pool: jax.Array, group: Collectives | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Runs the layers.
 
         Args:
           batch: the step's tokens.
           pool: ``[layers, 2, rows, W]``; donate it to have K and V written in place.
+          group: how several devices send to each other.
 
         Returns:
           Hidden states ``[T, h]`` after the final norm, and the pool with the tokens' K and V.
         """
-        x, step = self.begin(batch, pool.shape[3])
+        x, step = self.begin(batch, pool.shape[3], group)
         if self.is_initializing():
             for i, block in enumerate(self.layers):
                 x, pool = block(x, step, pool, jnp.int32(i))
@@ -151,24 +158,26 @@ class Llama(nn.Module):
             x, pool = run_layers(self, [block.variables["params"] for block in self.layers], 0, x, step, pool)
         return self.end(x), pool
 
-    def begin(self, batch: TokenBatch, row_width: int) -> tuple[jax.Array, StepTables]:
+    def begin(
+        self, batch: TokenBatch, row_width: int, group: Collectives | None = None
+    ) -> tuple[jax.Array, StepTables]:
         """What comes before the layers: hidden states ``[T, h]``, and what all layers share; ``row_width`` is W."""
-        return self._embed(batch.token_ids), self._plan(batch, row_width)
+        return self._embed(batch.token_ids, group), self._plan(batch, row_width, group)
 
     def end(self, x: jax.Array) -> jax.Array:
         """What comes behind the layers: the final norm of hidden states ``[T, h]``."""
         return self.norm(x)
 
-    def _embed(self, token_ids: jax.Array) -> jax.Array:
-        if self.num_shards == 1:
+    def _embed(self, token_ids: jax.Array, group: Collectives | None) -> jax.Array:
+        if group is None:
             return self.embed(token_ids)
         size = self.embed.num_embeddings
         here = token_ids - jax.lax.axis_index(TP) * size
         found = (here >= 0) & (here < size)
         # Zeros from all devices but one: exact in any dtype.
-        return jax.lax.psum(jnp.where(found[:, None], self.embed(jnp.clip(here, 0, size - 1)), 0), TP)
+        return all_reduce(jnp.where(found[:, None], self.embed(jnp.clip(here, 0, size - 1)), 0), group)
 
-    def _plan(self, batch: TokenBatch, row_width: int) -> StepTables:
+    def _plan(self, batch: TokenBatch, row_width: int, group: Collectives | None) -> StepTables:
         num_tokens = batch.token_ids.shape[0]
         lora = lora_split = None
         if batch.lora is not None:
@@ -193,18 +202,19 @@ class Llama(nn.Module):
             backend=self.backend,
             max_query_len=1 if batch.decode_only else None,
         )
-        return StepTables(batch.rows, rotary_angles(batch.positions, self.config), attention, lora, lora_split)
+        angles = rotary_angles(batch.positions, self.config)
+        return StepTables(batch.rows, angles, attention, lora, lora_split, group)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits ``[..., V]`` of final hidden states ``[..., h]``."""
+    def logits(self, hidden: jax.Array, group: Collectives | None = None) -> jax.Array:
+        """Float32 logits ``[..., V]`` of final hidden states ``[..., h]``; on several devices of ``[S, h]``."""
         if self.config.tie_word_embeddings:
             logits = _dot(hidden, self.embed.embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
         else:
             logits = self.lm_head(hidden, out_dtype=jnp.float32)
-        if self.num_shards == 1:
+        if group is None:
             return logits
-        logits = jax.lax.all_gather(logits, TP, axis=logits.ndim - 1, tiled=True)
-        return logits[..., : self.config.vocab_size]
+        logits = all_gather(logits, 1, group).reshape(logits.shape[0], -1)
+        return logits[:, : self.config.vocab_size]
 
     def init_all(self, batch: TokenBatch, pool: jax.Array) -> jax.Array:
         """Touches every parameter; for ``init`` and ``eval_shape`` only."""
@@ -245,11 +255,13 @@ class Block(nn.Module):
             changes = step.lora is not None and set(modules) & set(step.lora.active)
             return step.lora if changes else None
 
-        def shrink_split(x, modules, lora: LoraPlan):
+        group = step.group
+
+        def shrink_split(x, modules, lora: LoraPlan, group: Collectives):
             """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
             assert step.lora_split is not None, "on several devices there are both plans or none"
             changed = [m for m in modules if m in lora.active]
-            gathered = gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed))
+            gathered = gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed), group)
             if len(changed) == len(modules):
                 return gathered
             places = np.array([modules.index(m) for m in changed])
@@ -261,21 +273,21 @@ class Block(nn.Module):
             if lora is None:
                 return y
             # Nothing between the product and the sum: cuBLAS then does both in one kernel.
-            if self.num_shards == 1:
+            if group is None:
                 return y + self.lora_ops.delta(x, pool, layer, lora, modules)
-            partial_sums = shrink_split(x, modules, lora)
+            partial_sums = shrink_split(x, modules, lora, group)
             return y + lora_expand(partial_sums, pool, layer, lora, modules, x.dtype)
 
         def reduce(projection, x, module):
-            if self.num_shards == 1:
+            if group is None:
                 return project(projection, x, module)
             y = projection(x)
             lora = plan_for((module,))
             if lora is not None:
-                partial_sums = jax.lax.psum(lora_shrink(x, pool, layer, lora, (module,)), TP)
+                partial_sums = all_reduce(lora_shrink(x, pool, layer, lora, (module,)), group)
                 delta = lora_expand(partial_sums, pool, layer, lora, (module,), x.dtype)
                 y = add_to_own_columns(y, delta)
-            return jax.lax.psum(y, TP)
+            return all_reduce(y, group)
 
         config = self.local
         # Every read of the adapters' rows comes before the write, which needs all of qkv: XLA copies no pool to keep
@@ -364,9 +376,9 @@ def add_to_own_columns(y: jax.Array, delta: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
 
 
-def gathered_ranks(partial_sums: jax.Array) -> jax.Array:
+def gathered_ranks(partial_sums: jax.Array, group: Collectives) -> jax.Array:
     """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
-    gathered = jax.lax.all_gather(partial_sums, TP, axis=partial_sums.ndim)
+    gathered = all_gather(partial_sums, partial_sums.ndim, group)
     return gathered.reshape(*partial_sums.shape[:2], -1)
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels import Collectives, PeerMemory, open_peer_memory
 from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.shards import Shards
@@ -20,6 +21,8 @@ ParamPath = tuple[str, ...]
 """Keys from the root of the parameter tree to a leaf, such as ``("layers_0", "qkv", "kernel")``."""
 
 POOL = PartitionSpec(None, None, None, TP)
+TABLE = PartitionSpec(TP, None)
+"""Of the argument that ``ModelMesh.collectives`` takes."""
 
 _INPUT, _OUTPUT = PartitionSpec(TP, None), PartitionSpec(None, TP)
 _PARAMS = {
@@ -43,7 +46,10 @@ class ModelMesh:
     Attributes:
       shards: who holds what of the model.
       mesh: its devices, along the axis ``TP``.
+      peers: memory that they write to each other; None until ``connect``, and where XLA's collectives do that.
     """
+
+    peers: PeerMemory | None = None
 
     def __init__(self, model: ModelConfig, devices: Sequence[jax.Device]):
         """
@@ -78,6 +84,28 @@ class ModelMesh:
     @property
     def size(self) -> int:
         return self.shards.count
+
+    def connect(self, message_bytes: int) -> None:
+        """Takes the memory that the devices need to send to each other without XLA, if they can.
+
+        Args:
+          message_bytes: of the hidden states of a step's tokens, which are the usual message; larger ones are cut.
+        """
+        self.peers = open_peer_memory(self.mesh, -(-message_bytes // 128) * 128)
+
+    @property
+    def table(self) -> jax.Array | None:
+        """What a program must be given to send by ``collectives``; of the spec ``TABLE``."""
+        return None if self.peers is None else self.peers.table
+
+    def collectives(self, table: jax.Array | None) -> Collectives:
+        """How one device sends to the others, inside of ``jax.shard_map``.
+
+        Args:
+          table: its part of ``table``.
+        """
+        slot_bytes = 0 if self.peers is None else self.peers.slot_bytes
+        return Collectives(table, TP, self.size, slot_bytes)
 
     def param(self, path: ParamPath) -> NamedSharding:
         return NamedSharding(self.mesh, param_spec(path))

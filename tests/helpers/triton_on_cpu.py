@@ -60,6 +60,11 @@ class _Tensor:
         return self.array.itemsize
 
 
+def tensor_of(array: np.ndarray):
+    """An argument for an interpreted kernel, which writes into the array itself."""
+    return _Tensor(array)
+
+
 class _Ref:
     def __init__(self, array):
         self.array = np.array(array)

@@ -110,10 +110,12 @@ def test_only_the_model_and_the_runner_use_kernels():
     }
     assert users == {
         "model/llama.py",
+        "model/mesh.py",
         "engine/batch.py",
         "engine/build.py",
         "engine/runner.py",
         "bench/baselines.py",
+        "bench/collectives.py",
         "bench/kernels.py",
     }
 

@@ -118,7 +118,7 @@ def test_sampling_sends_the_logits_once(shape_file):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": 4})
     sampler = SamplerShape(16, random=True, filtered=False, history=0, logprobs=False)
     program = engine.device.runner.programs.get(sampler)
-    assert collectives(program) == [("all-gather", "f32", (16, 100))], "97 tokens, in four equal parts"
+    assert collectives(program) == [("all-gather", "f32", (16, 4, 25))], "97 tokens, in four equal parts"
 
 
 def test_one_device_sends_nothing_and_runs_no_shard_map(shape_file):
@@ -137,7 +137,7 @@ def test_the_benchmarks_schemes_give_one_devices_numbers_and_send_what_it_says(s
     x_spec, y_spec = (PartitionSpec(None, TP), PartitionSpec()) if "o" in scheme else (PartitionSpec(), specs["kernel"])
     program = jax.jit(
         jax.shard_map(
-            lambda x, layer: bench.SCHEMES[scheme].apply(x, layer, adapters),
+            lambda x, layer: bench.SCHEMES[scheme].apply(x, layer, adapters, mesh.collectives(None)),
             mesh=mesh.mesh,
             in_specs=(x_spec, specs),
             out_specs=y_spec,
@@ -211,6 +211,7 @@ def test_the_kernels_take_one_devices_part_of_a_70b_model(decode_only):
         kernels = [stack.enter_context(compiled(module, 90)) for module in (lora_kernels, attention, rotary_triton)]
         model_of_one = Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8)
         WholeForward(model_of_one, mesh).jitted(shape).trace(
+            None,
             sharded_abstract_params(model, jnp.bfloat16, mesh),
             whole((shape.packed_size,), jnp.int32),
             whole((32,), jnp.int32),

@@ -1,0 +1,204 @@
+"""The Triton kernels of collectives over peers' memory; ``triton`` launches them and says what a workspace is.
+
+A workspace, the same on every device: ``N * PROGRAMS`` flags, one for each program of each device, that device writing
+it; ``PROGRAMS`` counters, of this device's own; from byte ``HEAD`` on, two times N slots of ``SLOT`` bytes, one for
+each device to write into. Flags and counters are int32 and count on, past 2**31 to the negative ones.
+
+One program moves one share of the elements, and waits for the programs of its number on the other devices only. Every
+call has ``PROGRAMS`` programs and adds ``PHASES`` to every counter, whether there is work for all or not: so all
+programs know the number of the call by themselves. Calls take the two sets of slots in turn. When a device begins a
+call, it has seen in the one before that every other device had begun that: so nobody reads any more what was written
+two calls ago, and its slots are free.
+"""
+
+import triton
+import triton.language as tl
+
+PHASES = tl.constexpr(2)
+_MOST_POLLS = tl.constexpr(1 << 24)  # more than ten seconds
+
+
+@triton.jit
+def _address(peers, device):
+    """Returns where a device's workspace is; the entry behind the last is this device's place among them."""
+    return tl.load(peers.to(tl.pointer_type(tl.int64), bitcast=True) + device)
+
+
+@triton.jit
+def _slot(workspace, call, device, HEAD: tl.constexpr, SLOT: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns where a device's slot begins in a workspace, in a call of this number."""
+    at = workspace + HEAD + ((call & 1) * N + device).to(tl.int64) * SLOT
+    return at.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _copy(source, target, begin, end, BLOCK: tl.constexpr):
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(target + at, tl.load(source + at, mask=at < end), mask=at < end)
+
+
+@triton.jit
+def _meet(peers, rank, value, N: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Tells the others that this program has written, and waits until theirs have.
+
+    Returns whether all came. That one does not, for seconds, means that its device runs something else.
+    """
+    tl.debug_barrier()
+    program = tl.program_id(0)
+    for ahead in tl.static_range(1, N):
+        flags = _address(peers, (rank + ahead) % N).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(flags + rank * PROGRAMS + program, value, sem="release", scope="sys")
+    own = _address(peers, rank).to(tl.pointer_type(tl.int32))
+    polls = 0
+    for ahead in tl.static_range(1, N):
+        flag = own + (rank + ahead) % N * PROGRAMS + program
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        # By their difference, as counts go on past the largest number.
+        while (seen - value < 0) & (polls < _MOST_POLLS):
+            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            polls += 1
+    tl.debug_barrier()
+    return polls < _MOST_POLLS
+
+
+@triton.jit
+def _begin(peers, N: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Returns this device's place, its workspace, this program's counter and what that says."""
+    rank = _address(peers, N).to(tl.int32)
+    workspace = _address(peers, rank)
+    counter = workspace.to(tl.pointer_type(tl.int32)) + N * PROGRAMS + tl.program_id(0)
+    return rank, workspace, counter, tl.load(counter)
+
+
+@triton.jit
+def _all_reduce_kernel(
+    x,  # [size]
+    peers,
+    size,
+    share,
+    out,  # [size]
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sums in one exchange: every device writes all of its x to every other."""
+    rank, workspace, counter, count = _begin(peers, N, PROGRAMS)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, size)
+    if begin < end:
+        call = count // PHASES
+        for ahead in tl.static_range(1, N):
+            theirs = _address(peers, (rank + ahead) % N)
+            _copy(x, _slot(theirs, call, rank, HEAD, SLOT, N, DTYPE), begin, end, BLOCK)
+        all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
+        for first in range(begin, end, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            here = at < end
+            total = tl.zeros([BLOCK], tl.float32)
+            # In the same order everywhere: all devices get the same bits.
+            for device in tl.static_range(N):
+                if device == rank:
+                    total += tl.load(x + at, mask=here).to(tl.float32)
+                else:
+                    slot = _slot(workspace, call, device, HEAD, SLOT, N, DTYPE)
+                    total += tl.load(slot + at, mask=here, cache_modifier=".cg").to(tl.float32)
+            tl.store(out + at, tl.where(all_came, total, float("nan")).to(DTYPE), mask=here)
+    tl.store(counter, count + PHASES)
+
+
+@triton.jit
+def _all_reduce_in_two_kernel(
+    x,  # [N * part]
+    peers,
+    part,
+    share,
+    out,  # [N * part]
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sums in two exchanges, of 2 / N of the bytes: each device sums one part of x, and writes that to every other."""
+    rank, workspace, counter, count = _begin(peers, N, PROGRAMS)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, part)
+    if begin < end:
+        call = count // PHASES
+        for ahead in tl.static_range(1, N):
+            device = (rank + ahead) % N
+            theirs = _slot(_address(peers, device), call, rank, HEAD, SLOT, N, DTYPE)
+            _copy(x + device.to(tl.int64) * part, theirs, begin, end, BLOCK)
+        all_came = _meet(peers, rank, count + 1, N, PROGRAMS)
+        own = rank.to(tl.int64) * part
+        for first in range(begin, end, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            here = at < end
+            total = tl.zeros([BLOCK], tl.float32)
+            for sender in tl.static_range(N):
+                if sender == rank:
+                    total += tl.load(x + own + at, mask=here).to(tl.float32)
+                else:
+                    slot = _slot(workspace, call, sender, HEAD, SLOT, N, DTYPE)
+                    total += tl.load(slot + at, mask=here, cache_modifier=".cg").to(tl.float32)
+            result = tl.where(all_came, total, float("nan")).to(DTYPE)
+            tl.store(out + own + at, result, mask=here)
+            for ahead in tl.static_range(1, N):
+                # The second half of a slot is for the second exchange.
+                theirs = _slot(_address(peers, (rank + ahead) % N), call, rank, HEAD, SLOT, N, DTYPE)
+                tl.store(theirs + part + at, result, mask=here)
+        all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
+        for ahead in tl.static_range(1, N):
+            device = (rank + ahead) % N
+            slot = _slot(workspace, call, device, HEAD, SLOT, N, DTYPE)
+            for first in range(begin, end, BLOCK):
+                at = first + tl.arange(0, BLOCK)
+                summed = tl.load(slot + part + at, mask=at < end, cache_modifier=".cg")
+                summed = tl.where(all_came, summed, float("nan")).to(DTYPE)
+                tl.store(out + device.to(tl.int64) * part + at, summed, mask=at < end)
+    tl.store(counter, count + PHASES)
+
+
+@triton.jit
+def _all_gather_kernel(
+    x,  # [size]: rows of COLUMNS
+    peers,
+    size,
+    share,
+    columns,
+    out,  # [size / columns, N, columns]
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Writes every device's x to every other, and puts what came side by side."""
+    rank, workspace, counter, count = _begin(peers, N, PROGRAMS)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, size)
+    if begin < end:
+        call = count // PHASES
+        for ahead in tl.static_range(1, N):
+            theirs = _address(peers, (rank + ahead) % N)
+            _copy(x, _slot(theirs, call, rank, HEAD, SLOT, N, DTYPE), begin, end, BLOCK)
+        all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
+        for first in range(begin, end, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            here = at < end
+            row = (at // columns).to(tl.int64)
+            place = row * columns * N + at % columns
+            for device in tl.static_range(N):
+                if device == rank:
+                    values = tl.load(x + at, mask=here)
+                else:
+                    slot = _slot(workspace, call, device, HEAD, SLOT, N, DTYPE)
+                    values = tl.load(slot + at, mask=here, cache_modifier=".cg")
+                tl.store(out + place + device * columns, tl.where(all_came, values, float("nan")).to(DTYPE), mask=here)
+    tl.store(counter, count + PHASES)
