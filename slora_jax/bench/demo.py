@@ -79,7 +79,9 @@ def _time_peft(torch_python: str, workload, config: EngineConfig, num_tokens: in
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps(job))
         script = Path(__file__).with_name("peft_baseline.py")
-        done = subprocess.run([torch_python, script, job_file], check=True, stdout=subprocess.PIPE, text=True)
+        # Not as a script, whose folder Python would search for modules: transformers imports one named like ours.
+        command = [torch_python, "-c", script.read_text(), job_file]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,6 @@
 """transformers + PEFT on the demo workload, one adapter at a time. Run by ``bench.demo`` in a Python that has torch.
 
-    python peft_baseline.py JOB.json
+    python -c "$(cat peft_baseline.py)" JOB.json
 
 Prints one JSON line: seconds of each timed run, after one that warms up.
 """
