@@ -495,11 +495,6 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
             place = f" ({flag_names[name]})" if name else f" (in {file})" if file else ""
             said.append(f"{path}{place}: {text}")
         raise InvalidRequest(f"invalid configuration: {'; '.join(said)}")
-    if engine.model == "demo" and not engine.dummy:
-        from slora_jax.demo import demo_adapters
-
-        shipped = {name: str(path) for name, path in demo_adapters().items()}
-        engine = engine.model_copy(update={"adapters": shipped | engine.adapters})
     return engine, server
 
 
@@ -578,6 +573,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.app import create_app
     from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.server import run_server
+    from slora_jax.demo import with_demo
     from slora_jax.engine.meeting import together
 
     failure = EngineFailure(SECONDS_TO_END)
@@ -586,7 +582,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
         click.echo(f"Loading {engine_config.model} ...", err=True)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
-        engine = Engine.create(engine_config, meeting=meeting)
+        engine = Engine.create(with_demo(engine_config), meeting=meeting)
         try:
             engine.warm_up()
             leave_alone_what_exists()
@@ -630,6 +626,7 @@ def _give_up(engine: "Engine", reason: str) -> None:
 
 def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Lends this host's devices to the first host's server until that stops, which Ctrl-C or SIGTERM asks it to do."""
+    from slora_jax.demo import with_demo
     from slora_jax.engine.meeting import together
 
     mesh = engine_config.mesh
@@ -637,7 +634,7 @@ def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None
     with together(mesh) as meeting:
         from slora_jax.engine.build import follow
 
-        follow(engine_config, meeting)
+        follow(with_demo(engine_config), meeting)
 
 
 def greeting(engine: "Engine", url: str) -> str:

@@ -5,7 +5,6 @@ belong to the runtime objects and are never written back here.
 """
 
 import re
-import reprlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 import yaml
 
-from slora_jax.errors import InvalidRequest
+from slora_jax.errors import InvalidRequest, shown
 
 PAGE_SIZE = 16
 """Token rows per page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
@@ -170,8 +169,8 @@ class EngineConfig(Section):
     """One engine: a base model, its adapters, and how much of the machine it takes.
 
     Attributes:
-      model: a local Hugging Face folder, a Hugging Face id, ``demo`` (the embedded SmolLM2-135M-Instruct) or,
-        with ``dummy``, the YAML file of a shape in ``configs/``.
+      model: a local Hugging Face folder, a Hugging Face id or, with ``dummy``, the YAML file of a shape in
+        ``configs/``. ``serve.py`` and ``generate`` also take ``demo``, the embedded SmolLM2-135M-Instruct.
       served_name: the base model's name in the API; None takes the folder's or id's last part.
       dummy: draw random weights of the shape on the device instead of loading any.
       adapters: adapter name to PEFT folder or Hugging Face id.
@@ -243,17 +242,13 @@ def checked[Model: pydantic.BaseModel](
             text = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 text = "there is no such field"
-            problems.append((path, f"{text} (got {_BRIEF.repr(problem['input'])})"))
+            problems.append((path, f"{text} (got {shown(problem['input'])})"))
         return None, problems
-
-
-_BRIEF = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=3, maxtuple=3, maxstring=80, maxlong=40, maxother=80)
-"""Values as they are shown in messages: one could be a megabyte, or hold itself."""
 
 
 def _shown(part: object) -> str:
     """A part of a field's path, which may be any key that somebody wrote."""
-    return part if isinstance(part, str) and part.isprintable() and len(part) <= 80 else _BRIEF.repr(part)
+    return part if isinstance(part, str) and part.isprintable() and len(part) <= 80 else shown(part)
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,7 +6,7 @@ an adapter still loading) is not an error and never raises: see ``memory.pages``
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 _LONGEST_SHOWN = 80
@@ -29,14 +29,15 @@ def _pruned(value: Any, depth: int) -> Any:
     if isinstance(value, int) and value.bit_length() > 256:
         # Python refuses to write numbers of thousands of digits.
         return f"an integer of {value.bit_length()} bits"
-    if not isinstance(value, (list, tuple, Mapping)):
+    if not isinstance(value, (list, tuple, Set, Mapping)):
         return value
     if value and depth == 0:
         return "..."
     if isinstance(value, Mapping):
         items = itertools.islice(value.items(), _MOST_SHOWN)
         return {str(_pruned(name, 0)): _pruned(item, depth - 1) for name, item in items}
-    return [_pruned(item, depth - 1) for item in value[:_MOST_SHOWN]] + ["..."] * (len(value) > _MOST_SHOWN)
+    first = [_pruned(item, depth - 1) for item in itertools.islice(value, _MOST_SHOWN)]
+    return first + ["..."] * (len(value) > _MOST_SHOWN)
 
 
 class SLoRAError(Exception):

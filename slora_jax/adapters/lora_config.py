@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slora_jax.adapters.names import BadExpression, Expression, Expressions, NamePatterns, ends
-from slora_jax.errors import BadAdapter
+from slora_jax.errors import BadAdapter, shown
 
 _USED = {
     "peft_type",
@@ -163,7 +163,7 @@ def parse_lora_config(raw: bytes) -> LoraConfig:
     except (ValueError, RecursionError):
         raise BadAdapter("adapter_config.json is not valid JSON; save or copy the adapter again") from None
     if not isinstance(config, dict):
-        raise BadAdapter(f"adapter_config.json must hold a JSON object, got {_show(config)}")
+        raise BadAdapter(f"adapter_config.json must hold a JSON object, got {shown(config)}")
     if config.get("peft_type") != "LORA":
         raise _refusal("peft_type", config.get("peft_type"), "only 'LORA' is served")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -174,8 +174,8 @@ def parse_lora_config(raw: bytes) -> LoraConfig:
     for field, value in config.items():
         if field in _USED or field in _HARMLESS or not _is_set(field, value):
             continue
-        shown = field if field.isidentifier() and field.isascii() and len(field) <= _MAX_SHOWN else _show(field)
-        raise _refusal(shown, value, _REFUSED.get(field, "the field is unknown here and may change what it computes"))
+        name = field if field.isidentifier() and field.isascii() and len(field) <= _MAX_SHOWN else shown(field)
+        raise _refusal(name, value, _REFUSED.get(field, "the field is unknown here and may change what it computes"))
     expressions = Expressions()
     targets, layers = _targets(config, expressions), _layers(config)
     _check_layers_fit(config, targets, layers)
@@ -321,7 +321,7 @@ def _alpha(field: str, value: Any, key: str | None = None) -> float:
 
 
 def _place(field: str, key: str | None) -> str:
-    return field if key is None else f"{field}[{_show(key)}]"
+    return field if key is None else f"{field}[{shown(key)}]"
 
 
 def _flag(config: dict[str, Any], field: str) -> bool:
@@ -332,18 +332,4 @@ def _flag(config: dict[str, Any], field: str) -> bool:
 
 
 def _refusal(field: str, value: Any, reason: str) -> BadAdapter:
-    return BadAdapter(f"adapter_config.json: {field}={_show(value)} is not supported: {reason}")
-
-
-def _show(value: Any) -> str:
-    """The value as JSON, in the first characters that it takes. Never raises, whatever JSON had in it."""
-    text = ""
-    try:
-        # In pieces, as the whole may be long, or nested deeper than can be written.
-        for piece in json.JSONEncoder().iterencode(value):
-            text += piece[: _MAX_SHOWN + 1]
-            if len(text) > _MAX_SHOWN:
-                return f"{text[: _MAX_SHOWN - 3]}..."
-    except RecursionError:
-        return f"{text}..."
-    return text
+    return BadAdapter(f"adapter_config.json: {field}={shown(value)} is not supported: {reason}")

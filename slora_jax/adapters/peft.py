@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from slora_jax.adapters.lora_config import LoraConfig, parse_lora_config
-from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor, shown
-from slora_jax.adapters.tokens import MAX_FILE_BYTES, TOKEN_FILES, check_tokens
-from slora_jax.errors import BadAdapter
+from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor
+from slora_jax.errors import BadAdapter, shown
 from slora_jax.memory.layout import AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.modules import MODULES
@@ -148,9 +147,8 @@ def read_header(
       folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
       model: the base model.
       pool: its pool's layout.
-      known: shapes of adapters checked before for the same model, by what their config asks for, their table of
-        tensors and their tokens, to which this one's is added. Adapters trained alike need then not be checked one by
-        one.
+      known: shapes of adapters checked before for the same model, by what their config asks for and their table of
+        tensors, to which this one's is added. Adapters trained alike need then not be checked one by one.
 
     Raises:
       BadAdapter: it cannot be served exactly as trained; the message says why.
@@ -159,13 +157,9 @@ def read_header(
     folder = Path(folder)
     with _naming(folder), _opened(folder) as source:
         config = parse_lora_config(source.config)
-        tokens = _token_files(folder)
-        token_digests = (hashlib.sha256(file.encode() + content).digest() for file, content in tokens.items())
-        key = b"".join((config.digest(), source.table_digest, *token_digests))
+        key = config.digest() + source.table_digest
         shape = known.get(key) if known is not None else None
         if shape is None:
-            for file, content in tokens.items():
-                check_tokens(file, content, model.vocab_size)
             shape, _ = _check(source, config, pool)
             if known is not None:
                 known[key] = shape
@@ -293,17 +287,6 @@ def _in_weights_file() -> Iterator[None]:
         yield
     except BadAdapter as e:
         raise BadAdapter(f"{WEIGHTS_FILE}: {e}") from None
-
-
-def _token_files(folder: Path) -> dict[str, bytes]:
-    """What a tokenizer that was saved beside the adapter says first, by file; most adapters have none."""
-    found = {}
-    for name in TOKEN_FILES:
-        if not os.path.lexists(os.path.join(folder, name)):
-            continue
-        with _reading(name), _open(folder, name, "save the tokenizer again or remove the file") as file:
-            found[name] = file.read(MAX_FILE_BYTES)
-    return found
 
 
 def _open(folder: Path, name: str, remedy: str) -> BufferedIOBase:

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import ml_dtypes
 import numpy as np
 
-from slora_jax.errors import BadAdapter
+from slora_jax.errors import BadAdapter, shown
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -27,7 +27,6 @@ DTYPES = {
 # Parsing holds the interpreter's lock: so much takes at most some 15 ms. The table of the largest Llama's adapter takes
 # 270 kB.
 _MAX_TABLE_BYTES = 512 * 2**10
-_MAX_SHOWN = 200
 _MAX_DIMS = 8
 _LENGTH_BYTES = 8
 _REMEDY = "save or copy the adapter again"
@@ -122,18 +121,6 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name in names if names.count(name) > 1)
         raise _NamedTwice(f"names {shown(twice)} twice")
     return fields
-
-
-def shown(name: object) -> str:
-    """A name out of a file as a message may have it: in one line and not long, whatever it holds."""
-    if isinstance(name, str) and name.isascii() and name.isprintable() and len(name) <= _MAX_SHOWN:
-        return name
-    try:
-        # Long before it is cut, but the table is bounded.
-        text = json.dumps(name)
-    except RecursionError:
-        text = type(name).__name__
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def _entry(name: str, value: object, data_start: int) -> TensorEntry:

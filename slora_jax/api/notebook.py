@@ -388,10 +388,6 @@ def _engine(model: "str | Path | Engine | None", options: Mapping[str, Any]) -> 
         kept.check_process()  # ahead of the lock, which a fork may have copied while it was held
     fields = dict(options, model="demo" if model is None else str(model))
     config = build_config(fields)
-    if config.model == "demo" and not config.adapters:
-        from slora_jax.demo import demo_adapters
-
-        config = config.model_copy(update={"adapters": {n: str(p) for n, p in demo_adapters().items()}})
     key = config.model_dump_json()
     with _engines_lock:
         engine = _engines.get(key)
@@ -404,8 +400,9 @@ def _engine(model: "str | Path | Engine | None", options: Mapping[str, Any]) -> 
 
 
 def _start_engine(config: EngineConfig) -> "Engine":
+    from slora_jax.demo import with_demo
     from slora_jax.engine.engine import Engine
 
-    engine = Engine.create(config)
+    engine = Engine.create(with_demo(config))
     engine.start()
     return engine

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 from slora_jax import Engine, Request, SamplingParams
-from slora_jax.config import build_config
-from slora_jax.demo import demo_adapters
-from slora_jax.model.weights import resolve_model
+from slora_jax.config import EngineConfig, build_config
+from slora_jax.demo import with_demo
 
 _QUESTIONS = (
     "What is the capital of France?",
@@ -31,10 +30,9 @@ def run_demo(num_requests: int, num_tokens: int, repeats: int, torch_python: str
 
     PEFT serves one adapter at a time, all of that adapter's requests in one padded batch.
     """
-    adapters = demo_adapters()
-    config = build_config({"model": "demo", "adapters": {name: str(path) for name, path in adapters.items()}})
+    config = with_demo(build_config({"model": "demo"}))
     engine = Engine.create(config, progress=False)
-    names = sorted(adapters)[:4]
+    names = sorted(config.adapters)[:4]
     workload = []
     for i in range(num_requests):
         messages = [{"role": "user", "content": _QUESTIONS[i % len(_QUESTIONS)]}]
@@ -52,7 +50,7 @@ def run_demo(num_requests: int, num_tokens: int, repeats: int, torch_python: str
         "slora_jax": _summary(ours, num_requests * num_tokens),
     }
     if torch_python is not None:
-        peft = _time_peft(torch_python, workload, adapters, num_tokens, repeats)
+        peft = _time_peft(torch_python, workload, config, num_tokens, repeats)
         result["peft"] = _summary(peft["seconds"], num_requests * num_tokens) | {"versions": peft["versions"]}
         medians = (result[side]["tokens_per_second"]["median"] for side in ("slora_jax", "peft"))
         result["speedup"] = round(next(medians) / next(medians), 2)
@@ -69,10 +67,10 @@ def _time_engine(engine: Engine, workload: list[tuple[str, tuple[int, ...]]], nu
     return seconds
 
 
-def _time_peft(torch_python: str, workload, adapters: dict[str, Path], num_tokens: int, repeats: int) -> dict:
+def _time_peft(torch_python: str, workload, config: EngineConfig, num_tokens: int, repeats: int) -> dict:
     job = {
-        "model": str(resolve_model("demo")),
-        "adapters": {name: str(adapters[name]) for name, _ in workload},
+        "model": config.model,
+        "adapters": {name: config.adapters[name] for name, _ in workload},
         "requests": [[name, list(prompt)] for name, prompt in workload],
         "num_tokens": num_tokens,
         "repeats": repeats,

@@ -103,7 +103,7 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
     with _room_for_weights(model_config, dtype, mesh):
         params, provenance = load_or_restore(folder, model_config, dtype, cache, mesh, progress=progress)
     logger.info("weights from %s in %.1f s", provenance.source, provenance.seconds)
-    name = folder.name if config.model == "demo" else config.model.rstrip("/").split("/")[-1]
+    name = config.model.rstrip("/").split("/")[-1]
     ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
     model_config = dataclasses.replace(model_config, eos_token_ids=ends)
     return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults, meeting)

@@ -23,7 +23,7 @@ from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.meeting import Meeting
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnsupportedModel
+from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.modules import MODULES
@@ -217,6 +217,7 @@ class Engine:
           BadAdapter: it cannot be served exactly as trained, the name is the base model's or begins with it and a
             colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
+        self.check_process()
         folder = resolve_adapter_path(path)
         own = self._own_tokenizer(folder)
         info = self._store.register(name, folder, pinned)
@@ -238,21 +239,7 @@ class Engine:
             self._tokenizers[self._store.get(name)] = own
 
     def _own_tokenizer(self, folder: Path) -> Tokenizer | None:
-        """The base's tokenizer with the chat template in an adapter's folder; None if none is there that differs.
-
-        Raises:
-          BadAdapter: the adapter was trained with tokens that the base model does not have, or a file there is damaged.
-        """
-        if self.tokenizer is None or self._adapter_tokenizers is None:
-            return None
-        problem = self._adapter_tokenizers.problem(folder)
-        try:
-            own = None if problem else self.tokenizer.with_chat_template_of(folder)
-        except UnsupportedModel as e:
-            problem = str(e)
-        if problem:
-            raise BadAdapter(f"adapter {folder}: {problem}")
-        return own
+        return None if self._adapter_tokenizers is None else self._adapter_tokenizers.tokenizer_of(folder)
 
     def register_loaded_adapter(
         self, name: str, ranks: Mapping[str, int], packed: np.ndarray, scale: float = 1.0
@@ -265,6 +252,7 @@ class Engine:
           BadAdapter: a bad name, ranks or shape, or there are several hosts; nothing changes.
           ValueError: ``packed`` has not the pool's ``dtype``.
         """
+        self.check_process()
         if self.config.mesh.num_hosts > 1:
             raise BadAdapter(f"adapter {name}: several hosts read adapters from folders; save it as one")
         most = self.parts.max_rank
@@ -274,6 +262,7 @@ class Engine:
 
     def register_adapter_dir(self, directory: str) -> None:
         """Registers every subfolder that is an adapter; one that is refused is logged and leaves the others alone."""
+        self.check_process()
         infos, refused = self._store.register_dir(Path(directory))
         for name in list(infos):
             try:
@@ -292,6 +281,7 @@ class Engine:
         Raises:
           UnknownAdapter: no adapter of that name.
         """
+        self.check_process()
         self._store.unregister(name)
         self._wake()
 
@@ -415,8 +405,9 @@ class Engine:
           Whether anything was done; False means that nothing can go on until a request or an adapter arrives.
 
         Raises:
-          EngineStopped: the engine failed and cannot go on.
+          EngineStopped: the engine failed and cannot go on, or is another process's.
         """
+        self.check_process()
         self._take_submitted()
         self._take_cancelled()
         self._core.pin(self._store.pinned)
@@ -507,6 +498,7 @@ class Engine:
         Call it before the first step. Shapes with adapters are those for the modules, ranks and pages of the adapters
         registered so far.
         """
+        self.check_process()
         if self.config.warm_up is False:
             return
         start = time.perf_counter()
@@ -528,6 +520,7 @@ class Engine:
           on_failure: called once, by that thread, with the reason in a sentence, if the engine cannot go on; all
             requests have ended by then, and it answers none any more.
         """
+        self.check_process()
         if self._thread is not None:
             raise EngineStopped("the engine was already started")
         self._on_failure = on_failure

@@ -15,11 +15,12 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _KEPT_MAKES = 4
 """Folders of programs that are kept: those of other code, models or pools go, the longest unused first."""
+
+_PARTIAL = "partial-"
+_PARTIAL_SECONDS = 3600.0
+"""A file that is still being written is younger; older ones were left by processes that were killed."""
 
 MAX_PASSING = 128
 """Programs in memory that nobody asked to last: beyond that many the longest unused go."""
@@ -70,6 +75,8 @@ class Programs[Shape: Hashable]:
         self._folder = (
             None if folder is None else _claimed(folder / _digest(repr(made_of), *_environment(code, devices)))
         )
+        self._is_writable = self._folder is not None
+        self._lock = threading.Lock()
         self.compiling: str | None = None
         self._lasting: dict[Shape, jax.stages.Compiled] = {}
         self._passing: OrderedDict[Shape, jax.stages.Compiled] = OrderedDict()
@@ -122,7 +129,7 @@ class Programs[Shape: Hashable]:
         """Reads or compiles them."""
         with (
             nullcontext() if self._folder is None else _without_jax_cache(),
-            ThreadPoolExecutor(os.cpu_count()) as workers,
+            _workers() as workers,
         ):
             readings = {shape: workers.submit(self._read, shape) for shape in shapes}
             found = {shape: reading.result() for shape, reading in readings.items()}
@@ -135,18 +142,18 @@ class Programs[Shape: Hashable]:
 
     def _compile_all(self, shapes: Sequence[Shape], workers: Executor) -> dict[Shape, jax.stages.Compiled]:
         # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
-        compiling = {shape: workers.submit(self._compile, shape, self._lower(shape)) for shape in shapes}
-        programs, crowded = {}, []
-        for shape, future in compiling.items():
+        compiling = {workers.submit(self._compile, shape, self._lower(shape)): shape for shape in shapes}
+        programs = {}
+        for future in as_completed(compiling):
             try:
-                programs[shape] = future.result()
+                programs[compiling[future]] = future.result()
             except jax.errors.JaxRuntimeError as e:
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
-                crowded.append(shape)
         # Compiling tries products on the device: several at a time can want more memory than a pool leaves.
-        for shape in crowded:
-            programs[shape] = self._compile(shape, self._lower(shape))
+        for shape in shapes:
+            if shape not in programs:
+                programs[shape] = self._compile(shape, self._lower(shape))
         return programs
 
     @contextmanager
@@ -159,12 +166,12 @@ class Programs[Shape: Hashable]:
             yield
         finally:
             self.compiling = None
-        kept = "" if self._folder is None else ", kept on disk"
+        kept = ", kept on disk" if self._is_writable else ""
         logger.warning("compiled %s in %.1f s%s", what, time.perf_counter() - start, kept)
 
     def _compile(self, shape: Shape, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         program = lowered.compile(self._options(shape))
-        if self._folder is not None:
+        if self._is_writable:
             self._write(shape, program)
         return program
 
@@ -189,14 +196,35 @@ class Programs[Shape: Hashable]:
         path, partial = self._path(shape), None
         try:
             # Under a name of its own: another server may be writing the same.
-            file, partial = tempfile.mkstemp(dir=self._folder)
+            file, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
             with os.fdopen(file, "wb") as out:
                 out.write(pickle.dumps(serialize(program)))
             os.replace(partial, path)
         except Exception as e:
-            logger.warning("compiled program %s cannot be kept: %s", path, e)
             if partial is not None:
                 Path(partial).unlink(missing_ok=True)
+            if isinstance(e, OSError):
+                self._stop_writing(e)
+            else:
+                logger.warning("compiled program %s cannot be kept: %s", path, e)
+
+    def _stop_writing(self, error: OSError) -> None:
+        """A disk that is full, say, would fail every program alike: one of the workers says so, once."""
+        with self._lock:
+            is_first, self._is_writable = self._is_writable, False
+        if is_first:
+            logger.warning("compiled programs are kept in %s no longer, until a restart: %s", self._folder, error)
+
+
+@contextmanager
+def _workers() -> Iterator[Executor]:
+    """One for each core. If the block fails, what none of them has begun is not begun any more."""
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        try:
+            yield workers
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @contextmanager
@@ -257,9 +285,16 @@ def _digest(*parts: str) -> str:
 
 
 def _claimed(folder: Path) -> Path | None:
-    """The folder, made and marked as used, while those unused for longest are removed; None if it cannot be made."""
+    """The folder, made and marked as used; None if it cannot be made.
+
+    The folders unused for longest are removed, and what killed processes left half written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(f"{_PARTIAL}*"):
+            with suppress(FileNotFoundError):  # another process may be done with it
+                if partial.stat().st_mtime < time.time() - _PARTIAL_SECONDS:
+                    partial.unlink()
         os.utime(folder)
         makes = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in makes[:-_KEPT_MAKES]:

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +219,9 @@ def _quiet() -> Iterator[None]:
     level, hook = log.level, sys.unraisablehook
     log.setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_callbacks(hook)
+    # For good: when one write fails, Orbax drops the others, and Python tells of each whenever it comes across it.
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
+    warnings.filterwarnings("ignore", "coroutine '.*write_fragment' was never awaited", RuntimeWarning)
     try:
         yield
     finally:
@@ -225,6 +229,10 @@ def _quiet() -> Iterator[None]:
         # After a failure TensorStore's threads go on for a while, and so the hook stays.
         if sys.exc_info()[0] is None:
             sys.unraisablehook = hook
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
 
 
 def _without_late_callbacks(hook: Callable) -> Callable:

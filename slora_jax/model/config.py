@@ -17,8 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from slora_jax.errors import InvalidRequest, UnsupportedModel
-from slora_jax.model.json_files import Fields, read_json, read_optional_json, shown
+from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
+from slora_jax.model.json_files import Fields, read_json, read_optional_json
 from slora_jax.model.rope import LinearRope, Llama3Rope, ProportionalRope, RopeScaling, ShortRope, YarnRope
 from slora_jax.request import SamplingParams
 

@@ -3,30 +3,16 @@
 import json
 import math
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from slora_jax.errors import UnsupportedModel
+from slora_jax.errors import UnsupportedModel, shown
 
 _MAX_BYTES = 100 * 10**6
 """No file of a model folder that is JSON comes near; it is what safetensors allows a header."""
-
-_repr = reprlib.Repr()
-_repr.maxlevel = 2
-_repr.maxstring = _repr.maxother = _repr.maxlong = 60
-_repr.maxdict = _repr.maxlist = _repr.maxtuple = 4
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: short, however large or deep it is, and on one line."""
-    try:
-        return _repr.repr(value)
-    except ValueError:
-        return "an integer of thousands of digits"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
-from slora_jax.errors import InvalidRequest, UnsupportedModel
+from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.json_files import parse_json, read_json, shown
+from slora_jax.model.json_files import parse_json, read_json
 from slora_jax.model.llama import abstract_params
 from slora_jax.model.mesh import ModelMesh, ParamPath
 from slora_jax.model.shards import Run, Shards, joined_runs
@@ -45,22 +45,18 @@ _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_model(spec: str) -> Path:
-    """The folder of a model: a local folder, ``demo``, or a Hugging Face id that is downloaded or in its cache.
+    """The folder of a model: a local folder, or a Hugging Face id that is downloaded or in its cache.
 
     Raises:
       InvalidRequest: there is no such folder or id, or it cannot be reached.
       UnsupportedModel: the folder holds no ``config.json`` or no safetensors, or an adapter too.
     """
-    if spec == "demo":
-        from slora_jax.demo.model import demo_model_path
-
-        return demo_model_path()
     folder = Path(spec).expanduser()
     if not spec or not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
             raise InvalidRequest(
                 f"model {spec!r} is neither a folder nor a Hugging Face id; give the path of a folder with config.json "
-                "and *.safetensors, an id such as 'organization/name', or 'demo'",
+                "and *.safetensors, or an id such as 'organization/name'",
                 param="model",
             )
         folder = _download(spec)
@@ -94,7 +90,7 @@ def _download(repo_id: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = (
             "is no folder here and not in the local Hugging Face cache, and the hub cannot be reached (no network, or "
-            "HF_HUB_OFFLINE is set); give the path of a local folder, or 'demo'"
+            "HF_HUB_OFFLINE is set); give the path of a local folder"
         )
     except (OSError, errors.HfHubHTTPError) as e:
         problem = f"could not be downloaded ({type(e).__name__}: {e}); try again, or give the path of a local folder"
@@ -571,21 +567,21 @@ def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: M
             tensor = tensors.get(name)
             if tensor is None:
                 raise UnsupportedModel(
-                    f"{folder}: tensor {name!r} is missing; the files must hold every weight of a Llama with the "
+                    f"{folder}: tensor {shown(name)} is missing; the files must hold every weight of a Llama with the "
                     "shape that config.json gives"
                 )
             if tensor.dtype_name not in _DTYPES:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has dtype {shown(tensor.dtype_name)[1:-1]}, supported are "
+                    f"{tensor.file}: tensor {shown(name)} has dtype {shown(tensor.dtype_name)}, supported are "
                     f"{', '.join(_DTYPES)}; give the unquantized checkpoint"
                 )
             if tensor.shape != shape:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, config.json asks for {shape}"
+                    f"{tensor.file}: tensor {shown(name)} has shape {tensor.shape}, config.json asks for {shape}"
                 )
             if tensor.dtype != tensors[first].dtype:
                 raise UnsupportedModel(
-                    f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype_name} but {first!r} has "
+                    f"{tensor.file}: tensor {shown(name)} has dtype {tensor.dtype_name} but {shown(first)} has "
                     f"{tensors[first].dtype_name}; save the model in one dtype"
                 )
     redundant = {_EMBEDDING, _LM_HEAD} if config.tie_word_embeddings else set()

@@ -1,14 +1,16 @@
-"""Whether the tokenizer files that lie in an adapter's folder go with the base model's tokenizer."""
+"""Whether the tokenizer files that lie in an adapter's folder go with the base model's tokenizer.
+
+Where the base has no tokenizer nobody asks: prompts are then token ids, and those outside its vocabulary are refused.
+"""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 
-from slora_jax.errors import UnsupportedModel
-from slora_jax.text.folder import TOKENIZER_FILE, guarded, read_files
+from slora_jax.errors import BadAdapter, UnsupportedModel, shown
+from slora_jax.text.folder import TOKENIZER_FILE, TokenizerFiles, guarded, read_files
 from slora_jax.text.tokenizer import Tokenizer
 
 _MOST_KNOWN = 64
@@ -25,20 +27,28 @@ class AdapterTokenizers:
         self._base = base
         self._known: dict[bytes, str | None] = {}
 
-    def problem(self, folder: str | Path) -> str | None:
-        """Why the adapter cannot be served with the base's tokenizer, as a sentence; None if it can.
+    def tokenizer_of(self, folder: str | Path) -> Tokenizer | None:
+        """The base's tokenizer with the chat template in the folder; None if none is there that differs.
 
-        It cannot if a token there is none of the base's, or has another id: the adapter was trained with an embedding
-        that the base does not have. Files that say what the base's say, or less, are as good as none.
+        Files that say what the base's say, or less, are as good as none.
+
+        Raises:
+          BadAdapter: a token there is none of the base's, or has another id: the adapter was trained with an embedding
+            that the base does not have. Or a file there is damaged.
         """
         folder = Path(folder)
         try:
-            return self._file_problem(folder / TOKENIZER_FILE) or self._other_problem(folder)
+            problem = self._file_problem(folder / TOKENIZER_FILE)
+            if problem is None:
+                files = read_files(folder)
+                problem = self._other_problem(files)
+                if problem is None:
+                    return self._base.with_chat_template_of(files)
         except UnsupportedModel as e:
-            return f"its tokenizer is not understood: {e}"
+            problem = f"its tokenizer is not understood: {e}"
+        raise BadAdapter(f"adapter {folder}: {problem}")
 
-    def _other_problem(self, folder: Path) -> str | None:
-        files = read_files(folder)
+    def _other_problem(self, files: TokenizerFiles) -> str | None:
         added = files.config.get("added_tokens_decoder") or {}
         numbered = ((token["content"], int(number)) for number, token in added.items())
         return self._strangers(numbered) or self._strangers((text, None) for text in files.tokens)
@@ -65,7 +75,7 @@ class AdapterTokenizers:
                 there = "which the base model's tokenizer does not have" if found is None else f"which is {found} there"
                 number = "" if wanted is None else f" (id {wanted})"
                 return (
-                    f"its tokenizer has the token {json.dumps(text)[:80]}{number}, {there}; train it without new "
+                    f"its tokenizer has the token {shown(text)}{number}, {there}; train it without new "
                     "tokens, or merge it into the base model and serve that"
                 )
         return None

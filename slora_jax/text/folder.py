@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from slora_jax.errors import UnsupportedModel
+from slora_jax.errors import UnsupportedModel, shown
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -577,5 +577,4 @@ def _text(path: Path) -> str:
 
 
 def _wrong(file: str, field: str, wanted: str, got: Any) -> UnsupportedModel:
-    text = ascii(got if not isinstance(got, int) or got.bit_length() < 256 else "an integer of many digits")
-    return UnsupportedModel(f"{file}: {ascii(field)[1:-1][:80]} must be {wanted}, got {text[:80]}")
+    return UnsupportedModel(f"{file}: {ascii(field)[1:-1][:80]} must be {wanted}, got {shown(got)}")

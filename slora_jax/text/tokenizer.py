@@ -14,8 +14,8 @@ from typing import Any
 
 import tokenizers
 
-from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel
-from slora_jax.text.folder import TokenizerFiles, load_backend, read_files
+from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel, shown
+from slora_jax.text.folder import TokenizerFiles, load_backend
 from slora_jax.text.template import ChatTemplate, TemplateError, as_parts, as_text
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
@@ -68,15 +68,14 @@ class Tokenizer:
         backend, files, names = load_backend(folder)
         return cls(backend, special_tokens=names, chat_templates=files.templates, clean_up=_clean_up(files, backend))
 
-    def with_chat_template_of(self, path: str | Path) -> "Tokenizer | None":
-        """This tokenizer with the chat template of an adapter's folder, and the special tokens that it names.
+    def with_chat_template_of(self, files: TokenizerFiles) -> "Tokenizer | None":
+        """This tokenizer with the chat template in another folder's files, and the special tokens that they name.
 
-        Returns None where the folder has no template, or nothing that differs. Vocabulary and text are shared.
+        Returns None where they have no template, or nothing that differs. Vocabulary and text are shared.
 
         Raises:
-          UnsupportedModel: a file or field is not understood, or the template is not valid; the message names it.
+          UnsupportedModel: the template is not valid; the message names it.
         """
-        files = read_files(Path(path))
         named = {name: None if token is None else token.content for name, token in files.names.items()}
         names = {name: text for name, text in (self.special_tokens | named).items() if text is not None}
         sources = {name: template.source for name, template in self.chat_templates.items()}
@@ -90,7 +89,7 @@ class Tokenizer:
             try:
                 template.content  # noqa: B018 (compiles it)
             except TemplateError as e:
-                raise UnsupportedModel(f"chat template {name!r} of {path}: {e}") from None
+                raise UnsupportedModel(f"chat template {name!r}: {e}") from None
         return mine
 
     @functools.cached_property
@@ -335,7 +334,7 @@ def _clean_up(files: TokenizerFiles, backend: tokenizers.Tokenizer) -> bool:
     for field in ("clean_up_tokenization_spaces", forced):
         if not isinstance(files.config.get(field, False), bool):
             raise UnsupportedModel(
-                f"tokenizer_config.json: {field} must be true or false, got {ascii(files.config[field])[:80]}"
+                f"tokenizer_config.json: {field} must be true or false, got {shown(files.config[field])}"
             )
     is_bpe = isinstance(backend.model, tokenizers.models.BPE)
     return files.config.get("clean_up_tokenization_spaces", False) and (not is_bpe or files.config.get(forced, False))

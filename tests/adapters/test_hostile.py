@@ -13,7 +13,6 @@ from slora_jax.adapters.lora_config import parse_lora_config
 from slora_jax.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_header
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.adapters.tensor_file import parse_table
-from slora_jax.adapters.tokens import check_tokens
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -91,23 +90,6 @@ def test_any_bytes_as_a_config(raw):
         parse_lora_config(raw)
     except BadAdapter as e:
         check_sentence(e, CONFIG_FILE)
-
-
-TOKENIZERS = {
-    "added_tokens.json": {"<a>": 63},
-    "tokenizer_config.json": {"added_tokens_decoder": {"63": {"content": "<a>"}}},
-    "tokenizer.json": {"added_tokens": [{"id": 63, "content": "<a>"}, {"id": 1, "content": "b"}], "model": {}},
-}
-
-
-@MANY
-@given(st.sampled_from(sorted(TOKENIZERS)), st.data())
-def test_anything_in_a_tokenizer_beside(name, data):
-    raw = json.dumps(data.draw(mutated(TOKENIZERS[name]))).encode()
-    try:
-        check_tokens(name, data.draw(st.just(raw) | hostile_bytes(raw)), 64)
-    except BadAdapter as e:
-        check_sentence(e, name)
 
 
 def check_table(raw: bytes, file_bytes: int) -> None:

@@ -415,7 +415,7 @@ def test_threads_share_a_small_host_memory(four):
             host = version.wait(WAIT)
             assert host is version.host() is not None, "held"
             version.let_go()
-            assert four._cache.used <= four._cache.capacity
+            assert four.host_bytes_used <= 2 * POOL.page_bytes(4) * version.num_pages
 
     with ThreadPoolExecutor(2) as threads:
         for result in [threads.submit(work, seed) for seed in range(2)]:

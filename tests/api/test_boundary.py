@@ -260,6 +260,7 @@ def test_what_is_shown_is_short():
         10**5000,
         [{"a": [[["b"]]]}],
         object(),
+        {16**9999},
     ):
         assert 0 < len(shown(value)) <= 80
     assert shown({"a": [1, True, None, "é"]}) == '{"a": [1, true, null, "\\u00e9"]}'

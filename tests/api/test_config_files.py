@@ -158,7 +158,7 @@ def test_yaml_that_is_not_taken(tmp_path, text, message):
         ("scheduler: {fair_weights: {a: true}}", "scheduler.fair_weights.a (in FILE): must not be true or false"),
         ("server: {port: on}", "server.port (in FILE): must not be true or false"),
         ('model: ""', "model (in FILE): must not be empty"),
-        ('adapters: {"a\\nb": c}', r"adapters.'a\nb' (in FILE): must hold printable characters only, has '\n'"),
+        ('adapters: {"a\\nb": c}', "adapters.\"a\\nb\" (in FILE): must hold printable characters only, has '\\n'"),
         ('adapter_dirs: ["\\e[31m"]', "adapter_dirs.0 (in FILE): must hold printable characters only"),
         ("pool: {gigabytes: .inf}", "pool.gigabytes (in FILE): Input should be a finite number"),
         ("mesh: {num_hosts: 2, coordinator: 'a:99999'}", "mesh.coordinator (in FILE): must be ADDRESS:PORT"),

@@ -11,6 +11,7 @@ FORKED = """
     import multiprocessing, os, sys, warnings
     warnings.simplefilter("ignore")  # JAX and Python warn of the fork itself
     import slora_jax
+    from slora_jax.config import build_config
     from slora_jax.errors import EngineStopped
 
     options = {
@@ -19,12 +20,29 @@ FORKED = """
     }
     sampling = {"max_tokens": 2, "temperature": 0}
 
+    engine = slora_jax.Engine.create(build_config(options))
+
     def child():
-        try:
-            slora_jax.generate([1, 2, 3], sampling=sampling, **options)
-        except EngineStopped as error:
-            print(error, flush=True)
-            sys.exit(7)
+        said = set()
+        for way in (
+            lambda: slora_jax.generate([1, 2, 3], sampling=sampling, **options),
+            lambda: engine.submit(slora_jax.Request((1, 2, 3))),
+            lambda: engine.register_adapter("name", "folder"),
+            lambda: engine.register_loaded_adapter("name", {"q": 8}, None),
+            lambda: engine.register_adapter_dir("folder"),
+            lambda: engine.unregister_adapter("name"),
+            engine.step,
+            engine.warm_up,
+            engine.start,
+        ):
+            try:
+                way()
+            except EngineStopped as error:
+                said.add(str(error))
+            else:
+                sys.exit(f"{way} went on")
+        print(*said, sep="\\n", flush=True)
+        sys.exit(7)
 
     first = slora_jax.generate([1, 2, 3], sampling=sampling, **options)
     forked = multiprocessing.get_context("fork").Process(target=child)

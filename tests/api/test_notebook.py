@@ -4,9 +4,10 @@ import threading
 import numpy as np
 import pytest
 
-import slora_jax
-from slora_jax.api import notebook
+import slora_jax.demo
 from slora_jax.api.notebook import generate
+from slora_jax.demo import demo_adapters
+from slora_jax.engine.engine import Engine
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, ObjectiveMissed, UnknownAdapter
 from slora_jax.request import SamplingParams
 from tests.helpers.fake_engine import FAILS, LATE, WAITS, FakeEngine
@@ -220,13 +221,13 @@ def loaded(tmp_path, monkeypatch):
     """Engines that ``generate`` loads by itself."""
     engines = []
 
-    def start(config):
+    def create(config):
         engine = FakeEngine(tmp_path / str(len(engines)))
-        engine.start()
         engines.append((config, engine))
         return engine
 
-    monkeypatch.setattr(notebook, "_start_engine", start)
+    monkeypatch.setattr(Engine, "create", create)
+    monkeypatch.setattr(slora_jax.demo, "demo_model_path", lambda: tmp_path)
     yield engines
     slora_jax.shutdown()
 
@@ -261,11 +262,9 @@ def test_two_threads_load_once(loaded):
     assert len(loaded) == 1
 
 
-def test_the_default_is_the_demo_model_with_its_adapters(loaded):
-    from slora_jax.demo import demo_adapters
-
+def test_the_default_is_the_demo_model_with_its_adapters(loaded, tmp_path):
     generate("x")
-    assert loaded[0][0].model == "demo"
+    assert loaded[0][0].model == str(tmp_path)
     assert list(loaded[0][0].adapters) == list(demo_adapters())
 
 

@@ -19,7 +19,6 @@ import yaml
 
 from slora_jax.api.server import ServerConfig, listen
 from slora_jax.config import EngineConfig, build_config
-from slora_jax.demo import demo_adapters
 from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
 from tests.helpers.fake_engine import FakeEngine
@@ -85,8 +84,7 @@ def test_a_flag_for_every_field_with_its_default():
 
 def test_without_arguments_it_is_the_demo_on_port_8000():
     engine, server = config_of()
-    shipped = {name: str(path) for name, path in demo_adapters().items()}
-    assert engine == EngineConfig(adapters=shipped)
+    assert engine == EngineConfig() and engine.model == "demo"
     assert server == ServerConfig()
     assert (server.host, server.port) == ("127.0.0.1", 8000)
 
@@ -181,11 +179,6 @@ def test_empty_sections_of_a_file_are_defaults(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: m\nserver:\npool:\nadapters:\n")
     assert config_of("--config", str(file)) == (EngineConfig(model="m"), ServerConfig())
-
-
-def test_adapters_are_added_to_the_demos():
-    engine, _ = config_of("--adapter", "mine=folder")
-    assert engine.adapters == {n: str(p) for n, p in demo_adapters().items()} | {"mine": "folder"}
 
 
 def test_help_reads_well_and_answers_at_once():
@@ -310,8 +303,9 @@ def test_greeting(tmp_path):
 
 def test_greeting_names_a_few_of_many_adapters(tmp_path):
     engine = FakeEngine(tmp_path)
-    engine._adapters = {f"a{i}": None for i in range(1000)}
-    assert "a7 and 992 more" in serve.greeting(engine, "http://h:1")
+    for i in range(1000):
+        engine.register_adapter(f"a{i}", str(ROOT / "slora_jax" / "demo" / "adapters" / "pirate"))
+    assert "a4 and 995 more" in serve.greeting(engine, "http://h:1")
 
 
 FAKE_LAUNCH = """
@@ -319,10 +313,13 @@ FAKE_LAUNCH = """
     from pathlib import Path
     root, folder, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     sys.path.insert(0, str(root))
+    import slora_jax.demo
     from tests.helpers.fake_engine import FakeEngine
+    slora_jax.demo.demo_model_path = lambda: folder
     class Engine(FakeEngine):
         @classmethod
         def create(cls, config, meeting=None):
+            assert config.model == str(folder) and "pirate" in config.adapters, "the demo and its adapters"
             if what == "crash":
                 raise ValueError("nobody\\nforesaw \\x1b[31mthis")
             if what == "out of memory":

@@ -156,7 +156,7 @@ def test_a_client_that_goes_away_frees_its_request(tmp_path, stream, produces):
         assert not generation.cancelled
         sock.close()
         wait_until(lambda: generation.cancelled and not engine.running, seconds=3)
-        assert sum(len(d.token_ids) for d in generation._all) < 200
+        assert sum(len(d.token_ids) for d in generation.deltas) < 200
 
 
 def test_a_reset_connection_frees_its_request(engine):

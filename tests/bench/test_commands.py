@@ -41,7 +41,7 @@ def test_every_command_takes_shapes_by_name_and_says_which_there_are(command, tm
     for model, message in (
         ("llama-9", "no such shape: llama-9; known are llama-13b"),
         (missing, "cannot read config"),
-        (bad, "model_type 'gpt2' is not supported"),
+        (bad, 'model_type "gpt2" is not supported'),
     ):
         done = CliRunner().invoke(main, [command, "--model", str(model)])
         assert done.exit_code == 1 and message in done.output, done.output

@@ -34,8 +34,13 @@ def test_a_result_that_differs_fails_the_command(monkeypatch, tmp_path):
     out = tmp_path / "kernels.json"
     monkeypatch.setattr(kernels.KernelBench, "copy", {"bytes_per_second": 1e9, "way": "none"})
     monkeypatch.setattr(kernels.KernelBench, "matmul_flops", 1e9)
-    inputs, reference = kernels._attention_problem(ATTENTION[SMALL].scaled(128))
-    monkeypatch.setattr(kernels, "_attention_problem", lambda _: (inputs, reference * jnp.nan))
+    attend, dtype = kernels.paged_attention, ATTENTION[SMALL].dtype
+    assert dtype != jnp.float32, "or the reference would be as wrong"
+    monkeypatch.setattr(
+        kernels,
+        "paged_attention",
+        lambda q, *rest, **options: attend(q, *rest, **options) * (jnp.nan if q.dtype == dtype else 1),
+    )
     arguments = ["kernels", "--only", SMALL, "--scale", "128", "--no-peers", "--out", str(out)]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and "FAILED" in done.output

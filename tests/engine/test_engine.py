@@ -183,8 +183,9 @@ def test_a_stop_string_ends_the_text_before_it(engine):
 
 def test_deltas_join_to_the_result(engine):
     generation = engine.submit(greedy(PROMPT, max_tokens=10, logprobs=3, n=2))
-    (result,) = run(engine, generation)
-    deltas = generation._seen
+    while engine.step():
+        pass
+    deltas, result = list(generation), generation.result()
     for completion in result.completions:
         mine = [d for d in deltas if d.index == completion.index]
         assert "".join(d.text for d in mine) == completion.text

@@ -1,6 +1,9 @@
 """Compiled programs found again on disk, and made anew when they cannot be."""
 
+import errno
 import os
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -79,6 +82,29 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     programs = Counting(tmp_path / "file")
     assert programs.results(1) == [[1.0] * 3]
     assert "not kept" in caplog.text
+
+
+def test_a_full_disk_is_told_once(tmp_path, monkeypatch, caplog):
+    def full(*paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    counting = Counting(tmp_path)
+    counting.programs.prepare(range(8))
+    assert counting.results(0, 9) == [[0.0] * 3, [9.0] * 3]
+    (told,) = (line for line in caplog.messages if "No space left" in line)
+    assert str(tmp_path) in told and "kept on disk" not in caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: None)  # as if the process had ended just before
+        Counting(tmp_path).programs.prepare([1, 2])
+    left, being_written = (path for path in tmp_path.rglob("*") if path.is_file())
+    os.utime(left, (1000, 1000))
+    assert Counting(tmp_path).results(1) == [[1.0] * 3]
+    assert not left.exists() and being_written.exists()
 
 
 def test_makes_unused_for_longest_are_removed(tmp_path):
@@ -169,6 +195,28 @@ def test_a_compiler_that_fails_leaves_nobody_waiting():
     with pytest.raises(RuntimeError, match="no such thing"):
         failing.programs.get(1)
     assert failing.programs.compiling is None and not len(failing.programs)
+
+
+def test_when_one_fails_the_others_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    all_lowered, begun = threading.Event(), []
+
+    class Failing:
+        def compile(self, options):
+            assert all_lowered.wait(10)
+            begun.append(self)
+            time.sleep(0.02)
+            raise RuntimeError("no such instruction")
+
+    def lower(shape):
+        if shape == 49:
+            all_lowered.set()
+        return Failing()
+
+    programs = Programs(lower, lambda shape: FAST_TO_COMPILE, None, "a model", [], jax.devices()[:1])
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        programs.prepare(range(50))
+    assert len(begun) < 10
 
 
 def test_programs_in_memory_are_bounded(tmp_path, monkeypatch):

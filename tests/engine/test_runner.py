@@ -153,7 +153,7 @@ def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):
         return [result.completions[0].token_ids for result in results]
 
     first = tokens()
-    monkeypatch.setattr("slora_jax.engine.runner.Runner._lower", lambda self, shape: pytest.fail(f"lowered {shape}"))
+    monkeypatch.setattr(Llama, "apply", lambda *args, **kwargs: pytest.fail("the model was traced"))
     assert tokens() == first
 
 

@@ -58,7 +58,7 @@ class FakeGeneration:
         self.sequences = sequences
         self.cancelled = False
         self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        self._all: list[Delta] = []
+        self.deltas: list[Delta] = []
         self._ended = threading.Event()
 
     @property
@@ -82,7 +82,7 @@ class FakeGeneration:
             raise TimeoutError
         completions = []
         for i in range(self.request.sampling.n):
-            deltas = [d for d in self._all if d.index == i]
+            deltas = [d for d in self.deltas if d.index == i]
             logprobs = tuple(p for d in deltas for p in d.logprobs)
             completions.append(
                 Completion(
@@ -101,7 +101,7 @@ class FakeGeneration:
         self.cancelled = True
 
     def put(self, delta: Delta) -> None:
-        self._all.append(delta)
+        self.deltas.append(delta)
         self._deltas.put(delta)
         if delta.finish_reason is not None:
             self.sequences[delta.index].finished = True

@@ -48,13 +48,14 @@ def test_lora_interpreted(seed, name, monkeypatch):
     if case.dtype == BFLOAT16 and case.input_dtype is None:
         case = dataclasses.replace(case, dtype=HALF)
 
-    def few_programs(op, *key):
-        sizes = tuning.block_sizes(op, *key)
+    # By the number of tokens, as without an interpreter, but of far fewer.
+    kind = "decode" if case.num_tokens <= 100 else "prefill"
+
+    def few_programs(op, device, _):
+        sizes = tuning.block_sizes(op, device, kind)
         return sizes | {"programs": 7, "ranks": 8} if op == "lora_shrink" else sizes  # interpreted one by one
 
     monkeypatch.setattr(lora, "block_sizes", few_programs)
-    # By the number of tokens, as without an interpreter, but of far fewer.
-    monkeypatch.setattr(lora, "_kind", lambda num_tokens: "decode" if num_tokens <= 100 else "prefill")
     outputs = None
 
     def run(*arguments):

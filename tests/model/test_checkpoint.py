@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from slora_jax.model import checkpoint
@@ -163,11 +164,10 @@ def test_damaged_entry_is_made_anew(run, cache, damage):
 
 
 def test_interrupted_write_leaves_nothing_to_restore(run, cache, monkeypatch):
-    real = checkpoint._described
-    monkeypatch.setattr(checkpoint, "_described", lambda folder: 1 / 0)
-    assert run(warning="weights could not be cached") == "safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: 1 / 0)
+        assert run(warning="weights could not be cached in") == "safetensors"
     assert entries(cache) == []
-    monkeypatch.setattr(checkpoint, "_described", real)
     assert run() == "safetensors"
     assert run() == "orbax"
 
@@ -247,10 +247,10 @@ def test_full_disk(run, cache, monkeypatch):
 def test_full_device_does_not_cost_the_entry(run, model, cache, monkeypatch):
     run()
 
-    def out_of_memory(tree):
+    def out_of_memory(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(checkpoint, "_checkpointer", out_of_memory)
+    monkeypatch.setattr(ocp.Checkpointer, "restore", out_of_memory)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         load_or_restore(model, ModelConfig.from_folder(model), jnp.float32, cache)
     assert len(entries(cache)) == 1

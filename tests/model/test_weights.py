@@ -19,7 +19,6 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-import slora_jax.demo.model
 from slora_jax.errors import InvalidRequest, UnsupportedModel
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import abstract_params
@@ -193,23 +192,23 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({Q_PROJ: None}, f"tensor '{Q_PROJ}' is missing"),
-        ({"model.norm.weight": None}, "tensor 'model.norm.weight' is missing"),
+        ({Q_PROJ: None}, f'tensor "{Q_PROJ}" is missing'),
+        ({"model.norm.weight": None}, 'tensor "model.norm.weight" is missing'),
         (
             {Q_PROJ: np.zeros((24, 23), np.float32)},
-            rf"'{Q_PROJ}' has shape \(24, 23\), config.json asks for \(24, 24\)",
+            rf'"{Q_PROJ}" has shape \(24, 23\), config.json asks for \(24, 24\)',
         ),
-        ({Q_PROJ: np.zeros((24, 24), np.int8)}, f"'{Q_PROJ}' has dtype I8, supported are F32, F16, BF16"),
-        ({Q_PROJ: np.zeros((24, 24), ml_dtypes.float8_e4m3fn)}, f"'{Q_PROJ}' has dtype F8_E4M3"),
-        ({Q_PROJ: np.zeros((24, 24), np.float64)}, f"'{Q_PROJ}' has dtype F64"),
-        ({Q_PROJ: np.zeros((24, 24), np.float32)}, f"k_proj.weight' has dtype BF16 but '{Q_PROJ}' has F32"),
+        ({Q_PROJ: np.zeros((24, 24), np.int8)}, f'"{Q_PROJ}" has dtype "I8", supported are F32, F16, BF16'),
+        ({Q_PROJ: np.zeros((24, 24), ml_dtypes.float8_e4m3fn)}, f'"{Q_PROJ}" has dtype "F8_E4M3"'),
+        ({Q_PROJ: np.zeros((24, 24), np.float64)}, f'"{Q_PROJ}" has dtype "F64"'),
+        ({Q_PROJ: np.zeros((24, 24), np.float32)}, f'k_proj.weight" has dtype BF16 but "{Q_PROJ}" has F32'),
         (
             {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)},
-            "'model.layers.0.self_attn.q_proj.bias' belongs to no layer",
+            '"model.layers.0.self_attn.q_proj.bias" belongs to no layer',
         ),
         (
             {"model.layers.1.mlp.up_proj.weight": np.zeros(1), "z": np.zeros(1)},
-            "'model.layers.1.mlp.up_proj.weight' and 1 more belongs to no layer",
+            '"model.layers.1.mlp.up_proj.weight" and 1 more belongs to no layer',
         ),
     ],
 )
@@ -224,14 +223,14 @@ def test_untied_model_needs_its_lm_head(tmp_path):
     tensors = random_tensors(MULTI_HEAD)
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedModel, match=r"tensor 'lm_head\.weight' is missing"):
+    with pytest.raises(UnsupportedModel, match=r'tensor "lm_head\.weight" is missing'):
         load(tmp_path, MULTI_HEAD)
 
 
 def test_tensor_in_two_files(tmp_path):
     split_in_two(tmp_path, TIED)
     save_file({"model.norm.weight": np.zeros(24, np.float32)}, tmp_path / "c.safetensors")
-    with pytest.raises(UnsupportedModel, match=r"'model.norm.weight' is both in .\.safetensors and in c.safetensors"):
+    with pytest.raises(UnsupportedModel, match=r'"model.norm.weight" is both in .\.safetensors and in c.safetensors'):
         load(tmp_path, TIED)
 
 
@@ -258,10 +257,10 @@ def test_damaged_file(tmp_path, damage):
         ('{"weight_map": {"x": "model-00002-of-00002.safetensors"}}', r"model-00002-of-00002\.safetensors is missing"),
         ("[]", r"index\.json must hold a JSON object, got \[\]"),
         ("{", r"index\.json is not valid JSON"),
-        ("{}", "weight_map must be an object, got None"),
-        ('{"weight_map": {"x": 1}}', "weight_map has 1 for 'x', not the name"),
-        ('{"weight_map": {"x": "../a.safetensors"}}', r"weight_map has '\.\./a\.safetensors' for 'x', not the name"),
-        ('{"weight_map": {"x": "\\ud800.safetensors"}}', "for 'x', not the name"),
+        ("{}", "weight_map must be an object, got null"),
+        ('{"weight_map": {"x": 1}}', 'weight_map has 1 for "x", not the name'),
+        ('{"weight_map": {"x": "../a.safetensors"}}', r'weight_map has "\.\./a\.safetensors" for "x", not the name'),
+        ('{"weight_map": {"x": "\\ud800.safetensors"}}', 'for "x", not the name'),
         ('{"weight_map": {}}', r"found none"),
     ],
 )
@@ -278,16 +277,16 @@ def with_header(header: bytes, data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"dtype": ["F32"]}, r"dtype of tensor 'model.norm.weight' is \['F32'\]"),
-        ({"shape": [2.0]}, r"shape of tensor 'model.norm.weight' is \[2.0\]"),
-        ({"shape": [-24]}, r"shape of tensor 'model.norm.weight' is \[-24\]"),
-        ({"shape": [2**63]}, "shape of tensor 'model.norm.weight' is"),
-        ({"shape": [1] * 100000 + [24]}, "shape of tensor 'model.norm.weight' is"),
-        ({"data_offsets": [0]}, r"data_offsets of tensor 'model.norm.weight' is \[0\]"),
-        ({"data_offsets": [96, 0]}, r"data_offsets of tensor 'model.norm.weight' is \[96, 0\]"),
+        ({"dtype": ["F32"]}, r'dtype of tensor "model.norm.weight" is \["F32"\]'),
+        ({"shape": [2.0]}, r'shape of tensor "model.norm.weight" is \[2.0\]'),
+        ({"shape": [-24]}, r'shape of tensor "model.norm.weight" is \[-24\]'),
+        ({"shape": [2**63]}, 'shape of tensor "model.norm.weight" is'),
+        ({"shape": [1] * 100000 + [24]}, 'shape of tensor "model.norm.weight" is'),
+        ({"data_offsets": [0]}, r'data_offsets of tensor "model.norm.weight" is \[0\]'),
+        ({"data_offsets": [96, 0]}, r'data_offsets of tensor "model.norm.weight" is \[96, 0\]'),
         ({"data_offsets": [0, 96]}, "the bytes of tensor .* do not begin where those before it end"),
         ({"data_offsets": [10**18, 10**18 + 96]}, "do not begin where those before it end"),
-        ({"shape": [23]}, "tensor 'model.norm.weight' has 96 bytes, not those of its shape"),
+        ({"shape": [23]}, 'tensor "model.norm.weight" has 96 bytes, not those of its shape'),
     ],
 )
 def test_table_of_contents_that_is_none(tmp_path, entry, message):
@@ -367,11 +366,6 @@ def test_folder_of_pickles(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsupportedModel, match=r"found only pickles \(pytorch_model.bin\)"):
         resolve_model(str(tmp_path))
-
-
-def test_demo(monkeypatch, tmp_path):
-    monkeypatch.setattr(slora_jax.demo.model, "demo_model_path", lambda: tmp_path)
-    assert resolve_model("demo") == tmp_path
 
 
 @pytest.mark.parametrize("spec", ["/no/such/folder", "./here", "~/model", "a/b/c", "two words", ""])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slora_jax.errors import InvalidRequest, UnsupportedModel
+from slora_jax.errors import BadAdapter, InvalidRequest, UnsupportedModel
 from slora_jax.text.adapters import AdapterTokenizers
 from slora_jax.text.tokenizer import Tokenizer
 from tests.helpers.hostile import hostile_bytes, mutated
@@ -52,14 +52,15 @@ def read_or_refused(files: dict[str, bytes]) -> None:
         folder = write_folder(Path(name), sentencepiece())
         for file, raw in files.items():
             (folder / file).write_bytes(raw)
-        problem = AdapterTokenizers(BASE).problem(folder)
-        assert problem is None or problem.startswith("its tokenizer")
-        for read in (lambda: Tokenizer.from_folder(folder), lambda: BASE.with_chat_template_of(folder)):
+        for read in (lambda: Tokenizer.from_folder(folder), lambda: AdapterTokenizers(BASE).tokenizer_of(folder)):
             tokenizer, refusal = None, "tokenizer"
             try:
                 tokenizer = read()
             except UnsupportedModel as e:
                 refusal = str(e)
+            except BadAdapter as e:
+                refusal = str(e)
+                assert refusal.startswith(f"adapter {folder}: its tokenizer")
             assert any(file in refusal for file in ("token", "config.json", "chat template", "chat_template"))
             assert len(refusal) < 1000
             if tokenizer is None:

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnsupportedModel
+from slora_jax.text.folder import read_files
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 from tests.helpers.small_tokenizers import CHAT_TEMPLATE, byte_level, byte_level_folder, sentencepiece, write_folder
 
@@ -344,16 +345,16 @@ def test_an_adapters_own_template(tmp_path):
     base = Tokenizer.from_folder(byte_level_folder(tmp_path / "base"))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    assert base.with_chat_template_of(adapter) is None
+    assert base.with_chat_template_of(read_files(adapter)) is None
     byte_level_folder(adapter)
-    assert base.with_chat_template_of(adapter) is None  # the same as the base's
+    assert base.with_chat_template_of(read_files(adapter)) is None  # the same as the base's
     (adapter / "chat_template.jinja").write_text(ADAPTERS_TEMPLATE)
     (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    own = base.with_chat_template_of(adapter)
+    own = base.with_chat_template_of(read_files(adapter))
     assert own.apply_chat_template(MESSAGES[1:]) == "<|end|><|end|>[Hi <there>]"
     assert own.eos_token_ids == (base.token_id("<|end|>"),)
     assert own.encode("hello") == base.encode("hello")
     assert base.apply_chat_template(MESSAGES).startswith("<|im_start|>")
     (adapter / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(UnsupportedModel, match="not valid Jinja"):
-        base.with_chat_template_of(adapter)
+        base.with_chat_template_of(read_files(adapter))
