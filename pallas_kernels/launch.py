@@ -72,7 +72,7 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
     )
     for ref, result in zip(refs, results[len(outputs) :], strict=True):
         ref[...] = result
-    return tree.unflatten(results[: len(outputs)])
+    return jax.tree.unflatten(tree, results[: len(outputs)])
 
 
 @functools.cache
