@@ -2,16 +2,19 @@
 
 A field that would change the answer and is not computed here is refused by name; so is a field nobody knows.
 Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``,
-``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective).
+``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective), and
+vLLM's ``min_tokens``, ``allowed_token_ids``, ``structured_outputs`` and ``guided_json``, ``guided_regex``,
+``guided_choice`` and ``guided_grammar``.
 """
 
 import itertools
+import json
 import math
 import time
 import uuid
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import pydantic
 
@@ -19,9 +22,12 @@ from slora_jax.api.deltas import GenerationFailed
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
+    MAX_BIASED_TOKENS,
     MAX_STOPS,
     Completion,
     Delta,
+    Grammar,
+    GrammarKind,
     Request,
     RequestOutput,
     SamplingParams,
@@ -48,18 +54,25 @@ _MOST_NAMED = 5
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 """Fields that describe the caller and never change the answer: taken and ignored."""
 
-_COMPLETION_DEFAULTS = {"suffix": ("",), "logit_bias": ({},)}
+_GUIDED = {
+    "json": "json_schema",
+    "json_object": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "lark",
+}
+"""Kinds of grammar by vLLM's names for them: fields of ``structured_outputs``, and with ``guided_`` of the body."""
+
+_COMPLETION_DEFAULTS = {"suffix": ("",)}
 _CHAT_DEFAULTS = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "tool_choice": ("none", "auto"),
@@ -138,6 +151,15 @@ class _Generate(_Body):
     return_token_ids: bool = False
     priority: int = 0
     slo_ms: float | None = None
+    min_tokens: int = 0
+    logit_bias: Any = None
+    allowed_token_ids: list[int] | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
@@ -159,6 +181,10 @@ class _Generate(_Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             n=self.n,
+            min_tokens=self.min_tokens,
+            logit_bias=_read_logit_bias(self.logit_bias),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            grammar=_read_grammar(self),
         )
         defaults = engine.default_sampling
         left_out = defaults.keys() - self.model_fields_set - {"max_tokens"}
@@ -171,6 +197,90 @@ class _Generate(_Body):
             )
             raise InvalidRequest(f"stop_token_ids {message}", "stop_token_ids")
         return sampling
+
+
+def _read_logit_bias(sent: Any) -> tuple[tuple[int, float], ...]:
+    """OpenAI's object from token ids, which JSON has as strings, to what is added to their logits."""
+    if sent is None:
+        return ()
+    if not isinstance(sent, Mapping):
+        raise InvalidRequest(f"logit_bias must be an object from token ids to numbers, got {shown(sent)}", "logit_bias")
+    if len(sent) > MAX_BIASED_TOKENS:
+        message = f"logit_bias may name {MAX_BIASED_TOKENS} tokens, got {len(sent)}; name fewer"
+        raise InvalidRequest(message, "logit_bias")
+    for token in sent:
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise InvalidRequest(f"logit_bias: {shown(token)} is not a token id; name tokens by number", "logit_bias")
+    return tuple((int(token), bias) for token, bias in sent.items())
+
+
+def _read_grammar(fields: _Generate) -> Grammar | None:
+    """The grammar that a body asks for, by OpenAI's name or one of vLLM's.
+
+    Raises:
+      InvalidRequest: it asks for two, or for none that is known.
+    """
+    found = []
+    if fields.response_format is not None:
+        found.append(("response_format", _of_response_format(fields.response_format)))
+    if fields.structured_outputs is not None:
+        found.append(("structured_outputs", _of_structured_outputs(fields.structured_outputs)))
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(fields, f"guided_{name}")
+        if value is not None:
+            found.append((f"guided_{name}", _grammar(name, value, f"guided_{name}")))
+    asked = [(name, grammar) for name, grammar in found if grammar is not None]
+    if len(asked) > 1:
+        names = " and ".join(name for name, _ in asked)
+        raise InvalidRequest(f"{names} cannot both say what the answer looks like; send one", asked[1][0])
+    return asked[0][1] if asked else None
+
+
+def _of_response_format(sent: Any) -> Grammar | None:
+    kind = sent.get("type") if isinstance(sent, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _grammar("json_object", True, "response_format")
+    if kind == "json_schema":
+        described = sent.get("json_schema")
+        if not isinstance(described, Mapping) or not isinstance(described.get("schema"), Mapping):
+            message = f'response_format.json_schema must be {{"name": ..., "schema": {{...}}}}, got {shown(described)}'
+            raise InvalidRequest(message, "response_format.json_schema")
+        return _grammar("json", described["schema"], "response_format.json_schema.schema")
+    raise InvalidRequest(
+        f'response_format must have type "text", "json_object" or "json_schema", got {shown(sent)}', "response_format"
+    )
+
+
+def _of_structured_outputs(sent: Any) -> Grammar | None:
+    if not isinstance(sent, Mapping):
+        raise InvalidRequest(f"structured_outputs must be an object, got {shown(sent)}", "structured_outputs")
+    _refuse_unknown(sent, _GUIDED, "structured_outputs.")
+    asked = {name: value for name, value in sent.items() if value is not None and value is not False}
+    if len(asked) != 1:
+        message = f"structured_outputs must have one of {', '.join(_GUIDED)}, got {shown(sent)}"
+        raise InvalidRequest(message, "structured_outputs")
+    ((name, value),) = asked.items()
+    return _grammar(name, value, f"structured_outputs.{name}")
+
+
+def _grammar(name: str, value: Any, param: str) -> Grammar:
+    """Of vLLM's kind ``name``, from a value as JSON has it."""
+    if name == "json_object":
+        if value is not True:
+            raise InvalidRequest(f"{param} must be true, got {shown(value)}", param)
+        text = '{"type": "object"}'
+    elif name in ("json", "choice") and not isinstance(value, str):
+        text = json.dumps(value)
+    elif isinstance(value, str):
+        text = value
+    else:
+        raise InvalidRequest(f"{param} must be a string, got {shown(value)}", param)
+    try:
+        return Grammar(cast(GrammarKind, _GUIDED[name]), text)
+    except InvalidRequest as e:
+        raise InvalidRequest(f"{param}: {e}", param) from None
 
 
 class _CompletionBody(_Generate):
