@@ -7,6 +7,7 @@ vLLM's ``min_tokens``, ``allowed_token_ids``, ``structured_outputs`` and ``guide
 ``guided_choice`` and ``guided_grammar``.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import pydantic
 
 from slora_jax.api.deltas import GenerationFailed
+from slora_jax.api.tools import CallFormat, CallReader, ToolCall, Tools, format_of_template, read_tools
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
@@ -70,24 +72,20 @@ _CHAT_DEFAULTS = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 """OpenAI's fields that are not computed here, each with the values (besides null) that change nothing."""
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "refusal": (),
     "audio": (),
     "function_call": (),
-    "tool_calls": ([],),
     "annotations": ([],),
 }
 
@@ -100,6 +98,7 @@ class Call:
       model: the name the client used; it is sent back.
       requests: one per prompt.
       echo: the prompts' texts, to be put before the answers; empty if not asked for.
+      tools: which the answers may call, in the form ``call_format``; None for none.
     """
 
     model: str
@@ -108,6 +107,8 @@ class Call:
     include_usage: bool = False
     return_token_ids: bool = False
     echo: tuple[str, ...] = ()
+    tools: Tools | None = None
+    call_format: CallFormat = "llama3_json"
 
     @property
     def n(self) -> int:
@@ -297,6 +298,9 @@ class _ChatBody(_Generate):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
 
 
 def parse_completion(body: Any, engine: "Engine") -> Call:
@@ -343,12 +347,29 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
     sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
     messages = read_messages(fields.messages)
-    ids = _tokenizer(engine, "messages", adapter).encode_chat(messages, max_tokens=engine.max_model_len)
+    tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    tokenizer = _tokenizer(engine, "messages", adapter)
+    call_format: CallFormat = "llama3_json"
+    if tools is not None:
+        source = tokenizer.template_source(with_tools=True)
+        if "tools" not in source:
+            message = f"the chat template of {fields.model!r} has no place for tools, so its model would not know them"
+            raise InvalidRequest(message, "tools")
+        call_format = format_of_template(source)
+        if (grammar := tools.grammar(call_format)) is not None:
+            if sampling.grammar is not None:
+                message = "a tool that must be called and another form of the answer exclude each other; send one"
+                raise InvalidRequest(message, "tool_choice")
+            sampling = sampling.replace(grammar=grammar)
+    ids = tokenizer.encode_chat(
+        messages, max_tokens=engine.max_model_len, tools=None if tools is None else list(tools.tools)
+    )
     prompt = _checked_ids(ids, engine, "messages")
     room = _room(prompt, engine, "messages")
     if limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
-    return _call(fields, (fields.request(prompt, adapter, sampling),))
+    call = _call(fields, (fields.request(prompt, adapter, sampling),))
+    return dataclasses.replace(call, tools=tools, call_format=call_format)
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:
@@ -392,11 +413,22 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; got {shown(role)}", f"{where}.role")
-    read = {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{where}.content")}
+    content = message.get("content")
+    calls = _read_calls(message.get("tool_calls"), f"{where}.tool_calls") if role == "assistant" else []
+    read: dict[str, Any] = {"role": _ROLES[role]}
+    # An answer that is calls alone has no content.
+    read["content"] = "" if calls and content is None else _read_content(content, f"{where}.content")
+    if calls:
+        read["tool_calls"] = calls
     for name, value in message.items():
-        if name in ("role", "content") or value is None:
+        if name in ("role", "content") or value is None or (name == "tool_calls" and role == "assistant"):
             continue
-        if name == "name":
+        if name == "tool_call_id" and role == "tool":
+            if not isinstance(value, str):
+                message_text = f"{where}.tool_call_id must be a string, got {shown(value)}"
+                raise InvalidRequest(message_text, f"{where}.tool_call_id")
+            read["tool_call_id"] = value
+        elif name == "name":
             if not isinstance(value, str):
                 raise InvalidRequest(f"{where}.name must be a string, got {shown(value)}", f"{where}.name")
             read["name"] = value
@@ -406,6 +438,33 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
             raise InvalidRequest(
                 f"{where}.{name}={shown(value)} is not supported by this server; leave it out", f"{where}.{name}"
             )
+    return read
+
+
+def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """An earlier answer's calls, with their arguments as objects, which is how chat templates take them."""
+    if calls is None:
+        return []
+    if not isinstance(calls, list) or len(calls) > MAX_MESSAGES:
+        raise InvalidRequest(f"{where} must be a list of calls, got {shown(calls)}", where)
+    read = []
+    for i, call in enumerate(calls):
+        call = call if isinstance(call, Mapping) else {}
+        function = call.get("function")
+        function = function if isinstance(function, Mapping) else {}
+        name = function.get("name")
+        if not isinstance(name, str) or not isinstance(call.get("id", ""), str):
+            message = f'{where}[{i}] must be {{"id": ..., "function": {{"name": ..., "arguments": ...}}}}'
+            raise InvalidRequest(f"{message}, got {shown(calls[i])}", f"{where}[{i}]")
+        try:
+            arguments = json.loads(function.get("arguments") or "{}")
+        except (TypeError, ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            field = f"{where}[{i}].function.arguments"
+            message = f"{field} must be a JSON object as a string, got {shown(function.get('arguments'))}"
+            raise InvalidRequest(message, field)
+        read.append({"id": call.get("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}})
     return read
 
 
@@ -695,6 +754,10 @@ class ChatReply(Reply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, call: Call, tokenizer: Tokenizer | None):
+        super().__init__(call, tokenizer)
+        self._readers: dict[int, CallReader] = {}  # of choices whose calls are told as they come
+
     def opening(self) -> list[dict[str, Any]]:
         start = {"role": "assistant", "content": ""}
         return [
@@ -703,20 +766,60 @@ class ChatReply(Reply):
         ]
 
     def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason: str = completion.finish_reason
+        if self._call.tools is not None:
+            content, calls = self._read(index, completion.text, is_last=True)
+            if calls:
+                message |= {"content": content or None, "tool_calls": [call.as_json() for call in calls]}
+                reason = self._reason(reason)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": None if completion.logprobs is None else self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": reason,
         }
 
     def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        text, told = delta.text, {}
+        reason: str | None = delta.finish_reason
+        if self._call.tools is not None:
+            before = self._readers[index].num_calls if index in self._readers else 0
+            text, calls = self._read(index, text, reason is not None)
+            if calls:
+                told = {"tool_calls": [{"index": before + i, **call.as_json()} for i, call in enumerate(calls)]}
+            if reason is not None and self._readers[index].num_calls:
+                reason = self._reason(reason)
         return {
             "index": index,
-            "delta": {"content": delta.text} if delta.text or delta.finish_reason is None else {},
+            "delta": ({"content": text} if text or (delta.finish_reason is None and not told) else {}) | told,
             "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reason,
         }
+
+    def chunk(self, prompt_index: int, delta: Delta) -> dict[str, Any] | None:
+        said = super().chunk(prompt_index, delta)
+        if said is None or self._call.tools is None or self._call.return_token_ids:
+            return said
+        (choice,) = said["choices"]
+        # Text that may yet become a call.
+        nothing = choice["delta"] == {"content": ""} and choice["finish_reason"] is None and not choice["logprobs"]
+        return None if nothing else said
+
+    def _read(self, index: int, text: str, is_last: bool) -> tuple[str, list[ToolCall]]:
+        """More of a choice, as content and calls."""
+        assert self._call.tools is not None, "only answers to chats with tools are read for calls"
+        reader = self._readers.setdefault(index, CallReader(self._call.tools, self._call.call_format))
+        content, calls = reader.push(text)
+        if is_last:
+            rest, more = reader.finish()
+            content, calls = content + rest, calls + more
+        return content, calls
+
+    def _reason(self, reason: str) -> str:
+        """Why an answer with calls ended, as OpenAI says it: one that had to be a certain call just stopped."""
+        assert self._call.tools is not None, "answers with calls are of chats with tools"
+        return "tool_calls" if reason == "stop" and not self._call.tools.is_named else reason
 
     def _logprobs(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
         content = [

@@ -424,12 +424,15 @@ def test_bad_completion_parameters(client, fields, param):
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages[0].nam"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": TOOLS}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": TOOLS}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
     ],
 )
 def test_bad_chat_parameters(client, fields, param):
