@@ -163,6 +163,8 @@ class SamplingParams:
         ``MAX_BIASED_TOKENS``.
       allowed_token_ids: only these can come; None for all.
       grammar: what the text must look like. The completion ends where it is complete and nothing can follow.
+      skip_special_tokens: leave the tokens out of the text that mark structure (roles of a chat, say).
+      include_stop_str_in_output: the text ends with the stop string that was found, not ahead of it.
     """
 
     max_tokens: int = 16
@@ -183,6 +185,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     grammar: Grammar | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
@@ -201,8 +205,9 @@ class SamplingParams:
         for token in self.stop_token_ids:
             check_number("stop_token_ids", token)
         self._check_choice_of_tokens()
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}", "ignore_eos")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be true or false, got {shown(getattr(self, name))}", name)
 
     def _check_choice_of_tokens(self) -> None:
         if self.min_tokens > self.max_tokens:

@@ -53,6 +53,20 @@ MAX_MESSAGES = 10_000
 _MOST_NAMED = 5
 """Unknown fields named in one error."""
 
+_VLLM_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
+    "beam_search": (False,),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "prompt_logprobs": (),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+"""vLLM's fields that are not computed here, each with the values (besides null) that change nothing."""
+
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 """Fields that describe the caller and never change the answer: taken and ignored."""
 
@@ -65,8 +79,12 @@ _GUIDED = {
 }
 """Kinds of grammar by vLLM's names for them: fields of ``structured_outputs``, and with ``guided_`` of the body."""
 
-_COMPLETION_DEFAULTS = {"suffix": ("",)}
+_COMPLETION_DEFAULTS = {"suffix": ("",), **_VLLM_DEFAULTS}
 _CHAT_DEFAULTS = {
+    **_VLLM_DEFAULTS,
+    "documents": ([],),
+    "echo": (False,),
+    "include_reasoning": (True, False),
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -107,6 +125,7 @@ class Call:
     include_usage: bool = False
     return_token_ids: bool = False
     echo: tuple[str, ...] = ()
+    usage_in_every_chunk: bool = False
     tools: Tools | None = None
     call_format: CallFormat = "llama3_json"
 
@@ -128,6 +147,7 @@ type _Stops[T] = Annotated[list[T], pydantic.Field(max_length=MAX_STOPS), pydant
 
 class _StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -161,6 +181,9 @@ class _Generate(_Body):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
 
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
@@ -186,6 +209,8 @@ class _Generate(_Body):
             logit_bias=_read_logit_bias(self.logit_bias),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             grammar=_read_grammar(self),
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
         )
         defaults = engine.default_sampling
         left_out = defaults.keys() - self.model_fields_set - {"max_tokens"}
@@ -290,6 +315,7 @@ class _CompletionBody(_Generate):
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
+    add_special_tokens: bool = True
 
 
 class _ChatBody(_Generate):
@@ -301,6 +327,9 @@ class _ChatBody(_Generate):
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 def parse_completion(body: Any, engine: "Engine") -> Call:
@@ -320,7 +349,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
         raise InvalidRequest("echo with logprobs is not supported: prompts are not scored", "echo")
     default = engine.default_sampling.get("max_tokens", 16)
     sampling = fields.sampling(default if fields.max_tokens is None else fields.max_tokens, fields.logprobs, engine)
-    prompts = _completion_prompts(fields.prompt, fields.n, engine)
+    prompts = _completion_prompts(fields, engine)
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt")
@@ -361,15 +390,40 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
                 message = "a tool that must be called and another form of the answer exclude each other; send one"
                 raise InvalidRequest(message, "tool_choice")
             sampling = sampling.replace(grammar=grammar)
-    ids = tokenizer.encode_chat(
-        messages, max_tokens=engine.max_model_len, tools=None if tools is None else list(tools.tools)
-    )
-    prompt = _checked_ids(ids, engine, "messages")
+    ids = _encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
+    prompt = _checked_ids(_truncated(ids, fields, engine), engine, "messages")
     room = _room(prompt, engine, "messages")
     if limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
     call = _call(fields, (fields.request(prompt, adapter, sampling),))
     return dataclasses.replace(call, tools=tools, call_format=call_format)
+
+
+_TEMPLATES_OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+_TO_GO_ON = "\N{OBJECT REPLACEMENT CHARACTER}goes on here\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+def _encode_chat(
+    fields: _ChatBody, messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer, most: int | None
+) -> list[int]:
+    """The chat as token ids, rendered by its template."""
+    if own := next((name for name in fields.chat_template_kwargs if name in _TEMPLATES_OWN), None):
+        message = f"chat_template_kwargs.{own} is not for clients to set; leave it out"
+        raise InvalidRequest(message, f"chat_template_kwargs.{own}")
+    options = {**fields.chat_template_kwargs, "tools": None if tools is None else list(tools.tools)}
+    if not fields.continue_final_message:
+        return tokenizer.encode_chat(messages, fields.add_generation_prompt, max_tokens=most, **options)
+    last = messages[-1]
+    if last["role"] != "assistant" or not isinstance(last["content"], str):
+        message = "continue_final_message needs a last message of the assistant, with text to go on from"
+        raise InvalidRequest(message, "continue_final_message")
+    # A mark shows where in the rendered chat the message's text ends, whatever the template writes behind it.
+    marked = [*messages[:-1], {**last, "content": last["content"] + _TO_GO_ON}]
+    text, found, _ = tokenizer.apply_chat_template(marked, False, **options).rpartition(_TO_GO_ON)
+    if not found:
+        message = "continue_final_message: this model's chat template does not show the last message as it is"
+        raise InvalidRequest(message, "continue_final_message")
+    return tokenizer.encode(text, add_special_tokens=False, max_tokens=most)
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:
@@ -489,7 +543,15 @@ def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
 
 def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...] = ()) -> Call:
     options = fields.stream_options or _StreamOptions()
-    return Call(fields.model, requests, fields.stream, options.include_usage, fields.return_token_ids, echo)
+    return Call(
+        fields.model,
+        requests,
+        fields.stream,
+        options.include_usage,
+        fields.return_token_ids,
+        echo,
+        usage_in_every_chunk=options.include_usage and options.continuous_usage_stats,
+    )
 
 
 def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
@@ -539,22 +601,23 @@ def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field}: {problem['msg']}, got {shown(problem['input'])}", field)
 
 
-def _completion_prompts(prompt: Any, n: int, engine: "Engine") -> list[tuple[int, ...]]:
+def _completion_prompts(fields: _CompletionBody, engine: "Engine") -> list[tuple[int, ...]]:
     """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
+    prompt, n = fields.prompt, fields.n
     if isinstance(prompt, str):
-        return [_text_prompt(prompt, engine)]
+        return [_text_prompt(prompt, fields, engine)]
     if isinstance(prompt, list) and prompt:
-        if type(prompt[0]) is int:
+        if type(prompt[0]) is int and fields.truncate_prompt_tokens is None:
             _room(prompt, engine, "prompt")  # before each of a million ids is looked at
         if all(type(p) is int for p in prompt):
-            return [_checked_ids(prompt, engine)]
+            return [_checked_ids(_truncated(prompt, fields, engine), engine)]
         if len(prompt) * n > MAX_CHOICES:
             message = f"{len(prompt)} prompts x n={n} are more than {MAX_CHOICES} completions; send several requests"
             raise InvalidRequest(f"prompt: {message}", "prompt")
         if all(isinstance(p, str) for p in prompt):
-            return [_text_prompt(p, engine) for p in prompt]
+            return [_text_prompt(p, fields, engine) for p in prompt]
         if all(isinstance(p, list) and all(type(i) is int for i in p) for p in prompt):
-            return [_checked_ids(p, engine) for p in prompt]
+            return [_checked_ids(_truncated(p, fields, engine), engine) for p in prompt]
     raise InvalidRequest(
         "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids; "
         f"got {shown(prompt)}",
@@ -571,12 +634,30 @@ def _prompt_texts(sent: Any, prompts: Sequence[tuple[int, ...]], engine: "Engine
     return tuple(tokenizer.decode(prompt) for prompt in prompts)
 
 
-def _text_prompt(text: str, engine: "Engine") -> tuple[int, ...]:
+def _text_prompt(text: str, fields: _CompletionBody, engine: "Engine") -> tuple[int, ...]:
     tokenizer = _tokenizer(engine, "prompt")
-    ids = tokenizer.encode(text, max_tokens=engine.max_model_len)
+    ids = tokenizer.encode(text, fields.add_special_tokens, max_tokens=_most_read(fields, engine))
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
-    return _checked_ids(ids, engine)
+    return _checked_ids(_truncated(ids, fields, engine), engine)
+
+
+def _most_read(fields: _Generate, engine: "Engine") -> int | None:
+    """Tokens above which a text is refused, unless only its end is wanted."""
+    return engine.max_model_len if fields.truncate_prompt_tokens is None else None
+
+
+def _truncated(ids: Sequence[int], fields: _Generate, engine: "Engine") -> Sequence[int]:
+    """The last ``truncate_prompt_tokens`` of a prompt; -1 stands for as many as leave room for a token."""
+    most = fields.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == -1:
+        most = engine.max_model_len - 1
+    if not 0 < most <= engine.max_model_len:
+        message = f"truncate_prompt_tokens must be -1 or from 1 to {engine.max_model_len}, got {shown(most)}"
+        raise InvalidRequest(message, "truncate_prompt_tokens")
+    return ids[-most:]
 
 
 def _checked_ids(ids: Sequence[int], engine: "Engine", param: str = "prompt") -> tuple[int, ...]:
@@ -656,7 +737,11 @@ class Reply:
         return self._chunk([choice])
 
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-        return self._chunk([]) | {"usage": _usage(prompt_tokens, completion_tokens, cached_tokens)}
+        return self._chunk([]) | self.usage(prompt_tokens, completion_tokens, cached_tokens)
+
+    def usage(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+        """The field that tells of tokens used."""
+        return {"usage": _usage(prompt_tokens, completion_tokens, cached_tokens)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_object, "choices": choices, **self._stream_usage}

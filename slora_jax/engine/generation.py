@@ -110,8 +110,9 @@ class OutputText:
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None):
         self._index = index
-        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
-        self._matcher = StopMatcher(request.sampling.stop)
+        sampling = request.sampling
+        self._decoder = IncrementalDecoder(tokenizer, sampling.skip_special_tokens) if tokenizer else None
+        self._matcher = StopMatcher(sampling.stop, sampling.include_stop_str_in_output)
 
     def push(self, token: int, reason: EndReason | None, logprob: TokenLogprob | None) -> Delta:
         """Takes the next token.
