@@ -24,6 +24,7 @@ from slora_jax.api.deltas import (
     watch,
     without_failure,
 )
+from slora_jax.api.metrics import Onlooker, add_metrics
 from slora_jax.api.openai import (
     Call,
     ChatReply,
@@ -33,6 +34,7 @@ from slora_jax.api.openai import (
     parse_completion,
     resolve_model,
 )
+from slora_jax.api.traffic import Followed, Traffic
 from slora_jax.errors import (
     BadAdapter,
     EngineStopped,
@@ -141,14 +143,16 @@ def create_app(
     app.url_map.merge_slashes = False  # `//health` is not found, rather than somewhere else
     slots = _Slots(max_streams)
     started = int(time.time())
+    traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
+    add_metrics(app, engine, traffic, onlooker)
 
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, parse_completion, CompletionReply)
+        return _generate(engine, slots, traffic, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, parse_chat, ChatReply)
+        return _generate(engine, slots, traffic, parse_chat, ChatReply)
 
     @app.get("/v1/models")
     def models():
@@ -238,6 +242,7 @@ def error_body(message: str, status: int) -> bytes:
 def _generate(
     engine: "Engine",
     slots: "_Slots",
+    traffic: Traffic,
     parse: Callable[[Any, "Engine"], Call],
     reply_type: type[Reply],
 ) -> flask.Response:
@@ -246,8 +251,10 @@ def _generate(
         call = parse(_json_body(), engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
-        for generation in generations:
+        followed = [traffic.follow(generation, reply.id) for generation in generations]
+        for generation, one in zip(generations, followed, strict=True):
             cleanup.callback(generation.cancel)
+            cleanup.callback(one.end)
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not call.stream:
             try:
@@ -261,7 +268,9 @@ def _generate(
                 pieces = _begun(pieces)
             except ClientGone:
                 return flask.Response(status=499)
-        response = flask.Response(_events(call, reply, generations, pieces, slots), mimetype="text/event-stream")
+        response = flask.Response(
+            _events(call, reply, generations, followed, pieces, slots), mimetype="text/event-stream"
+        )
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         # Runs when the stream has ended, failed, or was dropped before its first event.
@@ -287,6 +296,7 @@ def _events(
     call: Call,
     reply: Reply,
     generations: Sequence["Generation"],
+    followed: Sequence[Followed],
     pieces: Iterator[tuple[int, list[Delta]]],
     slots: "_Slots",
 ) -> Iterator[bytes]:
@@ -297,6 +307,7 @@ def _events(
             yield _event(chunk)
         for index, deltas in pieces:
             completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+            followed[index].note()
             chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
             if chunks:
                 yield b"".join(map(_event, chunks))

@@ -86,6 +86,7 @@ class Sequence:
       is_overdue: it was started because it had waited for too long, and is preempted last.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
+      started: when it was first admitted, by the clock of ``arrival``; None while it was not.
     """
 
     sequence_id: int
@@ -112,6 +113,7 @@ class Sequence:
     adapter_key: Hashable = None
     cached_tokens: int = 0
     was_admitted: bool = False
+    started: float | None = None
     followers: list["Sequence"] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
 
