@@ -34,7 +34,8 @@ from slora_jax.api.openai import (
     parse_completion,
     resolve_model,
 )
-from slora_jax.api.traffic import Followed, Traffic
+from slora_jax.api.page_routes import add_page
+from slora_jax.api.traffic import Followed, Traffic, requests_log
 from slora_jax.errors import (
     BadAdapter,
     EngineStopped,
@@ -145,6 +146,7 @@ def create_app(
     started = int(time.time())
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
     add_metrics(app, engine, traffic, onlooker)
+    add_page(app, engine, traffic, onlooker, _json)
 
     @app.post("/v1/completions")
     def completions():
@@ -227,11 +229,19 @@ def create_app(
     def any_error(error: Exception):
         rule = _rule(error)
         response = _json(_error_of(error, rule), rule.status)
+        _log_refusal(rule, getattr(error, "param", None))
         if rule.status == 429:
             response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         return response
 
     return app
+
+
+def _log_refusal(rule: _Rule, param: str | None) -> None:
+    """Of a request that was refused; without its message, which may show what the client sent."""
+    route = flask.request.url_rule.rule if flask.request.url_rule else "-"
+    said = {"route": route, "status": rule.status, "code": rule.code or rule.kind, "param": param}
+    requests_log.info("refused %s", " ".join(f"{k}={v or '-'}" for k, v in said.items()), extra={"fields": said})
 
 
 def error_body(message: str, status: int) -> bytes:

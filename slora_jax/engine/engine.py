@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slora_jax.adapters.peft import resolve_adapter_path
+from slora_jax.adapters.peft import printable, resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import EngineConfig, SchedulerConfig
@@ -39,6 +39,8 @@ from slora_jax.text.adapters import AdapterTokenizers
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+events = logging.getLogger("slora_jax.events")
+"""What changes what a running engine serves."""
 
 _IDLE_WAIT_SECONDS = 1.0
 _ADAPTERS_BETWEEN_RESTS = 500
@@ -223,11 +225,20 @@ class Engine:
             colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
         self.check_process()
-        folder = resolve_adapter_path(path)
-        own = self._own_tokenizer(folder)
-        info = self._store.register(name, folder, pinned)
+        is_replaced = name in self._store
+        try:
+            folder = resolve_adapter_path(path)
+            own = self._own_tokenizer(folder)
+            info = self._store.register(name, folder, pinned)
+        except BadAdapter as refusal:
+            if self.is_running:
+                events.warning("adapter refused: %s", printable(str(refusal)))
+            raise
         self._keep_tokenizer(name, own)
         self._wake()
+        if self.is_running:
+            said = "replaced" if is_replaced else "loaded"
+            events.info("adapter %s %s: rank %d, %d pages, of %s", name, said, info.rank, info.num_pages, folder)
         return info
 
     def tokenizer_of(self, adapter: str | None) -> Tokenizer | None:
@@ -289,6 +300,8 @@ class Engine:
         self.check_process()
         self._store.unregister(name)
         self._wake()
+        if self.is_running:
+            events.info("adapter %s unloaded", name)
 
     # Requests
 
@@ -416,9 +429,25 @@ class Engine:
         self._take_submitted()
         self._take_cancelled()
         self._core.pin(self._store.pinned)
+        compiled = self.device.runner.programs.num_compiled
+        begun = time.monotonic()
         outcome = self._core.step()
-        self._hand_out(outcome)
+        now = time.monotonic()
+        if now - begun > self.config.slow_step_s and compiled == self.device.runner.programs.num_compiled:
+            self._tell_slow(now - begun, outcome)
+        self._hand_out(outcome, now)
         return outcome.worked
+
+    def _tell_slow(self, seconds: float, outcome: Outcome) -> None:
+        stats = self.stats()
+        events.warning(
+            "a step took %.1f s: it gave %d tokens, %d sequences run, %d wait, %d recoveries so far",
+            seconds,
+            len(outcome.emitted),
+            stats["running"],
+            stats["waiting"],
+            stats["recoveries"],
+        )
 
     def _take_submitted(self) -> None:
         while self._submitted:
@@ -438,8 +467,7 @@ class Engine:
             for sequence in self._cancelled.popleft().sequences:
                 self._end(sequence, "abort", "cancelled by the caller")
 
-    def _hand_out(self, outcome: Outcome) -> None:
-        now = time.monotonic()
+    def _hand_out(self, outcome: Outcome, now: float) -> None:
         given = 0
         for emitted in outcome.emitted:
             answer = self._answers.get(emitted.sequence.sequence_id)
