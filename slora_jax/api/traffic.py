@@ -121,7 +121,7 @@ class Followed:
     def note(self) -> None:
         """Takes in what came meanwhile: the first token at once, later ones once a second."""
         now = time.monotonic()
-        if now >= self._next_note or not self._has_begun:
+        if now >= self._next_note or (not self._has_begun and self._generation.timing.first is not None):
             self._next_note = now + _SECONDS_BETWEEN_NOTES
             self._take_in(has_ended=False)
 

@@ -284,26 +284,23 @@ function plot(canvas, lines, format) {
   pen.fillText("now", width, height - 3);
   pen.textAlign = "left";
   for (const { values, stroke, filled } of lines) {
-    const path = new Path2D();
-    let from = null;
-    let last = null;
+    const pieces = []; // a line ends where nothing is known
     values.forEach((value, i) => {
-      if (value === null) return void (last = null);
-      const [px, py] = [x(past[i].at), y(value)];
-      if (last === null) path.moveTo(px, py);
-      else path.lineTo(px, py);
-      if (from === null) from = px;
-      last = [px, py];
+      if (value === null) return;
+      if (i === 0 || values[i - 1] === null) pieces.push([]);
+      pieces.at(-1).push([x(past[i].at), y(value)]);
     });
-    pen.strokeStyle = stroke;
+    pen.strokeStyle = pen.fillStyle = stroke;
     pen.lineWidth = 1.6;
     pen.lineJoin = "round";
-    pen.stroke(path);
-    if (filled && last) {
-      path.lineTo(last[0], y(0));
-      path.lineTo(from, y(0));
+    for (const points of pieces) {
+      const path = new Path2D();
+      points.forEach(([px, py]) => path.lineTo(px, py));
+      pen.stroke(path);
+      if (!filled) continue;
+      path.lineTo(points.at(-1)[0], y(0));
+      path.lineTo(points[0][0], y(0));
       pen.globalAlpha = 0.12;
-      pen.fillStyle = stroke;
       pen.fill(path);
       pen.globalAlpha = 1;
     }
