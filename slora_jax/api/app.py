@@ -35,7 +35,7 @@ from slora_jax.api.openai import (
     resolve_model,
 )
 from slora_jax.api.page_routes import add_page
-from slora_jax.api.traffic import Followed, Traffic, requests_log
+from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
     BadAdapter,
     EngineStopped,
@@ -268,7 +268,7 @@ def _generate(
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not call.stream:
             try:
-                return _json(reply.whole(wait_all(generations, gone, slots.pause)))
+                return _json(reply.whole(wait_all(generations, gone, noting(followed, slots.pause))))
             except ClientGone:
                 return flask.Response(status=499)  # nobody reads it
         pieces = watch(generations, gone)
@@ -319,20 +319,27 @@ def _events(
             completion_tokens += sum(len(delta.token_ids) for delta in deltas)
             followed[index].note()
             chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
+            if call.usage_in_every_chunk:
+                usage = reply.usage(*_used(generations, completion_tokens))
+                chunks = [chunk | usage for chunk in chunks]
             if chunks:
                 yield b"".join(map(_event, chunks))
             for delta in deltas:
                 raise_failure(delta)
             time.sleep(slots.pause())
         if call.include_usage:
-            prompt_tokens = sum(len(g.prompt_token_ids) for g in generations)
-            cached_tokens = sum(g.cached_tokens for g in generations)
-            yield _event(reply.usage_chunk(prompt_tokens, completion_tokens, cached_tokens))
+            yield _event(reply.usage_chunk(*_used(generations, completion_tokens)))
         yield b"data: [DONE]\n\n"
     except ClientGone:
         return
     except Exception as error:
         yield _event(_error_of(error, _rule(error)))
+
+
+def _used(generations: Sequence["Generation"], completion_tokens: int) -> tuple[int, int, int]:
+    """Tokens of the prompts, of the answers so far, and of the prompts that came from the prefix cache."""
+    prompt_tokens = sum(len(generation.prompt_token_ids) for generation in generations)
+    return prompt_tokens, completion_tokens, sum(generation.cached_tokens for generation in generations)
 
 
 def _rule(error: Exception) -> _Rule:

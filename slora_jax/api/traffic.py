@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from slora_jax.histogram import Histogram
@@ -166,6 +167,22 @@ class Followed:
             self._gaps += len(gaps)
         traffic._add(self._name, timing.tokens - self._counted, first, has_ended)
         self._counted = timing.tokens
+
+
+def noting(followed: Sequence[Followed], pause: Callable[[], float]) -> Callable[[], float]:
+    """The same pause of somebody who waits for whole answers, with a note of all that are followed once a second."""
+    next_note = 0.0
+
+    def noting_pause() -> float:
+        nonlocal next_note
+        now = time.monotonic()
+        if now >= next_note:
+            next_note = now + _SECONDS_BETWEEN_NOTES
+            for one in followed:
+                one.note()
+        return pause()
+
+    return noting_pause
 
 
 def quantile(ordered: list[float], share: float) -> float | None:
