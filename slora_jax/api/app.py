@@ -142,6 +142,12 @@ def create_app(
     app = flask.Flask("slora_jax")
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
     app.url_map.merge_slashes = False  # `//health` is not found, rather than somewhere else
+
+    @app.before_request
+    def no_empty_first_part():
+        if flask.request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug would pass over
+            flask.abort(404)
+
     slots = _Slots(max_streams)
     started = int(time.time())
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
