@@ -24,6 +24,7 @@ from slora_jax.api.deltas import (
     watch,
     without_failure,
 )
+from slora_jax.api.metrics import Onlooker, add_metrics
 from slora_jax.api.openai import (
     Call,
     ChatReply,
@@ -33,6 +34,8 @@ from slora_jax.api.openai import (
     parse_completion,
     resolve_model,
 )
+from slora_jax.api.page_routes import add_page
+from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
     BadAdapter,
     EngineStopped,
@@ -139,16 +142,25 @@ def create_app(
     app = flask.Flask("slora_jax")
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
     app.url_map.merge_slashes = False  # `//health` is not found, rather than somewhere else
+
+    @app.before_request
+    def no_empty_first_part():
+        if flask.request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug would pass over
+            flask.abort(404)
+
     slots = _Slots(max_streams)
     started = int(time.time())
+    traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
+    add_metrics(app, engine, traffic, onlooker)
+    add_page(app, engine, traffic, onlooker, _json)
 
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, parse_completion, CompletionReply)
+        return _generate(engine, slots, traffic, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, parse_chat, ChatReply)
+        return _generate(engine, slots, traffic, parse_chat, ChatReply)
 
     @app.get("/v1/models")
     def models():
@@ -223,11 +235,19 @@ def create_app(
     def any_error(error: Exception):
         rule = _rule(error)
         response = _json(_error_of(error, rule), rule.status)
+        _log_refusal(rule, getattr(error, "param", None))
         if rule.status == 429:
             response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         return response
 
     return app
+
+
+def _log_refusal(rule: _Rule, param: str | None) -> None:
+    """Of a request that was refused; without its message, which may show what the client sent."""
+    route = flask.request.url_rule.rule if flask.request.url_rule else "-"
+    said = {"route": route, "status": rule.status, "code": rule.code or rule.kind, "param": param}
+    requests_log.info("refused %s", " ".join(f"{k}={v or '-'}" for k, v in said.items()), extra={"fields": said})
 
 
 def error_body(message: str, status: int) -> bytes:
@@ -238,6 +258,7 @@ def error_body(message: str, status: int) -> bytes:
 def _generate(
     engine: "Engine",
     slots: "_Slots",
+    traffic: Traffic,
     parse: Callable[[Any, "Engine"], Call],
     reply_type: type[Reply],
 ) -> flask.Response:
@@ -246,12 +267,14 @@ def _generate(
         call = parse(_json_body(), engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
-        for generation in generations:
+        followed = [traffic.follow(generation, reply.id) for generation in generations]
+        for generation, one in zip(generations, followed, strict=True):
             cleanup.callback(generation.cancel)
+            cleanup.callback(one.end)
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not call.stream:
             try:
-                return _json(reply.whole(wait_all(generations, gone, slots.pause)))
+                return _json(reply.whole(wait_all(generations, gone, noting(followed, slots.pause))))
             except ClientGone:
                 return flask.Response(status=499)  # nobody reads it
         pieces = watch(generations, gone)
@@ -261,7 +284,9 @@ def _generate(
                 pieces = _begun(pieces)
             except ClientGone:
                 return flask.Response(status=499)
-        response = flask.Response(_events(call, reply, generations, pieces, slots), mimetype="text/event-stream")
+        response = flask.Response(
+            _events(call, reply, generations, followed, pieces, slots), mimetype="text/event-stream"
+        )
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         # Runs when the stream has ended, failed, or was dropped before its first event.
@@ -287,6 +312,7 @@ def _events(
     call: Call,
     reply: Reply,
     generations: Sequence["Generation"],
+    followed: Sequence[Followed],
     pieces: Iterator[tuple[int, list[Delta]]],
     slots: "_Slots",
 ) -> Iterator[bytes]:
@@ -297,6 +323,7 @@ def _events(
             yield _event(chunk)
         for index, deltas in pieces:
             completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+            followed[index].note()
             chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
             if call.usage_in_every_chunk:
                 usage = reply.usage(*_used(generations, completion_tokens))

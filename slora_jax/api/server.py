@@ -59,6 +59,7 @@ class ServerConfig(Section):
         (``bounds.useful_body_bytes``).
       allow_adapter_loading: let clients register adapters from this machine's folders by path.
       log_level: of this program's log on stderr.
+      log_json: write the log as one JSON object a line.
     """
 
     host: Text = "127.0.0.1"
@@ -67,6 +68,7 @@ class ServerConfig(Section):
     max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)
     allow_adapter_loading: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    log_json: bool = False
 
 
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:
