@@ -95,7 +95,7 @@ def test_flags_reach_their_fields():
             "--model folder --served-name m --dtype float32 --max-model-len 99 --checkpoint-cache c --seed 3 "
             "--compilation-cache k "
             "--adapter a=x --adapter b=y=z --adapter-dir d --adapter-dir e --allow-adapter-loading --pool-pages 77 "
-            "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 0.0.0.0 --port 1 "
+            "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 127.0.0.2 --port 1 "
             "--max-streams 9 --max-body-bytes 5000 --log-level info --tp 8 --coordinator here:1 --num-hosts 2"
         )
     )
@@ -116,7 +116,7 @@ def test_flags_reach_their_fields():
         }
     )
     assert server == ServerConfig(
-        host="0.0.0.0", port=1, max_streams=9, max_body_bytes=5000, allow_adapter_loading=True, log_level="info"
+        host="127.0.0.2", port=1, max_streams=9, max_body_bytes=5000, allow_adapter_loading=True, log_level="info"
     )
 
 
