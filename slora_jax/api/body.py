@@ -13,6 +13,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 _PIECE_BYTES = 2**16
+_MOST_MEMBERS = 64  # of gzip data that follow each other; what is left is copied after each
 
 
 class BodyTooLarge(SLoRAError, ValueError):
@@ -77,8 +78,11 @@ def inflated(body: bytes, content_encoding: str | None, most_bytes: int) -> tupl
     if (content_encoding or "").strip().lower() not in ("gzip", "x-gzip"):
         return body, content_encoding
     pieces: list[bytes] = []
-    size, rest = 0, body
-    while rest or not pieces:  # gzip data may follow each other
+    size, rest, members = 0, body, 0
+    while rest or not members:
+        members += 1
+        if members > _MOST_MEMBERS:
+            raise InvalidRequest(f"the body is more than {_MOST_MEMBERS} pieces of gzip data; compress it as one")
         member = zlib.decompressobj(zlib.MAX_WBITS | 16)
         while not member.eof:
             try:
