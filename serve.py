@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,6 +37,7 @@ SECONDS_TO_ANSWER = 1.0
 SECONDS_TO_END = 45.0
 """How long a failed server may take to tell its clients before the process is ended from within."""
 MAX_MESSAGE = 4000
+NO_SUCH_FIELD = "there is no such field"
 GIVEN = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
 
 
@@ -446,8 +447,17 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
 VERSION = click.Option(
     ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it and exit."
 )
-SEVERAL_VALUES = {"--lora-modules", "--served-model-name", "--allowed-origins", "--allowed-hosts"}
+SEVERAL_VALUES = {"--lora-modules", "--allowed-origins", "--allowed-hosts"}
 """Flags that elsewhere take several values at once, as in ``--lora-modules a=x b=y``."""
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """The one of these that was most likely meant, if there is any."""
+    import difflib
+
+    alike = {other.lower().replace("_", "-"): other for other in known}
+    found = difflib.get_close_matches(name.lower().replace("_", "-"), alike, n=1, cutoff=0.7)
+    return [alike[other] for other in found]
 
 
 def one_value_each(args: list[str]) -> list[str]:
@@ -469,7 +479,11 @@ class GroupedCommand(click.Command):
     """Lists its options group by group."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, one_value_each(args))
+        try:
+            return super().parse_args(ctx, one_value_each(args))
+        except click.NoSuchOption as e:
+            known = [name for param in self.params for name in (*param.opts, *param.secondary_opts)]
+            raise click.NoSuchOption(e.option_name, possibilities=closest(e.option_name, known), ctx=ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for name, flags in FLAGS.items():
@@ -616,12 +630,28 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
         flag_names = {option.name: option.opts[0] for group in FLAGS.values() for option in group}
         said = []
         for path, text in problems:
+            text = text.replace(NO_SUCH_FIELD, f"{NO_SUCH_FIELD}{_meant(path)}", 1)
             # A field may be a container: the problem is then in one of its values, such as adapters.pirate.
             name = next((name for name in flags if f"{path}.".startswith(f"{name.replace('__', '.')}.")), None)
             place = f" ({flag_names[name]})" if name else f" (in {file})" if file else ""
             said.append(f"{path}{place}: {text}")
         raise InvalidRequest(f"invalid configuration: {'; '.join(said)}")
     return engine, server
+
+
+def _meant(path: str) -> str:
+    """A hint for a field that there is not: it is in another section, called otherwise, or misspelt."""
+    paths = [(option.name or "").replace("__", ".") for group in FLAGS.values() for option in group]
+    by_name = {path.rpartition(".")[2]: path for path in paths}
+    for group in FLAGS.values():
+        for option in group:
+            for flag in option.opts:
+                by_name.setdefault(flag.removeprefix("--").replace("-", "_"), (option.name or "").replace("__", "."))
+    section, _, name = path.rpartition(".")
+    # In its own section first, then anywhere.
+    here = [other for other in paths if other.rpartition(".")[0] == section]
+    meant = closest(path, here) or [by_name[other] for other in closest(name, by_name)]
+    return f"; did you mean {meant[0]}?" if meant else ""
 
 
 def _lay_over(fields: dict[str, Any], flags: Mapping[str, Any]) -> None:
@@ -725,7 +755,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 if meeting is not None:
                     # A signal to another host is as if Ctrl-C were for this process.
                     meeting.serve(_thread.interrupt_main, lambda reason: _give_up(engine, reason))
-                click.echo(greeting(engine, url))
+                click.echo(greeting(engine, url, access.needs_key))
 
             max_body_bytes = server_config.max_body_bytes or useful_body_bytes(engine.max_model_len)
             app = create_app(
@@ -797,7 +827,7 @@ def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None
         follow(with_demo(engine_config), meeting)
 
 
-def greeting(engine: "Engine", url: str) -> str:
+def greeting(engine: "Engine", url: str, needs_key: bool = False) -> str:
     """What is served where, and a command to try it."""
     names = list(engine.adapters())
     shown = ", ".join(names[:SHOWN_ADAPTERS]) or "none"
@@ -811,9 +841,10 @@ def greeting(engine: "Engine", url: str) -> str:
     else:
         route, body["prompt"] = "completions", "The moon is"
     body["max_tokens"] = 64
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     return (
         f"Serving {engine.model_name} at {url} (adapters: {shown})\n"
-        f"Try: curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        f"Try: curl {url}/v1/{route} {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     )
 
 

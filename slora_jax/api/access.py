@@ -273,7 +273,7 @@ class Access:
             try:
                 self._callers = self._read()
             except InvalidRequest as e:
-                _log.error("the keys stay as they were: %s", e)
+                _log.error("the keys stay as they were: %s", " ".join(str(e).split()))
             else:
                 _log.info("%s: %d keys", self._file, len(self._callers) - len(self._given))
 
