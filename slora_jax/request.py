@@ -6,9 +6,9 @@ A ``Request`` is tokens plus an adapter name plus ``SamplingParams``. The engine
 
 import dataclasses
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from slora_jax.errors import InvalidRequest, shown
 
@@ -28,6 +28,37 @@ MIN_TEMPERATURE = 1e-4
 """Sampling at a lower temperature is greedy. A gap of 0.01 between two logits is then worth a factor of e^100."""
 
 FinishReason = Literal["stop", "length", "abort", "error", "late"]
+
+MAX_GRAMMAR_BYTES = 64 * 2**10
+"""Most bytes of a grammar as UTF-8. Schemas of this size compile in a tenth of a second."""
+
+MAX_BIASED_TOKENS = 300
+"""Most tokens whose logits one request may change (OpenAI's limit)."""
+
+GrammarKind = Literal["json_schema", "regex", "lark", "choice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, from its first character to its last.
+
+    Attributes:
+      kind: of ``text``: a JSON schema (``{"type": "object"}`` for any object), a regular expression, a context-free
+        grammar in Lark's notation, or a JSON list of the texts that may be answered.
+      text: at most ``MAX_GRAMMAR_BYTES`` as UTF-8. Whether it is valid is known when it is compiled.
+    """
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self):
+        if self.kind not in get_args(GrammarKind):
+            raise InvalidRequest(f"a grammar is one of {', '.join(get_args(GrammarKind))}, got {shown(self.kind)}")
+        if not isinstance(self.text, str) or has_lone_surrogate(self.text):
+            raise InvalidRequest(f"a grammar must be text in valid Unicode, got {shown(self.text)}")
+        if (size := len(self.text.encode())) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes, got {size}; send a smaller one")
+
 
 MAX_PRIORITY = 1_000_000
 
@@ -81,6 +112,9 @@ BOUNDS = {
     "logprobs": Bounds(int, 0, MAX_LOGPROBS, "so many are computed in every step that asks for any"),
     "stop_token_ids": Bounds(int, 0, _INT32_MAX, "token ids are int32"),
     "n": Bounds(int, 1, MAX_N, "each is a sequence of its own"),
+    "min_tokens": Bounds(int, 0, _INT32_MAX, "positions are int32"),
+    "allowed_token_ids": Bounds(int, 0, _INT32_MAX, "token ids are int32"),
+    "logit_bias": Bounds(float, -100.0, 100.0, "float32, OpenAI's range; added to logits"),
     "prompt": Bounds(int, -(2**31), _INT32_MAX, "token ids are int32; the engine knows its vocabulary"),
     "priority": Bounds(int, -MAX_PRIORITY, MAX_PRIORITY, "an order, so there is no use for more"),
     "slo_ms": Bounds(float, 0.0, MAX_SLO_MS, "a time to wait", above_least=True),
@@ -124,6 +158,13 @@ class SamplingParams:
       stop_token_ids: at most ``MAX_STOPS`` token ids that end the completion; like EOS, they are not part of the text.
       ignore_eos: go on after the model's end-of-sequence token.
       n: completions for this prompt; completion i uses ``seed + i``.
+      min_tokens: tokens that end the completion cannot come before so many others; at most ``max_tokens``.
+      logit_bias: pairs of a token id and what is added to its logit, after the penalties; at most
+        ``MAX_BIASED_TOKENS``.
+      allowed_token_ids: only these can come; None for all.
+      grammar: what the text must look like. The completion ends where it is complete and nothing can follow.
+      skip_special_tokens: leave the tokens out of the text that mark structure (roles of a chat, say).
+      include_stop_str_in_output: the text ends with the stop string that was found, not ahead of it.
     """
 
     max_tokens: int = 16
@@ -140,10 +181,19 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    grammar: Grammar | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids, None))
         for name in _SAMPLING_NUMBERS:
             value = getattr(self, name)
             if value is not None or name not in ("seed", "logprobs"):
@@ -154,8 +204,33 @@ class SamplingParams:
             _check_stop(text)
         for token in self.stop_token_ids:
             check_number("stop_token_ids", token)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}", "ignore_eos")
+        self._check_choice_of_tokens()
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be true or false, got {shown(getattr(self, name))}", name)
+
+    def _check_choice_of_tokens(self) -> None:
+        if self.min_tokens > self.max_tokens:
+            message = f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})"
+            raise InvalidRequest(message, "min_tokens")
+        if len(self.logit_bias) > MAX_BIASED_TOKENS:
+            message = f"logit_bias may name {MAX_BIASED_TOKENS} tokens, got {len(self.logit_bias)}; name fewer"
+            raise InvalidRequest(message, "logit_bias")
+        for token, bias in self.logit_bias:
+            check_number("logit_bias", token, BOUNDS["stop_token_ids"])
+            check_number("logit_bias", bias)
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidRequest("allowed_token_ids must name at least one token, got none", "allowed_token_ids")
+            for token in self.allowed_token_ids:
+                check_number("allowed_token_ids", token)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidRequest(f"grammar must be a Grammar or None, got {shown(self.grammar)}", "grammar")
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether some tokens cannot come, at least at first."""
+        return self.grammar is not None or self.allowed_token_ids is not None or self.min_tokens > 0
 
     @property
     def uses_penalties(self) -> bool:
@@ -165,17 +240,28 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
-_SAMPLING_NUMBERS = tuple(name for name in SamplingParams.__slots__ if name in BOUNDS and name != "stop_token_ids")
+_OF_EACH = ("stop_token_ids", "allowed_token_ids", "logit_bias")
+_SAMPLING_NUMBERS = tuple(name for name in SamplingParams.__slots__ if name in BOUNDS and name not in _OF_EACH)
 
 
-def _as_tuple(name: str, value: Any) -> tuple:
+def _as_pairs(bias: Any) -> tuple[tuple[Any, Any], ...]:
+    """``logit_bias`` as pairs, from them or from a mapping."""
+    pairs = bias.items() if isinstance(bias, Mapping) else bias
+    try:
+        return tuple((token, value) for token, value in pairs)
+    except (TypeError, ValueError):
+        message = f"logit_bias must hold pairs of a token id and a number, got {shown(bias)}"
+        raise InvalidRequest(message, "logit_bias") from None
+
+
+def _as_tuple(name: str, value: Any, most: int | None = MAX_STOPS) -> tuple:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, Iterable):
         raise InvalidRequest(f"{name} must be a list, got {shown(value)}", name)
     values = tuple(value)
-    if len(values) > MAX_STOPS:
-        raise InvalidRequest(f"{name} may have at most {MAX_STOPS} entries, got {len(values)}", name)
+    if most is not None and len(values) > most:
+        raise InvalidRequest(f"{name} may have at most {most} entries, got {len(values)}", name)
     return values
 
 

@@ -435,20 +435,27 @@ def _events(
             completion_tokens += new_tokens
             bill.pay(new_tokens)
             chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
+            if call.usage_in_every_chunk:
+                usage = reply.usage(*_used(generations, completion_tokens))
+                chunks = [chunk | usage for chunk in chunks]
             if chunks:
                 yield b"".join(map(_event, chunks))
             for delta in deltas:
                 raise_failure(delta)
             time.sleep(slots.pause())
         if call.include_usage:
-            prompt_tokens = sum(len(g.prompt_token_ids) for g in generations)
-            cached_tokens = sum(g.cached_tokens for g in generations)
-            yield _event(reply.usage_chunk(prompt_tokens, completion_tokens, cached_tokens))
+            yield _event(reply.usage_chunk(*_used(generations, completion_tokens)))
         yield b"data: [DONE]\n\n"
     except ClientGone:
         return
     except Exception as error:
         yield _event(_error_of(error, _rule(error)))
+
+
+def _used(generations: Sequence["Generation"], completion_tokens: int) -> tuple[int, int, int]:
+    """Tokens of the prompts, of the answers so far, and of the prompts that came from the prefix cache."""
+    prompt_tokens = sum(len(generation.prompt_token_ids) for generation in generations)
+    return prompt_tokens, completion_tokens, sum(generation.cached_tokens for generation in generations)
 
 
 def _rule(error: Exception) -> _Rule:

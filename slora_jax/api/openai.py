@@ -2,26 +2,34 @@
 
 A field that would change the answer and is not computed here is refused by name; so is a field nobody knows.
 Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``,
-``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective).
+``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective), and
+vLLM's ``min_tokens``, ``allowed_token_ids``, ``structured_outputs`` and ``guided_json``, ``guided_regex``,
+``guided_choice`` and ``guided_grammar``.
 """
 
+import dataclasses
 import itertools
+import json
 import math
 import time
 import uuid
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import pydantic
 
 from slora_jax.api.deltas import GenerationFailed
+from slora_jax.api.tools import CallFormat, CallReader, ToolCall, Tools, format_of_template, read_tools
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
+    MAX_BIASED_TOKENS,
     MAX_STOPS,
     Completion,
     Delta,
+    Grammar,
+    GrammarKind,
     Request,
     RequestOutput,
     SamplingParams,
@@ -45,36 +53,57 @@ MAX_MESSAGES = 10_000
 _MOST_NAMED = 5
 """Unknown fields named in one error."""
 
+_VLLM_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
+    "beam_search": (False,),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "prompt_logprobs": (),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+"""vLLM's fields that are not computed here, each with the values (besides null) that change nothing."""
+
 _LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 """Fields that describe the caller and never change the answer: taken and ignored."""
 
-_COMPLETION_DEFAULTS = {"suffix": ("",), "logit_bias": ({},)}
+_GUIDED = {
+    "json": "json_schema",
+    "json_object": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "lark",
+}
+"""Kinds of grammar by vLLM's names for them: fields of ``structured_outputs``, and with ``guided_`` of the body."""
+
+_COMPLETION_DEFAULTS = {"suffix": ("",), **_VLLM_DEFAULTS}
 _CHAT_DEFAULTS = {
+    **_VLLM_DEFAULTS,
+    "documents": ([],),
+    "echo": (False,),
+    "include_reasoning": (True, False),
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 """OpenAI's fields that are not computed here, each with the values (besides null) that change nothing."""
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "refusal": (),
     "audio": (),
     "function_call": (),
-    "tool_calls": ([],),
     "annotations": ([],),
 }
 
@@ -87,6 +116,7 @@ class Call:
       model: the name the client used; it is sent back.
       requests: one per prompt.
       echo: the prompts' texts, to be put before the answers; empty if not asked for.
+      tools: which the answers may call, in the form ``call_format``; None for none.
     """
 
     model: str
@@ -95,6 +125,9 @@ class Call:
     include_usage: bool = False
     return_token_ids: bool = False
     echo: tuple[str, ...] = ()
+    usage_in_every_chunk: bool = False
+    tools: Tools | None = None
+    call_format: CallFormat = "llama3_json"
 
     @property
     def n(self) -> int:
@@ -114,6 +147,7 @@ type _Stops[T] = Annotated[list[T], pydantic.Field(max_length=MAX_STOPS), pydant
 
 class _StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -138,6 +172,18 @@ class _Generate(_Body):
     return_token_ids: bool = False
     priority: int = 0
     slo_ms: float | None = None
+    min_tokens: int = 0
+    logit_bias: Any = None
+    allowed_token_ids: list[int] | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
 
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
@@ -159,6 +205,12 @@ class _Generate(_Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             n=self.n,
+            min_tokens=self.min_tokens,
+            logit_bias=_read_logit_bias(self.logit_bias),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            grammar=_read_grammar(self),
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
         )
         defaults = engine.default_sampling
         left_out = defaults.keys() - self.model_fields_set - {"max_tokens"}
@@ -173,12 +225,97 @@ class _Generate(_Body):
         return sampling
 
 
+def _read_logit_bias(sent: Any) -> tuple[tuple[int, float], ...]:
+    """OpenAI's object from token ids, which JSON has as strings, to what is added to their logits."""
+    if sent is None:
+        return ()
+    if not isinstance(sent, Mapping):
+        raise InvalidRequest(f"logit_bias must be an object from token ids to numbers, got {shown(sent)}", "logit_bias")
+    if len(sent) > MAX_BIASED_TOKENS:
+        message = f"logit_bias may name {MAX_BIASED_TOKENS} tokens, got {len(sent)}; name fewer"
+        raise InvalidRequest(message, "logit_bias")
+    for token in sent:
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise InvalidRequest(f"logit_bias: {shown(token)} is not a token id; name tokens by number", "logit_bias")
+    return tuple((int(token), bias) for token, bias in sent.items())
+
+
+def _read_grammar(fields: _Generate) -> Grammar | None:
+    """The grammar that a body asks for, by OpenAI's name or one of vLLM's.
+
+    Raises:
+      InvalidRequest: it asks for two, or for none that is known.
+    """
+    found = []
+    if fields.response_format is not None:
+        found.append(("response_format", _of_response_format(fields.response_format)))
+    if fields.structured_outputs is not None:
+        found.append(("structured_outputs", _of_structured_outputs(fields.structured_outputs)))
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(fields, f"guided_{name}")
+        if value is not None:
+            found.append((f"guided_{name}", _grammar(name, value, f"guided_{name}")))
+    asked = [(name, grammar) for name, grammar in found if grammar is not None]
+    if len(asked) > 1:
+        names = " and ".join(name for name, _ in asked)
+        raise InvalidRequest(f"{names} cannot both say what the answer looks like; send one", asked[1][0])
+    return asked[0][1] if asked else None
+
+
+def _of_response_format(sent: Any) -> Grammar | None:
+    kind = sent.get("type") if isinstance(sent, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _grammar("json_object", True, "response_format")
+    if kind == "json_schema":
+        described = sent.get("json_schema")
+        if not isinstance(described, Mapping) or not isinstance(described.get("schema"), Mapping):
+            message = f'response_format.json_schema must be {{"name": ..., "schema": {{...}}}}, got {shown(described)}'
+            raise InvalidRequest(message, "response_format.json_schema")
+        return _grammar("json", described["schema"], "response_format.json_schema.schema")
+    raise InvalidRequest(
+        f'response_format must have type "text", "json_object" or "json_schema", got {shown(sent)}', "response_format"
+    )
+
+
+def _of_structured_outputs(sent: Any) -> Grammar | None:
+    if not isinstance(sent, Mapping):
+        raise InvalidRequest(f"structured_outputs must be an object, got {shown(sent)}", "structured_outputs")
+    _refuse_unknown(sent, _GUIDED, "structured_outputs.")
+    asked = {name: value for name, value in sent.items() if value is not None and value is not False}
+    if len(asked) != 1:
+        message = f"structured_outputs must have one of {', '.join(_GUIDED)}, got {shown(sent)}"
+        raise InvalidRequest(message, "structured_outputs")
+    ((name, value),) = asked.items()
+    return _grammar(name, value, f"structured_outputs.{name}")
+
+
+def _grammar(name: str, value: Any, param: str) -> Grammar:
+    """Of vLLM's kind ``name``, from a value as JSON has it."""
+    if name == "json_object":
+        if value is not True:
+            raise InvalidRequest(f"{param} must be true, got {shown(value)}", param)
+        text = '{"type": "object"}'
+    elif name in ("json", "choice") and not isinstance(value, str):
+        text = json.dumps(value)
+    elif isinstance(value, str):
+        text = value
+    else:
+        raise InvalidRequest(f"{param} must be a string, got {shown(value)}", param)
+    try:
+        return Grammar(cast(GrammarKind, _GUIDED[name]), text)
+    except InvalidRequest as e:
+        raise InvalidRequest(f"{param}: {e}", param) from None
+
+
 class _CompletionBody(_Generate):
     prompt: Any
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
+    add_special_tokens: bool = True
 
 
 class _ChatBody(_Generate):
@@ -187,6 +324,12 @@ class _ChatBody(_Generate):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 def parse_completion(body: Any, engine: "Engine") -> Call:
@@ -206,7 +349,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
         raise InvalidRequest("echo with logprobs is not supported: prompts are not scored", "echo")
     default = engine.default_sampling.get("max_tokens", 16)
     sampling = fields.sampling(default if fields.max_tokens is None else fields.max_tokens, fields.logprobs, engine)
-    prompts = _completion_prompts(fields.prompt, fields.n, engine)
+    prompts = _completion_prompts(fields, engine)
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt")
@@ -233,12 +376,54 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
     sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
     messages = read_messages(fields.messages)
-    ids = _tokenizer(engine, "messages", adapter).encode_chat(messages, max_tokens=engine.max_model_len)
-    prompt = _checked_ids(ids, engine, "messages")
+    tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    tokenizer = _tokenizer(engine, "messages", adapter)
+    call_format: CallFormat = "llama3_json"
+    if tools is not None:
+        source = tokenizer.template_source(with_tools=True)
+        if "tools" not in source:
+            message = f"the chat template of {fields.model!r} has no place for tools, so its model would not know them"
+            raise InvalidRequest(message, "tools")
+        call_format = format_of_template(source)
+        if (grammar := tools.grammar(call_format)) is not None:
+            if sampling.grammar is not None:
+                message = "a tool that must be called and another form of the answer exclude each other; send one"
+                raise InvalidRequest(message, "tool_choice")
+            sampling = sampling.replace(grammar=grammar)
+    ids = _encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
+    prompt = _checked_ids(_truncated(ids, fields, engine), engine, "messages")
     room = _room(prompt, engine, "messages")
     if limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
-    return _call(fields, (fields.request(prompt, adapter, sampling),))
+    call = _call(fields, (fields.request(prompt, adapter, sampling),))
+    return dataclasses.replace(call, tools=tools, call_format=call_format)
+
+
+_TEMPLATES_OWN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+_TO_GO_ON = "\N{OBJECT REPLACEMENT CHARACTER}goes on here\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+def _encode_chat(
+    fields: _ChatBody, messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer, most: int | None
+) -> list[int]:
+    """The chat as token ids, rendered by its template."""
+    if own := next((name for name in fields.chat_template_kwargs if name in _TEMPLATES_OWN), None):
+        message = f"chat_template_kwargs.{own} is not for clients to set; leave it out"
+        raise InvalidRequest(message, f"chat_template_kwargs.{own}")
+    options = {**fields.chat_template_kwargs, "tools": None if tools is None else list(tools.tools)}
+    if not fields.continue_final_message:
+        return tokenizer.encode_chat(messages, fields.add_generation_prompt, max_tokens=most, **options)
+    last = messages[-1]
+    if last["role"] != "assistant" or not isinstance(last["content"], str):
+        message = "continue_final_message needs a last message of the assistant, with text to go on from"
+        raise InvalidRequest(message, "continue_final_message")
+    # A mark shows where in the rendered chat the message's text ends, whatever the template writes behind it.
+    marked = [*messages[:-1], {**last, "content": last["content"] + _TO_GO_ON}]
+    text, found, _ = tokenizer.apply_chat_template(marked, False, **options).rpartition(_TO_GO_ON)
+    if not found:
+        message = "continue_final_message: this model's chat template does not show the last message as it is"
+        raise InvalidRequest(message, "continue_final_message")
+    return tokenizer.encode(text, add_special_tokens=False, max_tokens=most)
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:
@@ -282,11 +467,22 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}; got {shown(role)}", f"{where}.role")
-    read = {"role": _ROLES[role], "content": _read_content(message.get("content"), f"{where}.content")}
+    content = message.get("content")
+    calls = _read_calls(message.get("tool_calls"), f"{where}.tool_calls") if role == "assistant" else []
+    read: dict[str, Any] = {"role": _ROLES[role]}
+    # An answer that is calls alone has no content.
+    read["content"] = "" if calls and content is None else _read_content(content, f"{where}.content")
+    if calls:
+        read["tool_calls"] = calls
     for name, value in message.items():
-        if name in ("role", "content") or value is None:
+        if name in ("role", "content") or value is None or (name == "tool_calls" and role == "assistant"):
             continue
-        if name == "name":
+        if name == "tool_call_id" and role == "tool":
+            if not isinstance(value, str):
+                message_text = f"{where}.tool_call_id must be a string, got {shown(value)}"
+                raise InvalidRequest(message_text, f"{where}.tool_call_id")
+            read["tool_call_id"] = value
+        elif name == "name":
             if not isinstance(value, str):
                 raise InvalidRequest(f"{where}.name must be a string, got {shown(value)}", f"{where}.name")
             read["name"] = value
@@ -296,6 +492,33 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
             raise InvalidRequest(
                 f"{where}.{name}={shown(value)} is not supported by this server; leave it out", f"{where}.{name}"
             )
+    return read
+
+
+def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """An earlier answer's calls, with their arguments as objects, which is how chat templates take them."""
+    if calls is None:
+        return []
+    if not isinstance(calls, list) or len(calls) > MAX_MESSAGES:
+        raise InvalidRequest(f"{where} must be a list of calls, got {shown(calls)}", where)
+    read = []
+    for i, call in enumerate(calls):
+        call = call if isinstance(call, Mapping) else {}
+        function = call.get("function")
+        function = function if isinstance(function, Mapping) else {}
+        name = function.get("name")
+        if not isinstance(name, str) or not isinstance(call.get("id", ""), str):
+            message = f'{where}[{i}] must be {{"id": ..., "function": {{"name": ..., "arguments": ...}}}}'
+            raise InvalidRequest(f"{message}, got {shown(calls[i])}", f"{where}[{i}]")
+        try:
+            arguments = json.loads(function.get("arguments") or "{}")
+        except (TypeError, ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            field = f"{where}[{i}].function.arguments"
+            message = f"{field} must be a JSON object as a string, got {shown(function.get('arguments'))}"
+            raise InvalidRequest(message, field)
+        read.append({"id": call.get("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}})
     return read
 
 
@@ -320,7 +543,15 @@ def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
 
 def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...] = ()) -> Call:
     options = fields.stream_options or _StreamOptions()
-    return Call(fields.model, requests, fields.stream, options.include_usage, fields.return_token_ids, echo)
+    return Call(
+        fields.model,
+        requests,
+        fields.stream,
+        options.include_usage,
+        fields.return_token_ids,
+        echo,
+        usage_in_every_chunk=options.include_usage and options.continuous_usage_stats,
+    )
 
 
 def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
@@ -370,22 +601,23 @@ def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field}: {problem['msg']}, got {shown(problem['input'])}", field)
 
 
-def _completion_prompts(prompt: Any, n: int, engine: "Engine") -> list[tuple[int, ...]]:
+def _completion_prompts(fields: _CompletionBody, engine: "Engine") -> list[tuple[int, ...]]:
     """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
+    prompt, n = fields.prompt, fields.n
     if isinstance(prompt, str):
-        return [_text_prompt(prompt, engine)]
+        return [_text_prompt(prompt, fields, engine)]
     if isinstance(prompt, list) and prompt:
-        if type(prompt[0]) is int:
+        if type(prompt[0]) is int and fields.truncate_prompt_tokens is None:
             _room(prompt, engine, "prompt")  # before each of a million ids is looked at
         if all(type(p) is int for p in prompt):
-            return [_checked_ids(prompt, engine)]
+            return [_checked_ids(_truncated(prompt, fields, engine), engine)]
         if len(prompt) * n > MAX_CHOICES:
             message = f"{len(prompt)} prompts x n={n} are more than {MAX_CHOICES} completions; send several requests"
             raise InvalidRequest(f"prompt: {message}", "prompt")
         if all(isinstance(p, str) for p in prompt):
-            return [_text_prompt(p, engine) for p in prompt]
+            return [_text_prompt(p, fields, engine) for p in prompt]
         if all(isinstance(p, list) and all(type(i) is int for i in p) for p in prompt):
-            return [_checked_ids(p, engine) for p in prompt]
+            return [_checked_ids(_truncated(p, fields, engine), engine) for p in prompt]
     raise InvalidRequest(
         "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids; "
         f"got {shown(prompt)}",
@@ -402,12 +634,30 @@ def _prompt_texts(sent: Any, prompts: Sequence[tuple[int, ...]], engine: "Engine
     return tuple(tokenizer.decode(prompt) for prompt in prompts)
 
 
-def _text_prompt(text: str, engine: "Engine") -> tuple[int, ...]:
+def _text_prompt(text: str, fields: _CompletionBody, engine: "Engine") -> tuple[int, ...]:
     tokenizer = _tokenizer(engine, "prompt")
-    ids = tokenizer.encode(text, max_tokens=engine.max_model_len)
+    ids = tokenizer.encode(text, fields.add_special_tokens, max_tokens=_most_read(fields, engine))
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
-    return _checked_ids(ids, engine)
+    return _checked_ids(_truncated(ids, fields, engine), engine)
+
+
+def _most_read(fields: _Generate, engine: "Engine") -> int | None:
+    """Tokens above which a text is refused, unless only its end is wanted."""
+    return engine.max_model_len if fields.truncate_prompt_tokens is None else None
+
+
+def _truncated(ids: Sequence[int], fields: _Generate, engine: "Engine") -> Sequence[int]:
+    """The last ``truncate_prompt_tokens`` of a prompt; -1 stands for as many as leave room for a token."""
+    most = fields.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == -1:
+        most = engine.max_model_len - 1
+    if not 0 < most <= engine.max_model_len:
+        message = f"truncate_prompt_tokens must be -1 or from 1 to {engine.max_model_len}, got {shown(most)}"
+        raise InvalidRequest(message, "truncate_prompt_tokens")
+    return ids[-most:]
 
 
 def _checked_ids(ids: Sequence[int], engine: "Engine", param: str = "prompt") -> tuple[int, ...]:
@@ -487,7 +737,11 @@ class Reply:
         return self._chunk([choice])
 
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-        return self._chunk([]) | {"usage": _usage(prompt_tokens, completion_tokens, cached_tokens)}
+        return self._chunk([]) | self.usage(prompt_tokens, completion_tokens, cached_tokens)
+
+    def usage(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+        """The field that tells of tokens used."""
+        return {"usage": _usage(prompt_tokens, completion_tokens, cached_tokens)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_object, "choices": choices, **self._stream_usage}
@@ -585,6 +839,10 @@ class ChatReply(Reply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, call: Call, tokenizer: Tokenizer | None):
+        super().__init__(call, tokenizer)
+        self._readers: dict[int, CallReader] = {}  # of choices whose calls are told as they come
+
     def opening(self) -> list[dict[str, Any]]:
         start = {"role": "assistant", "content": ""}
         return [
@@ -593,20 +851,60 @@ class ChatReply(Reply):
         ]
 
     def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason: str = completion.finish_reason
+        if self._call.tools is not None:
+            content, calls = self._read(index, completion.text, is_last=True)
+            if calls:
+                message |= {"content": content or None, "tool_calls": [call.as_json() for call in calls]}
+                reason = self._reason(reason)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": None if completion.logprobs is None else self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": reason,
         }
 
     def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        text, told = delta.text, {}
+        reason: str | None = delta.finish_reason
+        if self._call.tools is not None:
+            before = self._readers[index].num_calls if index in self._readers else 0
+            text, calls = self._read(index, text, reason is not None)
+            if calls:
+                told = {"tool_calls": [{"index": before + i, **call.as_json()} for i, call in enumerate(calls)]}
+            if reason is not None and self._readers[index].num_calls:
+                reason = self._reason(reason)
         return {
             "index": index,
-            "delta": {"content": delta.text} if delta.text or delta.finish_reason is None else {},
+            "delta": ({"content": text} if text or (delta.finish_reason is None and not told) else {}) | told,
             "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reason,
         }
+
+    def chunk(self, prompt_index: int, delta: Delta) -> dict[str, Any] | None:
+        said = super().chunk(prompt_index, delta)
+        if said is None or self._call.tools is None or self._call.return_token_ids:
+            return said
+        (choice,) = said["choices"]
+        # Text that may yet become a call.
+        nothing = choice["delta"] == {"content": ""} and choice["finish_reason"] is None and not choice["logprobs"]
+        return None if nothing else said
+
+    def _read(self, index: int, text: str, is_last: bool) -> tuple[str, list[ToolCall]]:
+        """More of a choice, as content and calls."""
+        assert self._call.tools is not None, "only answers to chats with tools are read for calls"
+        reader = self._readers.setdefault(index, CallReader(self._call.tools, self._call.call_format))
+        content, calls = reader.push(text)
+        if is_last:
+            rest, more = reader.finish()
+            content, calls = content + rest, calls + more
+        return content, calls
+
+    def _reason(self, reason: str) -> str:
+        """Why an answer with calls ended, as OpenAI says it: one that had to be a certain call just stopped."""
+        assert self._call.tools is not None, "answers with calls are of chats with tools"
+        return "tool_calls" if reason == "stop" and not self._call.tools.is_named else reason
 
     def _logprobs(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
         content = [

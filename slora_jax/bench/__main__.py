@@ -435,5 +435,17 @@ def bystander(url: str | None, seconds: float, kinds: tuple[str, ...], body_byte
         raise click.ClickException("a small request waits for others; see above")
 
 
+@main.command()
+@click.option("--requests", type=_COUNT, default=16, show_default=True, help="Of a batch; half of them constrained.")
+@click.option("--tokens", type=_COUNT, default=64, show_default=True, help="Of each answer.")
+@click.option("--repeats", type=_COUNT, default=3, show_default=True, help="Runs of each batch; the median counts.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def structured(requests: int, tokens: int, repeats: int, out: Path | None):
+    """What grammars cost: the embedded model, half of a batch constrained by a schema, and none."""
+    from slora_jax.bench.structured import run_structured
+
+    _print_or_write(run_structured(requests, tokens, repeats, command_line()), out)
+
+
 if __name__ == "__main__":
     main()

@@ -91,6 +91,9 @@ class StubStep:
 
     num_entries: int
 
+    def draw(self) -> None:
+        """Its tokens are known from the start."""
+
     def read(self) -> StepResult:
         return StepResult([7] * self.num_entries, {})
 

@@ -179,6 +179,9 @@ class SimulatedStep:
     end: float
     num_entries: int
 
+    def draw(self) -> None:
+        """Its tokens are known from the start."""
+
     def read(self) -> StepResult:
         self.device.now = max(self.device.now, self.end)
         return StepResult([0] * self.num_entries, {})

@@ -36,6 +36,14 @@ class StepResult(NamedTuple):
 class Step(Protocol):
     """A step that the device is working on."""
 
+    def draw(self) -> None:
+        """Has it draw its tokens, if that was left open. Called once, when all steps before are taken in.
+
+        What the tokens of some sequences may be is known only then; see ``Constraint``. The device computes the
+        step's layers meanwhile, so it need not wait.
+        """
+        ...
+
     def read(self) -> StepResult:
         """Waits for the step and returns what it gave."""
         ...
@@ -145,6 +153,8 @@ class Core:
         self._in_flight: deque[tuple[StepPlan, Step]] = deque()
         # The plan whose step is being launched, read or taken in.
         self._in_hand: StepPlan | None = None
+        # The plan whose step was launched and has not drawn its tokens.
+        self._not_drawn: StepPlan | None = None
         self._failures = 0
 
     @property
@@ -204,31 +214,41 @@ class Core:
             self._device.start_copy(load)
         self._count(plan)
         runs = bool(self._in_flight)
-        self._launch(plan, outcome)
+        step = self._launch(plan, outcome)
         if runs:
             self._take_in(outcome)
             self._failures = 0
-        elif not self._in_flight and self._device.is_copying:
+        if step is not None:
+            self._draw(step)
+        elif not runs and self._device.is_copying:
             self._observe("wait")
             self._device.wait_for_copy()
             outcome.worked = True
         outcome.worked |= bool(self._in_flight or outcome.ended or plan.is_cut)
 
-    def _launch(self, plan: StepPlan, outcome: Outcome) -> None:
+    def _launch(self, plan: StepPlan, outcome: Outcome) -> Step | None:
         if not plan.entries:
-            return
+            return None
         self._observe("build")
         try:
             batch = self._device.lay_out(plan.entries)
         except Exception as failure:
             plan = self._without_causes(plan, failure, outcome)
             if not plan.entries:
-                return
+                return None
             batch = self._device.lay_out(plan.entries)
         self._observe("launch")
         self._in_hand = plan
-        self._in_flight.append((plan, self._device.launch(batch)))
-        self._in_hand = None
+        step = self._device.launch(batch)
+        self._in_flight.append((plan, step))
+        self._in_hand, self._not_drawn = None, plan
+        return step
+
+    def _draw(self, step: Step) -> None:
+        self._observe("launch")
+        self._in_hand = self._not_drawn
+        step.draw()
+        self._in_hand = self._not_drawn = None
 
     def _take_in(self, outcome: Outcome) -> None:
         """Waits for the step that was launched first, and takes in what it gives."""
@@ -296,11 +316,16 @@ class Core:
             self.scheduler.forsake(sequence)
         while self._in_flight:
             plan, _ = self._in_flight[0]
+            if plan is self._not_drawn:
+                # It has no tokens that could be lost: its sequences are computed again.
+                self._in_flight.popleft()
+                continue
             try:
                 self._take_in(outcome)
             except Exception:
                 self._in_hand = None
                 ended |= self._sequences_of(plan)
+        self._not_drawn = None
         if lost is None and self._failures > 1:
             ended |= self._not_plannable() or self._unfinished
         try:

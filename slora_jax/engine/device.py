@@ -1,7 +1,7 @@
 """The real ``Device`` of the loop: compiled steps over the pool, copies of adapters, and what other hosts are told."""
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from slora_jax.adapters.store import AdapterVersion
@@ -9,16 +9,22 @@ from slora_jax.engine.batch import AdapterSlice
 from slora_jax.engine.core import Step, StepResult
 from slora_jax.engine.hosts import Followers
 from slora_jax.engine.runner import LaidOut, Runner, StepInFlight
+from slora_jax.engine.sampling import allow_by_constraints
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.scheduler.sequence import AdapterLoad, ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
 class _ExplainedStep:
-    """A step in flight on all hosts."""
+    """A step in flight on all hosts, its tokens drawn or not yet."""
 
     step: StepInFlight
     followers: Followers
+    finish: Callable[[], None] | None
+
+    def draw(self) -> None:
+        if self.finish is not None:
+            self.finish()
 
     def read(self) -> StepResult:
         with self.followers.explained():
@@ -73,9 +79,19 @@ class ModelDevice:
         return self.runner.lay_out(entries, {key: self._slices[key] for key in keys})
 
     def launch(self, batch: LaidOut) -> Step:
+        waits = any(entry.sequence.constraint is not None for entry in batch.entries if entry.samples)
         with self.followers.explained():
             self.followers.run(*batch.arguments)
-            return _ExplainedStep(self.runner.start(batch), self.followers)
+            step, hidden = self.runner.start(batch)
+
+            def finish() -> None:
+                if waits:
+                    allow_by_constraints(batch.arguments.inputs, batch.batch.entries)
+                self.runner.draw(step, hidden, batch)
+
+            if not waits:
+                finish()
+            return _ExplainedStep(step, self.followers, finish if waits else None)
 
     def reset(self) -> None:
         """Makes the pool and what steps hand each other anew; compiled programs stay.

@@ -34,6 +34,7 @@ from slora_jax.scheduler.scheduler import Scheduler
 from slora_jax.scheduler.sequence import Emitted, Sequence
 from slora_jax.scheduler.traffic import Whereabouts
 from slora_jax.text.adapters import AdapterTokenizers
+from slora_jax.text.grammar import GrammarConstraint, Grammars
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,11 @@ class Engine:
         self._core = Core(create_scheduler, self.device, observe)
         self._store.limit_pins(self._budget.max_pinned_pages)
         self._adapter_tokenizers = AdapterTokenizers(self.tokenizer) if self.tokenizer else None
+        self._grammars = (
+            Grammars(self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids)
+            if self.tokenizer
+            else None
+        )
         # Only of those whose folder has a chat template of its own. A version takes its entry with it.
         self._tokenizers: weakref.WeakKeyDictionary[AdapterVersion, Tokenizer] = weakref.WeakKeyDictionary()
         self._answers: dict[int, _Answer] = {}
@@ -316,8 +322,8 @@ class Engine:
         """Queues a request and returns at once.
 
         Raises:
-          InvalidRequest: the prompt is empty, has an unknown token, or cannot fit the context or the pool; or a field
-            is for another scheduling policy than this engine's.
+          InvalidRequest: the prompt is empty, has an unknown token, or cannot fit the context or the pool; a field is
+            for another scheduling policy than this engine's; or the grammar is not valid.
           UnknownAdapter: ``request.adapter`` is not registered.
           Overloaded: too many requests are waiting.
           EngineStopped: the engine is closed, or another process's.
@@ -326,6 +332,7 @@ class Engine:
         adapter = self._store.get(request.adapter) if request.adapter is not None else None
         self._check_policy_fields(request)
         max_tokens = self._check_prompt(request, adapter)
+        constraints = self._constraints_of(request)
         generation = Generation(request, self._cancel)
         sampling = request.sampling
         with self._lock:
@@ -337,7 +344,7 @@ class Engine:
                     f"{waiting} sequences are waiting, and at most {self.config.scheduler.max_waiting} may; "
                     "try again later"
                 )
-            group = self._sequences_of(request, generation, adapter, max_tokens)
+            group = self._sequences_of(request, generation, adapter, max_tokens, constraints)
             generation.sequences.extend(answer.sequence for answer in group)
             self._submitted.append(group)
             self._num_unadmitted += len(group)
@@ -345,7 +352,12 @@ class Engine:
         return generation
 
     def _sequences_of(
-        self, request: Request, generation: Generation, adapter: AdapterVersion | None, max_tokens: int
+        self,
+        request: Request,
+        generation: Generation,
+        adapter: AdapterVersion | None,
+        max_tokens: int,
+        constraints: list[GrammarConstraint | None],
     ) -> list[_Answer]:
         """Makes the request's n sequences. Needs the lock, so that ``arrival`` increases with the sequences' ids."""
         sampling = request.sampling
@@ -367,6 +379,7 @@ class Engine:
                 seed=seed + index,
                 end_token_ids=frozenset(ends),
                 adapter=adapter,
+                constraint=constraints[index],
                 leader=group[0].sequence if group else None,
                 arrival=arrival,
                 tenant=request.adapter or self.model_name,
@@ -375,6 +388,23 @@ class Engine:
             )
             group.append(_Answer(sequence, generation, OutputText(request, index, self.tokenizer), index))
         return group
+
+    def _constraints_of(self, request: Request) -> list[GrammarConstraint | None]:
+        """What the tokens of each of the n answers may be. Compiles the grammar, in the caller's thread."""
+        sampling = request.sampling
+        vocabulary = self.model_config.vocab_size
+        for name, ids in (("logit_bias", dict(sampling.logit_bias)), ("allowed_token_ids", sampling.allowed_token_ids)):
+            if ids and (bad := next((token for token in ids if token >= vocabulary), None)) is not None:
+                raise InvalidRequest(f"{name}: token id {bad} is outside the vocabulary [0, {vocabulary})", name)
+        grammar = sampling.grammar
+        if grammar is None:
+            return [None] * sampling.n
+        if self._grammars is None:
+            raise InvalidRequest("a grammar is about text, and this model has no tokenizer", "grammar")
+        if self.config.mesh.num_hosts > 1:
+            raise InvalidRequest("a grammar cannot be had where several hosts serve one model", "grammar")
+        first = self._grammars.constraint(grammar)
+        return [first, *(first.copy() for _ in range(sampling.n - 1))]
 
     @property
     def gives_up_late(self) -> bool:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from slora_jax.request import Completion, Delta, FinishReason, Request, RequestOutput, TokenLogprob
-from slora_jax.scheduler.sequence import Sequence
+from slora_jax.scheduler.sequence import EndReason, Sequence
 from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -115,16 +115,17 @@ class OutputText:
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None):
         self._index = index
-        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
-        self._matcher = StopMatcher(request.sampling.stop)
+        sampling = request.sampling
+        self._decoder = IncrementalDecoder(tokenizer, sampling.skip_special_tokens) if tokenizer else None
+        self._matcher = StopMatcher(sampling.stop, sampling.include_stop_str_in_output)
 
-    def push(self, token: int, reason: FinishReason | None, logprob: TokenLogprob | None) -> Delta:
+    def push(self, token: int, reason: EndReason | None, logprob: TokenLogprob | None) -> Delta:
         """Takes the next token.
 
         Args:
           token: its id.
           reason: why the sequence ends with it, as far as its tokens say: "stop" for a token that ends it, which is no
-            part of the text; None if it goes on.
+            part of the text; "complete" for the last of what was asked for, which is; None if it goes on.
           logprob: of the token.
 
         Returns:
@@ -136,9 +137,10 @@ class OutputText:
         elif self._decoder is not None:
             text, stopped = self._matcher.push(self._decoder.push(token))
             reason = "stop" if stopped else reason
-        if reason == "length":
+        if reason in ("length", "complete"):
             tail, stopped = self._flush()
-            text, reason = text + tail, "stop" if stopped else reason
+            text, reason = text + tail, "stop" if stopped or reason == "complete" else reason
+        assert reason != "complete", "callers know it as an answer that stops"
         return Delta(self._index, text, (token,), (logprob,) if logprob else (), reason)
 
     def end(self, reason: FinishReason, error: str | None = None) -> Delta:

@@ -88,22 +88,23 @@ class LaidOut:
     arguments: LaunchArguments
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInFlight:
     """A step that the device is working on.
 
     Attributes:
       entries: the plan's, in its order.
       entry_of_row: the place in ``entries`` of each row of the outputs.
-      sampled: the outputs, when they are read.
+      sampled: the outputs, when they are read; None until the tokens are drawn.
     """
 
     entries: tuple[ScheduledSequence, ...]
     entry_of_row: np.ndarray
-    sampled: Sampled
+    sampled: Sampled | None
 
     def read(self) -> StepResult:
         """Waits for the step."""
+        assert self.sampled is not None, "a step is read when its tokens are drawn"
         order = self.entry_of_row
         tokens = np.empty(len(order), np.int32)
         tokens[order] = np.asarray(self.sampled.tokens)[: len(order)]
@@ -240,9 +241,12 @@ class Runner:
             return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
         _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-        # Any: a shape in the place of an array, as JAX takes it wherever it only traces.
-        history: Any = self._struct((shape.sequences, shape.history), jnp.int32)
-        inputs = replace(inputs, history=history)
+        # Any: shapes in the places of arrays, as JAX takes them wherever it only traces.
+        sized: dict[str, Any] = {
+            name: self._struct((shape.sequences, width), dtype)
+            for name, (width, dtype) in shape.widths(self._vocab_size).items()
+        }
+        inputs = replace(inputs, **sized)
         sampler = _sampler(shape, self.model, self._mesh, self._buckets.max_sequences)
         return sampler.lower(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
 
@@ -260,15 +264,23 @@ class Runner:
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
         return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs))
 
-    def start(self, step: LaidOut) -> StepInFlight:
-        """Starts a step and returns at once. It must be the one that was laid out last."""
-        batch = step.batch
-        sampled = self.launch(*step.arguments)
+    def start(self, step: LaidOut) -> tuple[StepInFlight, jax.Array]:
+        """Starts a step's layers and returns at once. It must be the one that was laid out last.
+
+        Returns:
+          The step, and what ``draw`` takes.
+        """
+        batch, arguments = step.batch, step.arguments
+        hidden = self._start_layers(arguments.shape, arguments.packed, arguments.sampler)
         self._room = batch.room
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
-        for array in jax.tree.leaves(sampled):
+        return StepInFlight(step.entries, batch.entry_of_row, None), hidden
+
+    def draw(self, started: StepInFlight, hidden: jax.Array, step: LaidOut) -> None:
+        """Starts the drawing of a step's tokens, ahead of the next step's start, and returns at once."""
+        started.sampled = self._start_sampler(hidden, step.arguments.sampler, step.arguments.inputs)
+        for array in jax.tree.leaves(started.sampled):
             array.copy_to_host_async()
-        return StepInFlight(step.entries, batch.entry_of_row, sampled)
 
     def reset(self) -> None:
         """Forgets the tokens of the step started last: the next step's sequences have none pending."""
@@ -277,10 +289,17 @@ class Runner:
 
     def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         """Starts the programs of a step that is laid out."""
+        return self._start_sampler(self._start_layers(shape, packed, sampler), sampler, inputs)
+
+    def _start_layers(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape) -> jax.Array:
+        # Both now: nobody should find out between the two that one has to be compiled.
         self.prepare(shape, sampler)
         hidden, self._pool.array = self._forward.start(
             self.programs.get, shape, self.params, packed, self._tokens, self._pool.array
         )
+        return hidden
+
+    def _start_sampler(self, hidden: jax.Array, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
         sampled = self.programs.get(sampler)(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled

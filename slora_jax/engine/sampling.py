@@ -1,5 +1,6 @@
 """Logits to tokens, on the device, each sequence by its own rules; see ``SamplingParams`` for the distribution."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from slora_jax.request import MAX_LOGPROBS
-from slora_jax.scheduler.sequence import NOT_FINITE, ScheduledSequence
+from slora_jax.scheduler.sequence import NOT_FINITE, ScheduledSequence, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class SamplerShape:
       filtered: some sequence has top_k, top_p or min_p, which need the vocabulary sorted.
       history: padded tokens of history that penalties count, 0 without penalties.
       logprobs: some sequence wants log-probabilities.
+      limited: some sequence may not have every token.
+      biased: padded number of tokens of a sequence whose logits are changed, 0 where no sequence has any.
     """
 
     sequences: int
@@ -30,6 +33,17 @@ class SamplerShape:
     filtered: bool
     history: int
     logprobs: bool
+    limited: bool = False
+    biased: int = 0
+
+    def widths(self, vocab_size: int) -> dict[str, tuple[int, type[np.generic]]]:
+        """Columns and dtype of those of ``SamplerInputs`` whose columns depend on the shape."""
+        return {
+            "history": (self.history, np.int32),
+            "allowed": (-(-vocab_size // 32) if self.limited else 0, np.int32),
+            "bias_tokens": (self.biased, np.int32),
+            "bias": (self.biased, np.float32),
+        }
 
 
 @struct.dataclass
@@ -44,6 +58,9 @@ class SamplerInputs:
       history: ``[S, H]`` int32 prompt and output tokens, negative ones as in ``BatchShape.unpack``, padded with the
         vocabulary size; ``[S, 0]`` without penalties.
       num_prompt: int32 prompt tokens at the front of ``history``.
+      allowed: ``[S, ceil(V / 32)]`` int32: bit ``t % 32`` of word ``t // 32`` is set if token t may come; ``[S, 0]``
+        where all may.
+      bias_tokens, bias: ``[S, B]`` int32, padded with the vocabulary size, and float32.
     """
 
     position: jax.Array | np.ndarray
@@ -57,6 +74,9 @@ class SamplerInputs:
     frequency: jax.Array | np.ndarray
     history: jax.Array | np.ndarray
     num_prompt: jax.Array | np.ndarray
+    allowed: jax.Array | np.ndarray
+    bias_tokens: jax.Array | np.ndarray
+    bias: jax.Array | np.ndarray
 
 
 @struct.dataclass
@@ -87,8 +107,8 @@ def build_sampler_inputs(
     Args:
       pending_rows: as in ``build_batch``.
     """
-    random = filtered = logprobs = False
-    longest = 0
+    random = filtered = logprobs = limited = False
+    longest = biased = 0
     last = None
     for sequence, _, _, samples, _ in entries:
         rule = sequence.sampling
@@ -99,6 +119,8 @@ def build_sampler_inputs(
             random = True
             filtered = filtered or rule.top_k > 0 or rule.top_p < 1 or rule.min_p > 0
         logprobs = logprobs or rule.logprobs is not None
+        limited = limited or rule.limits_tokens
+        biased = max(biased, len(rule.logit_bias))
         if rule.uses_penalties:
             longest = max(longest, sequence.num_tokens)
     shape = SamplerShape(
@@ -107,15 +129,40 @@ def build_sampler_inputs(
         filtered=filtered,
         history=1 << (longest - 1).bit_length() if longest else 0,
         logprobs=logprobs,
+        limited=limited,
+        biased=1 << (biased - 1).bit_length() if biased else 0,
     )
     arrays = {name: np.full(num_sequences, default, dtype) for name, (dtype, default) in _PADDING.items()}
     arrays["seed"] = np.zeros((num_sequences, 2), np.uint32)
-    arrays["history"] = np.full((num_sequences, shape.history), vocab_size, np.int32)
+    nothing = {"history": vocab_size, "allowed": -1, "bias_tokens": vocab_size, "bias": 0}
+    for name, (width, dtype) in shape.widths(vocab_size).items():
+        arrays[name] = np.full((num_sequences, width), nothing[name], dtype)
     if shape.random:
         _fill_random(arrays, entries)
     if shape.history:
         _fill_penalties(arrays, entries, pending_rows)
+    if limited:
+        _fill_allowed(arrays["allowed"], entries)
+    if biased:
+        _fill_bias(arrays, entries)
     return shape, SamplerInputs(**arrays)
+
+
+def allow_by_constraints(inputs: SamplerInputs, entries: Seq[ScheduledSequence]) -> None:
+    """Writes what the entries' constraints allow into ``inputs.allowed``, for all that are known to go on.
+
+    Args:
+      inputs: of the entries, from ``build_sampler_inputs``.
+      entries: in row order. All tokens before those that they sample are known to their constraints.
+    """
+    for row, entry in enumerate(entries):
+        constraint = entry.sequence.constraint
+        if entry.samples and constraint is not None and entry.sequence.state is not State.FINISHED:
+            allowed = inputs.allowed[row]
+            words = np.empty(allowed.shape, np.int32)
+            constraint.allow(words)
+            # A minimum of tokens, or a list of allowed ones, holds beside it.
+            allowed &= words
 
 
 # Fields that are one number a sequence, and what they hold for a greedy one.
@@ -161,6 +208,39 @@ def _fill_penalties(
             arrays["history"][row, len(known)] = -1 - pending_rows[sequence.sequence_id]
 
 
+def _fill_allowed(allowed: np.ndarray, entries: Seq[ScheduledSequence]) -> None:
+    """What is known of each sequence without its tokens: the list of allowed ones, and the minimum of tokens."""
+    for row, entry in enumerate(entries):
+        sequence, rule = entry.sequence, entry.sequence.sampling
+        if not entry.samples:
+            continue
+        if rule.allowed_token_ids is not None:
+            allowed[row] = 0
+            _set_bits(allowed[row], rule.allowed_token_ids, True)
+        if entry.start + entry.count - sequence.num_prompt < rule.min_tokens:
+            _set_bits(allowed[row], sequence.end_token_ids, False)
+
+
+def _set_bits(words: np.ndarray, tokens: Iterable[int], value: bool) -> None:
+    ids = np.fromiter(tokens, np.int64)
+    ids = ids[ids < 32 * words.size]
+    bits = words.view(np.uint32)
+    one = np.uint32(1) << (ids % 32).astype(np.uint32)
+    if value:
+        np.bitwise_or.at(bits, ids // 32, one)
+    else:
+        np.bitwise_and.at(bits, ids // 32, ~one)
+
+
+def _fill_bias(arrays: dict[str, np.ndarray], entries: Seq[ScheduledSequence]) -> None:
+    for row, entry in enumerate(entries):
+        bias = entry.sequence.sampling.logit_bias
+        if entry.samples and bias:
+            tokens, values = zip(*bias, strict=True)
+            arrays["bias_tokens"][row, : len(bias)] = tokens
+            arrays["bias"][row, : len(bias)] = values
+
+
 def sample(
     logits: jax.Array, inputs: SamplerInputs, previous_tokens: jax.Array, shape: SamplerShape, num_tokens_out: int
 ) -> Sampled:
@@ -175,6 +255,12 @@ def sample(
     scores = logits
     if shape.history:
         scores = _penalize(scores, inputs, previous_tokens)
+    if shape.biased:
+        row = jnp.arange(num_sequences)[:, None]
+        scores = scores.at[row, inputs.bias_tokens].add(inputs.bias, mode="drop")
+    if shape.limited:
+        bits = (inputs.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+        scores = jnp.where(bits.reshape(num_sequences, -1)[:, : scores.shape[1]] == 1, scores, -jnp.inf)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     # NaN counts as the largest number there is, so the largest score tells of all.
     is_finite = jnp.isfinite(jnp.take_along_axis(scores, tokens[:, None], axis=1)[:, 0])

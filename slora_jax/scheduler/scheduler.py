@@ -236,6 +236,8 @@ class Scheduler:
                         known.append(token)
                         if token in sequence.end_token_ids:
                             reason = "stop"
+                        elif sequence.constraint is not None and sequence.constraint.accept(token):
+                            reason = "complete"
                         elif len(known) - sequence.num_prompt >= sequence.max_tokens:
                             reason = "length"
                     emitted.append(Emitted(sequence, token, place, reason))

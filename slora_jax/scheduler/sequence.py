@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from slora_jax.config import PAGE_SIZE
 from slora_jax.request import SamplingParams
 
@@ -48,8 +50,21 @@ class AdapterHandle(Protocol):
         ...
 
 
-type EndReason = Literal["stop", "length", "error"]
-"""Why a sequence ends with a token: it is one that ends, the last that is allowed, or ``NOT_FINITE``."""
+class Constraint(Protocol):
+    """What the next token of one sequence may be. It is told every token, in order, and knows no other."""
+
+    def accept(self, token: int) -> bool:
+        """Takes the next token. Returns whether the answer is complete with it, so that none can follow."""
+        ...
+
+    def allow(self, words: np.ndarray) -> None:
+        """Writes which tokens may come next: bit ``t % 32`` of int32 word ``t // 32`` is set for token t."""
+        ...
+
+
+type EndReason = Literal["stop", "length", "error", "complete"]
+"""Why a sequence ends with a token: it is one that ends, the last that is allowed, ``NOT_FINITE``, or the one that
+makes what was asked for complete, and so a part of the text."""
 
 
 class State(Enum):
@@ -84,6 +99,8 @@ class Sequence:
       priority: higher goes first, under a policy that looks at it.
       slo_s: seconds from arrival within which its first token is wanted; None for the policy's own.
       is_overdue: it was started because it had waited for too long, and is preempted last.
+      constraint: what its tokens may be; None for anything. The sampler of a step waits for what it says of the token
+        before.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
     """
@@ -96,6 +113,7 @@ class Sequence:
     seed: int
     end_token_ids: frozenset[int] = frozenset()
     adapter: AdapterHandle | None = None
+    constraint: Constraint | None = None
     leader: "Sequence | None" = None
     arrival: float = 0.0
     tenant: str = ""

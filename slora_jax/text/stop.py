@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class StopMatcher:
-    """Passes text through until one of ``stops`` is complete, and never lets any of it out.
+    """Passes text through until one of ``stops`` is complete, and lets none of that out, unless ``include`` says so.
 
     The first match is the one that ends first; of two that end together, the longer. So the result does not
     depend on how the text was cut into pieces: ``"".join`` of all that is emitted (and ``flush``) is the text
@@ -16,7 +16,8 @@ class StopMatcher:
     takes time in proportion to their characters (about 1 ms for 1,000); the next ones of the same set share it.
     """
 
-    def __init__(self, stops: Iterable[str]):
+    def __init__(self, stops: Iterable[str], include: bool = False):
+        self._include = include
         self._stops = _automaton(tuple(sorted(set(stops))))
         self._node = _START
         self._withheld = ""
@@ -36,7 +37,7 @@ class StopMatcher:
             if length := stops.match_length[node]:
                 self._stopped = True
                 window, self._withheld = self._withheld + text[:position], ""
-                return window[: len(window) - length], True
+                return window if self._include else window[: len(window) - length], True
         self._node = node
         window = self._withheld + text
         keep = len(window) - stops.depth[node]

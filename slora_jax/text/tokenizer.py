@@ -111,6 +111,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self.chat_templates)
 
+    def to_json(self) -> str:
+        """What ``tokenizer.json`` would hold, tokens from other files included."""
+        return self._backend.to_str()
+
+    def template_source(self, with_tools: bool = False) -> str:
+        """The chat template as it is written: the one for chats with tools, if that is another.
+
+        Raises:
+          InvalidRequest: the model has none.
+        """
+        return self._template([] if with_tools else None).source
+
     def token_id(self, text: str) -> int | None:
         """The id of the token that is written so, special or not; None if there is none."""
         return self._backend.token_to_id(text)

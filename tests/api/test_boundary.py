@@ -101,7 +101,8 @@ def test_every_number_is_checked_and_named(client, path, name):
         if (name, value) == ("top_k", -1):  # means all of them, as 0 does
             assert check(post(client, path, ROUTES[path] | {name: value})) is None
             continue
-        error = refused(post(client, path, ROUTES[path] | {name: [value] if name == "stop_token_ids" else value}))
+        sent = [value] if name.endswith("_token_ids") else {"5": value} if name == "logit_bias" else value
+        error = refused(post(client, path, ROUTES[path] | {name: sent}))
         assert error["param"].startswith(name)
         assert name in error["message"] and "got" in error["message"]
 

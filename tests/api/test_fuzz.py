@@ -37,12 +37,13 @@ LEGAL = {
     "top_p": (1e-46, 0.5, 1), "min_p": (0, 1e-46, 0.1, 1), "repetition_penalty": (0.01, 1, 1.3, 100),
     "presence_penalty": (-2, 0, 2), "frequency_penalty": (-2, 0, 2), "seed": (0, -1, 2**64 - 1, -(2**63)), "n": (1, 2,
     5), "stop": ("e", ["o", "zz"]), "stop_token_ids": ([1], [287]), "ignore_eos": (True, False), "return_token_ids":
-    (True,),
+    (True,), "min_tokens": (0, 1), "logit_bias": ({"5": 2}, {}), "allowed_token_ids": ([1, 2],), "guided_regex":
+    ("[a-z]{3}",), "guided_choice": (["a", "b"],), "guided_json": ({"type": "integer"},), "structured_outputs":
+    ({"json_object": True},), "response_format": ({"type": "json_object"}, {"type": "text"}),
 }  # fmt: skip
 OTHERS = [
     "model", "prompt", "messages", "max_completion_tokens", "stream", "stream_options", "priority", "slo_ms",
-    "logprobs", "top_logprobs", "echo", "best_of", "suffix", "logit_bias", "tools", "response_format", "store",
-    "user", "nobody",
+    "logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "guided_grammar", "store", "user", "nobody",
 ]  # fmt: skip
 BODIES = [
     b"", b"{", b"[" * 5000, b"\xff", b"null", b'{"a":1,"a":2}', b'{"n":' + b"9" * 5000 + b"}", b'{"temperature": NaN}',

@@ -16,7 +16,8 @@ from slora_jax.request import BOUNDS, MAX_STOP_LENGTH, MAX_STOPS, MIN_TEMPERATUR
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 
 VOCABULARY = 64
-SAMPLING = [name for name in BOUNDS if name not in ("stop_token_ids", "prompt", "priority", "slo_ms")]
+OF_LISTS = ("stop_token_ids", "allowed_token_ids", "logit_bias", "prompt")
+SAMPLING = [name for name in BOUNDS if name not in (*OF_LISTS, "priority", "slo_ms")]
 
 sampled = functools.partial(jax.jit, static_argnames=("shape", "num_tokens_out"))(sample)
 
@@ -89,6 +90,28 @@ def test_stop_tokens_that_are_none(value):
         SamplingParams(stop_token_ids=value)
 
 
+@pytest.mark.parametrize("value", [5, ["1"], [-1], [2**31], [1.0], [True], [10**5000], []])
+def test_allowed_tokens_that_are_none(value):
+    with pytest.raises(InvalidRequest, match=r"^allowed_token_ids must"):
+        SamplingParams(allowed_token_ids=value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, None, [1], ["ab1"], {"1": 1.0}, {1: "x"}, {1: 100.5}, {1: math.nan}, {-1: 1.0}, {2**31: 1.0}, {True: 1.0}],
+)
+def test_biases_that_are_none(value):
+    with pytest.raises(InvalidRequest, match=r"^logit_bias must"):
+        SamplingParams(logit_bias=value)
+
+
+def test_a_minimum_of_tokens_above_the_maximum():
+    assert SamplingParams(max_tokens=3, min_tokens=3).limits_tokens
+    with pytest.raises(InvalidRequest, match=r"^min_tokens \(4\) must be at most max_tokens \(3\)") as refusal:
+        SamplingParams(max_tokens=3, min_tokens=4)
+    assert refusal.value.param == "min_tokens"
+
+
 def test_stops_are_bounded():
     assert SamplingParams(stop=["x" * MAX_STOP_LENGTH] * MAX_STOPS, stop_token_ids=range(MAX_STOPS))
     for name, entries in (("stop", ["x"]), ("stop_token_ids", [1])):
@@ -125,6 +148,10 @@ def rules(draw_value) -> SamplingParams:
             else st.floats(bounds.least, bounds.most, exclude_min=bounds.above_least)
         )
         fields[name] = draw_value(values | between)
+    fields["min_tokens"] = min(fields["min_tokens"], fields["max_tokens"])
+    token = st.integers(0, VOCABULARY - 1)
+    fields["allowed_token_ids"] = draw_value(st.none() | st.lists(token, min_size=1))
+    fields["logit_bias"] = draw_value(st.dictionaries(token, st.floats(-100, 100), max_size=5))
     return SamplingParams(**fields)
 
 
@@ -133,6 +160,8 @@ def rules(draw_value) -> SamplingParams:
 def test_every_rule_allowed_gives_a_token_of_the_vocabulary(logits, chosen, history):
     tokens, inputs = draw(logits, chosen, history)
     assert ((tokens >= 0) & (tokens < VOCABULARY)).all()
+    for rule, token in zip(chosen, tokens.tolist(), strict=True):
+        assert rule.allowed_token_ids is None or token in rule.allowed_token_ids
     for rule, position in zip(chosen, range(len(chosen)), strict=True):
         for name in ("temperature", "top_p", "min_p"):
             value = np.asarray(getattr(inputs, name))[position]
@@ -145,7 +174,7 @@ def test_every_rule_allowed_gives_a_token_of_the_vocabulary(logits, chosen, hist
 def test_no_rule_allowed_draws_what_has_no_probability(rule):
     """With a NaN on the way, the token would be the first one."""
     logits = np.where(np.arange(VOCABULARY) % 2, 1e30, -1e30).astype(np.float32)
-    rule = rule.replace(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    rule = rule.replace(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, allowed_token_ids=None)
     tokens, _ = draw(logits, [rule], [3])
     assert tokens[0] % 2 == 1
 

@@ -23,6 +23,14 @@ class NumberStep:
 
     entries: tuple[ScheduledSequence, ...]
 
+    def draw(self) -> None:
+        """By now whatever constrains a sequence must have been told all tokens before the one that is drawn."""
+        for entry in self.entries:
+            sequence = entry.sequence
+            if entry.samples and sequence.constraint is not None and sequence.state is not State.FINISHED:
+                assert len(sequence.tokens) == entry.start + entry.count
+                assert sequence.constraint.told == sequence.tokens[sequence.num_prompt :]
+
     def read(self) -> StepResult:
         return StepResult([next_token(entry.sequence.tokens) for entry in self.entries], {})
 

@@ -49,6 +49,10 @@ class FaultyStep(NumberStep):
         super().__init__(entries)
         self.faults = faults
 
+    def draw(self):
+        self.faults("draw")
+        super().draw()
+
     def read(self):
         self.faults("read")
         return super().read()
@@ -319,3 +323,51 @@ def test_random_faults_in_a_tiny_pool_lose_no_page_and_change_no_token(seed):
     whole = [s for s in sequences if ends[s] == "length"]
     assert len(whole) > 10 and all(tokens[s] == expected(s, 25) for s in whole)
     assert loop.pages.num_used == 0
+
+
+class Told:
+    """A constraint that allows anything, and completes the answer after so many tokens."""
+
+    def __init__(self, most):
+        self.told, self.most = [], most
+
+    def accept(self, token):
+        self.told.append(token)
+        return len(self.told) == self.most
+
+    def allow(self, words):
+        words[:] = -1
+
+
+@pytest.mark.parametrize("faults", [{}, {"draw": {9}}, {"read": {7}}, {"commit": {11}}, {"launch": {5, 12}}])
+def test_constrained_sequences_are_told_every_token_before_the_next_is_drawn(faults):
+    """Beside others, through preemption, and when steps fail: the device asserts it at every draw."""
+    loop = make_loop(num_pages=14, **faults)
+    sequences = make_sequences(6)
+    for sequence in sequences[::2]:
+        sequence.constraint = Told(most=12)
+    loop.add(*sequences)
+    tokens, ends = drive(loop)
+    lost = [sequence for sequence in sequences if "injected" in ends[sequence]]
+    assert bool(lost) == bool(faults)
+    for sequence in sequences:
+        if sequence in lost:
+            continue
+        count = 12 if sequence.constraint else 20
+        assert tokens[sequence] == expected(sequence, count)
+        assert ends[sequence] == ("complete" if sequence.constraint else "length")
+        if sequence.constraint:
+            assert sequence.constraint.told == tokens[sequence]
+
+
+def test_a_step_that_was_not_drawn_loses_nobody():
+    """The step behind it fails to be taken in: its own sequences end, those of the one launched meanwhile go on."""
+    loop = make_loop(commit={3})
+    early, late = make_sequences(2)
+    loop.add(early)
+    for _ in range(4):
+        loop.step()
+    loop.add(late)
+    tokens, ends = drive(loop)
+    assert "injected in commit" in ends[early] and ends[late] == "length"
+    assert tokens[late] == expected(late)

@@ -80,3 +80,10 @@ def test_the_number_of_stop_strings_does_not_matter():
         times[count] = best
     # More of them miss the processor's caches more often; trying each took 2,000 times as long.
     assert times[2_000] < 60 * times[1]
+
+
+def test_a_stop_string_may_be_kept():
+    for size in (1, 2, 100):
+        matcher, text = StopMatcher(["END", "."], include=True), "one END two"
+        pieces = [matcher.push(text[i : i + size])[0] for i in range(0, len(text), size)]
+        assert "".join(pieces) == "one END" and matcher.stopped
