@@ -55,11 +55,11 @@ class AdapterFolders:
 
     def _check_links(self, path: str, folder: Path) -> None:
         seen = 0
-        for parent, _, files in os.walk(folder):
-            seen += 1 + len(files)
+        for parent, subfolders, files in os.walk(folder):
+            seen += len(subfolders) + len(files)
             if seen > _MOST_FILES:
                 raise BadAdapter(f"the folder {shown(path)} holds more than {_MOST_FILES} files; is it an adapter?")
-            for name in files:
+            for name in (*subfolders, *files):
                 if not self._is_within(Path(os.path.realpath(Path(parent, name)))):
                     raise self._refusal(path)
 

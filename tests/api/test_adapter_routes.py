@@ -115,6 +115,8 @@ def test_folders_within_the_roots_after_links_are_followed(tmp_path):
     weights = adapter_at(tmp_path / "root" / "weights-elsewhere")
     (tmp_path / "outside" / "secret").write_text("x")
     (tmp_path / "root" / "weights-elsewhere" / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "secret")
+    templates = adapter_at(tmp_path / "root" / "templates-elsewhere")
+    (tmp_path / "root" / "templates-elsewhere" / "additional_chat_templates").symlink_to(tmp_path / "outside")
     folders = AdapterFolders([str(tmp_path / "link-to-root")])
     for path in (inside, str(tmp_path / "root" / "link-in"), str(tmp_path / "link-to-root" / "team" / "a")):
         assert folders.checked(path) == inside
@@ -126,6 +128,7 @@ def test_folders_within_the_roots_after_links_are_followed(tmp_path):
         str(tmp_path / "root" / "absent"),
         str(tmp_path / "root-of-another" / "a"),
         weights,
+        templates,
         "/etc",
         "/nowhere",
         "a\0b",
