@@ -28,8 +28,11 @@ from slora_jax.config import Section, Text, checked, read_yaml
 from slora_jax.errors import InvalidRequest, SLoRAError, shown
 from slora_jax.request import MAX_PRIORITY
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/ready"})
-"""Paths that need no key: what probes ask, before anybody has one."""
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/ready", "/", "/page/<name>"})
+"""Paths, as routes are written, that need no key: what probes ask, and a page's own files, which hold no secrets."""
+
+WATCH_PATHS = frozenset({"/metrics", "/v1/pool"})
+"""Paths that show what all tenants do. They need the admin key where there is one, else any key where there are some."""
 
 ADMIN_PATHS = frozenset(
     {
@@ -299,6 +302,7 @@ class Access:
 
         Args:
           authorization: the header; None if there is none.
+          path: as its route is written; as it was sent, if there is no such route.
 
         Raises:
           Unauthorized: the path needs a key, and this is none that is good for it.
@@ -311,7 +315,7 @@ class Access:
         for other, caller in self._callers.items():  # all of them: how long it takes tells nothing about any
             if hmac.compare_digest(digest, other):
                 known = known or caller
-        if path in ADMIN_PATHS:
+        if path in ADMIN_PATHS or (path in WATCH_PATHS and self._admin is not None):
             return self._admin_or_refusal(known)
         if known is None:
             if self.needs_key and path not in OPEN_PATHS:

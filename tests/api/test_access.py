@@ -10,7 +10,7 @@ import time
 import pydantic
 import pytest
 
-from slora_jax.api.access import Access, Caller, Forbidden, is_loopback
+from slora_jax.api.access import Access, Caller, Forbidden, Unauthorized, is_loopback
 from slora_jax.api.app import create_app
 from slora_jax.api.server import ServerConfig
 from slora_jax.errors import InvalidRequest
@@ -274,6 +274,22 @@ def test_admin_routes_need_the_admin_key_where_there_is_one(engine, path):
     assert without.post(path, json=body, headers=bearer(ADMIN)).status_code == 403
     tenants = client_of(engine, keys=[KEY], allow_adapter_loading=True)
     error(tenants.post(path, json=body, headers=bearer(KEY)), 403, "admin_only")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/pool"])
+def test_what_shows_all_tenants_needs_the_admin_key_where_there_is_one(path):
+    access = Access(keys=[KEY], admin_key=ADMIN)
+    assert access.identify(f"Bearer {ADMIN}", path).is_admin
+    with pytest.raises(Forbidden, match="admin key"):
+        access.identify(f"Bearer {KEY}", path)
+    with pytest.raises(Unauthorized):
+        access.identify(None, path)
+    tenants = Access(keys=[KEY])
+    assert not tenants.identify(f"Bearer {KEY}", path).is_admin
+    with pytest.raises(Unauthorized):
+        tenants.identify(None, path)
+    assert Access().identify(None, path) == Caller()
+    assert access.identify(None, "/") == access.identify(None, "/page/<name>") == Caller()
 
 
 @pytest.mark.parametrize("path", ADMIN_ROUTES)

@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import threading
+import time
 
 import pytest
 from werkzeug.test import EnvironBuilder
@@ -215,6 +216,12 @@ def test_ten_thousand_requests(caplog):
         assert min(statuses.values()) > REQUESTS // 50, "it reaches the engine, and is refused, often"
         clients[0].known()
         assert not clients[0].wrong
+        for name in engine.adapters():
+            engine.unpin_adapter(name)
+        deadline = time.monotonic() + 10
+        while engine.stats()["pages_used"]:
+            assert time.monotonic() < deadline, "pages are used, and nobody uses them"
+            time.sleep(0.01)
     finally:
         engine.close()
     engine.check_integrity()
