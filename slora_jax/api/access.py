@@ -32,7 +32,7 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/ready", "/", "/page/<n
 """Paths, as routes are written, that need no key: what probes ask, and a page's own files, which hold no secrets."""
 
 WATCH_PATHS = frozenset({"/metrics", "/v1/pool"})
-"""Paths that show what all tenants do. They need the admin key where there is one, else any key where there are some."""
+"""Paths that show what all tenants do. They need the admin key where there is one, else a key where there are some."""
 
 ADMIN_PATHS = frozenset(
     {
