@@ -388,11 +388,24 @@ FLAGS = {
         ),
         _flag(
             "--log-level",
-            "How much to log on stderr: debug, info, warning or error.",
+            "How much to log on stderr: debug, info (a line for each request), warning or error.",
             field="server.log_level",
             default="warning",
             type=click.Choice(["debug", "info", "warning", "error"]),
             metavar="LEVEL",
+        ),
+        _flag(
+            "--log-json/--no-log-json",
+            "Log one JSON object a line.",
+            field="server.log_json",
+            default="no-log-json",
+        ),
+        _flag(
+            "--slow-step-s",
+            "Steps that take longer than that many seconds are logged.",
+            default="5.0",
+            type=float,
+            metavar="SECONDS",
         ),
     ],
     "Access": [
@@ -528,6 +541,7 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
       serve.py --model meta-llama/Llama-2-7b-hf --adapter-dir adapters --port 8080
       serve.py --config configs/server.yaml --adapter pirate=adapters/pirate
     """
+    from slora_jax.api.logs import set_up_logging
     from slora_jax.errors import SLoRAError
 
     given = {name: value for name, value in flags.items() if ctx.get_parameter_source(name) in GIVEN}
@@ -535,7 +549,7 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
     try:
         with stopped_by_sigterm():
             engine_config, server_config = read_config(config, given)
-            set_up_logging(server_config.log_level)
+            set_up_logging(server_config.log_level, server_config.log_json)
             if engine_config.mesh.host_id:
                 follow(engine_config, server_config)
             else:
@@ -579,17 +593,6 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def set_up_logging(level: str) -> None:
-    """The log on stderr. What a start has to say (``slora_jax.start``) is said at any level but error, as it stands."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if level != "error":
-        start = logging.getLogger("slora_jax.start")
-        plain = logging.StreamHandler()
-        start.handlers = [plain]
-        start.setLevel(logging.INFO)
-        start.propagate = False
 
 
 def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConfig, ServerConfig]":

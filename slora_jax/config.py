@@ -197,6 +197,7 @@ class EngineConfig(Section):
         several devices share the model, as collectives keep their buffers outside (see ``slora_jax.gpu_memory``).
       warm_up: compile every shape of step before the server says that it is ready, so that no request waits for it;
         None does so on a GPU, and on a CPU for the shapes that a few short requests need.
+      slow_step_s: steps that take longer are logged; seconds, of which compiling is no part.
       pool, scheduler, mesh: see there.
       seed: seeds dummy weights and requests that bring no seed.
     """
@@ -215,6 +216,7 @@ class EngineConfig(Section):
     checkpoint_cache: Text | None = "~/.cache/slora-jax/checkpoints"
     compilation_cache: Text | None = "~/.cache/slora-jax/compiled"
     warm_up: bool | None = None
+    slow_step_s: Amount = 5.0
     pool: PoolConfig = PoolConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     mesh: MeshConfig = MeshConfig()

@@ -42,6 +42,7 @@ from slora_jax.adapters.peft import (
     read_header,
 )
 from slora_jax.errors import AdapterExists, BadAdapter, UnknownAdapter
+from slora_jax.histogram import Histogram
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
 
@@ -162,6 +163,7 @@ class AdapterStore:
 
     Attributes:
       num_loads: reads of an adapter's weights from disk.
+      load_seconds: how long those took that succeeded, checks and staging included.
       pinned: the versions that are to stay in the pool; another tuple whenever they change.
     """
 
@@ -217,6 +219,7 @@ class AdapterStore:
         self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="slora-adapter")
         self._is_closed = False
         self.num_loads = 0
+        self.load_seconds = Histogram()
         self.pinned: tuple[AdapterVersion, ...] = ()
         self._max_pinned_pages = sys.maxsize if max_pinned_pages is None else max_pinned_pages
         # Guards all of the above and every version's state.
@@ -403,6 +406,11 @@ class AdapterStore:
         with self._changed:
             return {name: version.info for name, version in self._versions.items()}
 
+    def versions(self) -> dict[str, AdapterVersion]:
+        """A snapshot of the current versions themselves, by name."""
+        with self._changed:
+            return self._versions.copy()
+
     @property
     def host_bytes_used(self) -> int:
         """Of the bounded host memory, loads under way included."""
@@ -482,6 +490,7 @@ class AdapterStore:
                 return
             self.num_loads += 1
         host, failure = None, ""
+        start = time.monotonic()
         try:
             host = self._staged(load_adapter(version.header, self._dtype))
             if version.content_hash not in (None, host.content_hash):
@@ -491,6 +500,7 @@ class AdapterStore:
                 )
             else:
                 self._confirm(host)
+                self.load_seconds.add([time.monotonic() - start])
         except BadAdapter as e:
             host, failure = None, str(e)
             logger.warning("adapter %s failed to load: %s", version.info.name, failure)

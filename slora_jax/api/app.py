@@ -30,6 +30,7 @@ from slora_jax.api.deltas import (
 )
 from slora_jax.api.drain import Drain, Draining
 from slora_jax.api.folders import AdapterFolders, NoSuchFolder
+from slora_jax.api.metrics import Onlooker, add_metrics
 from slora_jax.api.openai import (
     Call,
     ChatReply,
@@ -39,7 +40,9 @@ from slora_jax.api.openai import (
     parse_completion,
     resolve_model,
 )
+from slora_jax.api.page_routes import add_page
 from slora_jax.api.tokens import detokenized, tokenized
+from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
     AdapterExists,
     BadAdapter,
@@ -189,6 +192,9 @@ def create_app(
     drain = drain or Drain()
     slots = _Slots(max_streams, drain)
     started = int(time.time())
+    traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
+    add_metrics(app, engine, traffic, onlooker)
+    add_page(app, engine, traffic, onlooker, _json)
 
     @app.before_request
     def come_in():
@@ -229,11 +235,11 @@ def create_app(
 
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, parse_completion, CompletionReply)
+        return _generate(engine, slots, traffic, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, parse_chat, ChatReply)
+        return _generate(engine, slots, traffic, parse_chat, ChatReply)
 
     @app.get("/v1/models")
     def models():
@@ -350,6 +356,7 @@ def create_app(
     def any_error(error: Exception):
         rule = _rule(error)
         response = _json(_error_of(error, rule), rule.status)
+        _log_refusal(rule, getattr(error, "param", None))
         if rule.status == 429 or rule.error is Draining:
             response.headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_AFTER_SECONDS))
         if rule.status == 401:
@@ -357,6 +364,13 @@ def create_app(
         return response
 
     return app
+
+
+def _log_refusal(rule: _Rule, param: str | None) -> None:
+    """Of a request that was refused; without its message, which may show what the client sent."""
+    route = flask.request.url_rule.rule if flask.request.url_rule else "-"
+    said = {"route": route, "status": rule.status, "code": rule.code or rule.kind, "param": param}
+    requests_log.info("refused %s", " ".join(f"{k}={v or '-'}" for k, v in said.items()), extra={"fields": said})
 
 
 def error_body(message: str, status: int) -> bytes:
@@ -367,6 +381,7 @@ def error_body(message: str, status: int) -> bytes:
 def _generate(
     engine: "Engine",
     slots: "_Slots",
+    traffic: Traffic,
     parse: Callable[[Any, "Engine"], Call],
     reply_type: type[Reply],
 ) -> flask.Response:
@@ -383,12 +398,14 @@ def _generate(
         bill = _Bill(caller, generations)
         caller.spend(sum(len(request.prompt) for request in call.requests))
         cleanup.callback(bill.settle)
-        for generation in generations:
+        followed = [traffic.follow(generation, reply.id) for generation in generations]
+        for generation, one in zip(generations, followed, strict=True):
             cleanup.callback(generation.cancel)
+            cleanup.callback(one.end)
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not call.stream:
             try:
-                return _json(reply.whole(wait_all(generations, gone, slots.pause)))
+                return _json(reply.whole(wait_all(generations, gone, noting(followed, slots.pause))))
             except ClientGone:
                 return flask.Response(status=499)  # nobody reads it
         pieces = watch(generations, gone)
@@ -398,7 +415,9 @@ def _generate(
                 pieces = _begun(pieces)
             except ClientGone:
                 return flask.Response(status=499)
-        response = flask.Response(_events(call, reply, generations, pieces, slots, bill), mimetype="text/event-stream")
+        response = flask.Response(
+            _events(call, reply, generations, followed, pieces, slots, bill), mimetype="text/event-stream"
+        )
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         # Runs when the stream has ended, failed, or was dropped before its first event.
@@ -424,6 +443,7 @@ def _events(
     call: Call,
     reply: Reply,
     generations: Sequence["Generation"],
+    followed: Sequence[Followed],
     pieces: Iterator[tuple[int, list[Delta]]],
     slots: "_Slots",
     bill: _Bill,
@@ -437,6 +457,7 @@ def _events(
             new_tokens = sum(len(delta.token_ids) for delta in deltas)
             completion_tokens += new_tokens
             bill.pay(new_tokens)
+            followed[index].note()
             chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
             if call.usage_in_every_chunk:
                 usage = reply.usage(*_used(generations, completion_tokens))

@@ -72,6 +72,7 @@ class ServerConfig(Section):
       allowed_hosts, allowed_origins: see ``access.Access``.
       grace_s: seconds that running requests may take to end after SIGTERM.
       log_level: of this program's log on stderr.
+      log_json: write the log as one JSON object a line.
     """
 
     host: Text = "127.0.0.1"
@@ -88,6 +89,7 @@ class ServerConfig(Section):
     allowed_origins: tuple[Text, ...] = ()
     grace_s: float = pydantic.Field(30.0, ge=0, le=86_400, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    log_json: bool = False
 
     @pydantic.model_validator(mode="after")
     def _strangers_do_not_administer(self):

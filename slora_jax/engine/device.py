@@ -1,5 +1,6 @@
 """The real ``Device`` of the loop: compiled steps over the pool, copies of adapters, and what other hosts are told."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from slora_jax.engine.core import Step, StepResult
 from slora_jax.engine.hosts import Followers
 from slora_jax.engine.runner import LaidOut, Runner, StepInFlight
 from slora_jax.engine.sampling import allow_by_constraints
+from slora_jax.histogram import Histogram
 from slora_jax.memory.pool import AdapterCopy, UnifiedPool
 from slora_jax.scheduler.sequence import AdapterLoad, ScheduledSequence
 
@@ -39,6 +41,7 @@ class ModelDevice:
       pool: the unified pool, on the same devices.
       followers: the other hosts, which do what this one does.
       copied_bytes: of adapters, copied from host memory so far.
+      copy_seconds: how long the copies took, from their start until steps may read them.
     """
 
     def __init__(self, runner: Runner, pool: UnifiedPool, followers: Followers):
@@ -46,8 +49,9 @@ class ModelDevice:
         self.pool = pool
         self.followers = followers
         self.copied_bytes = 0
+        self.copy_seconds = Histogram()
         # In the order in which they were started.
-        self._copies: deque[tuple[AdapterLoad, AdapterCopy]] = deque()
+        self._copies: deque[tuple[AdapterLoad, AdapterCopy, float]] = deque()
         self._slices: dict[Hashable, AdapterSlice] = {}
         self._key_of_page: dict[int, Hashable] = {}
 
@@ -55,15 +59,16 @@ class ModelDevice:
         host = _version(load).host()
         assert host is not None, "an adapter left host memory while it was held"
         self.followers.start_copy(host.packed, load.pages)
-        self._copies.append((load, self.pool.start_copy(host.packed, load.pages)))
+        self._copies.append((load, self.pool.start_copy(host.packed, load.pages), time.monotonic()))
         self.copied_bytes += host.packed.nbytes
 
     def arrived(self) -> Iterator[AdapterLoad]:
         while self._copies and self._copies[0][1].is_ready:
-            load, copy = self._copies.popleft()
+            load, copy, start = self._copies.popleft()
             self.followers.finish_copy()
             self.pool.finish_copy(copy)
             self._note_slice(load)
+            self.copy_seconds.add([time.monotonic() - start])
             yield load
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slora_jax.adapters.peft import resolve_adapter_path
+from slora_jax.adapters.peft import printable, resolve_adapter_path
 from slora_jax.adapters.store import AdapterInfo, AdapterVersion
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.config import EngineConfig, SchedulerConfig
@@ -23,7 +23,9 @@ from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.core import Core, Ended, Outcome, in_words
 from slora_jax.engine.generation import Generation, OutputText
 from slora_jax.engine.meeting import Meeting
+from slora_jax.engine.observation import AdapterSeen, Observation, Tier
 from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded
+from slora_jax.histogram import Counted
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.model.modules import MODULES
@@ -38,8 +40,12 @@ from slora_jax.text.grammar import GrammarConstraint, Grammars
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+events = logging.getLogger("slora_jax.events")
+"""What changes what a running engine serves."""
 
 _IDLE_WAIT_SECONDS = 1.0
+_ADAPTERS_BETWEEN_RESTS = 500
+_MOST_WAITING_SEEN = 4096
 
 
 @dataclass(slots=True)
@@ -58,7 +64,7 @@ class _Answer:
             # The text that was withheld is lost; that the request ended must not be.
             logger.exception("the end of an answer could not be turned into text")
             delta = Delta(self.index, "", finish_reason=reason, error=error)
-        self.generation.put(delta)
+        self.generation.put(delta, time.monotonic())
 
 
 class Engine:
@@ -151,7 +157,8 @@ class Engine:
         self._on_failure: Callable[[str], None] = lambda sentence: None
         self._closed: str | None = None
         self._on_close = contextlib.ExitStack()
-        self._counts = Counter(cached_tokens=0, late=0)
+        self._counts = Counter(cached_tokens=0, late=0, prompt_tokens=0, generated_tokens=0)
+        self._finished: Counter[FinishReason] = Counter()
 
     @classmethod
     def create(cls, config: EngineConfig, progress: bool = True, meeting: Meeting | None = None) -> "Engine":
@@ -226,11 +233,20 @@ class Engine:
             colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
         self.check_process()
-        folder = resolve_adapter_path(path)
-        own = self._own_tokenizer(folder)
-        info = self._store.register(name, folder, pinned, replace)
+        is_replaced = name in self._store
+        try:
+            folder = resolve_adapter_path(path)
+            own = self._own_tokenizer(folder)
+            info = self._store.register(name, folder, pinned, replace)
+        except BadAdapter as refusal:
+            if self.is_running:
+                events.warning("adapter refused: %s", printable(str(refusal)))
+            raise
         self._keep_tokenizer(name, own)
         self._wake()
+        if self.is_running:
+            said = "replaced" if is_replaced else "loaded"
+            events.info("adapter %s %s: rank %d, %d pages, of %s", name, said, info.rank, info.num_pages, folder)
         return info
 
     def pin_adapter(self, name: str) -> AdapterInfo:
@@ -315,6 +331,8 @@ class Engine:
         self.check_process()
         self._store.unregister(name)
         self._wake()
+        if self.is_running:
+            events.info("adapter %s unloaded", name)
 
     # Requests
 
@@ -471,9 +489,25 @@ class Engine:
         self._take_submitted()
         self._take_cancelled()
         self._core.pin(self._store.pinned)
+        compiled = self.device.runner.programs.num_compiled
+        begun = time.monotonic()
         outcome = self._core.step()
-        self._hand_out(outcome)
+        now = time.monotonic()
+        if now - begun > self.config.slow_step_s and compiled == self.device.runner.programs.num_compiled:
+            self._tell_slow(now - begun, outcome)
+        self._hand_out(outcome, now)
         return outcome.worked
+
+    def _tell_slow(self, seconds: float, outcome: Outcome) -> None:
+        stats = self.stats()
+        events.warning(
+            "a step took %.1f s: it gave %d tokens, %d sequences run, %d wait, %d recoveries so far",
+            seconds,
+            len(outcome.emitted),
+            stats["running"],
+            stats["waiting"],
+            stats["recoveries"],
+        )
 
     def _take_submitted(self) -> None:
         while self._submitted:
@@ -493,23 +527,26 @@ class Engine:
             for sequence in self._cancelled.popleft().sequences:
                 self._end(sequence, "abort", "cancelled by the caller")
 
-    def _hand_out(self, outcome: Outcome) -> None:
+    def _hand_out(self, outcome: Outcome, now: float) -> None:
+        given = 0
         for emitted in outcome.emitted:
             answer = self._answers.get(emitted.sequence.sequence_id)
             if answer is None:
                 continue  # a sequence of the same request failed just now
+            given += emitted.reason != "error"
             try:
-                self._hand_out_token(answer, emitted, outcome.logprobs.get(emitted.place))
+                self._hand_out_token(answer, emitted, outcome.logprobs.get(emitted.place), now)
             except Exception as failure:
                 logger.exception("a token could not be turned into text")
                 self._end(emitted.sequence, "error", f"its text could not be made: {in_words(failure)}")
+        self._counts["generated_tokens"] += given
         for ended in outcome.ended:
             if ended.reason == "late":
                 self._give_up(ended)
             else:
                 self._end(*ended)
 
-    def _hand_out_token(self, answer: _Answer, emitted: Emitted, logprob: TokenLogprob | None) -> None:
+    def _hand_out_token(self, answer: _Answer, emitted: Emitted, logprob: TokenLogprob | None, now: float) -> None:
         sequence = emitted.sequence
         if emitted.reason == "error":
             who = f"adapter {sequence.tenant!r}" if sequence.adapter else "the model"
@@ -523,15 +560,18 @@ class Engine:
         if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
             answer.generation.cached_tokens = sequence.cached_tokens
             self._counts["cached_tokens"] += sequence.cached_tokens
+            self._counts["prompt_tokens"] += sequence.num_prompt
         delta = answer.output.push(emitted.token, emitted.reason, logprob)
-        answer.generation.put(delta)
+        answer.generation.put(delta, now)
         if delta.finish_reason is not None:
+            self._finished[delta.finish_reason] += 1
             del self._answers[sequence.sequence_id]
             self._core.finish(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> None:
         answer = self._answers.pop(sequence.sequence_id, None)
         if answer is not None:
+            self._finished[reason] += 1
             answer.end(reason, error)
             self._core.finish(sequence)
 
@@ -646,6 +686,7 @@ class Engine:
     def _end_all(self, reason: FinishReason, error: str) -> None:
         self._take_submitted()
         for answer in list(self._answers.values()):
+            self._finished[reason] += 1
             answer.end(reason, error)
         self._answers.clear()
         self._core.scheduler.abandon()
@@ -692,7 +733,37 @@ class Engine:
             "pages_free": pages.num_free,
             "host_adapter_bytes": self._store.host_bytes_used,
             "host_adapter_loads": self._store.num_loads,
+            "compilations": self.device.runner.programs.num_compiled,
         }
+
+    def finished(self) -> Mapping[FinishReason, int]:
+        """How many sequences ended since the start, by reason. From any thread."""
+        return self._finished.copy()
+
+    def load_seconds(self) -> Mapping[str, Counted]:
+        """How long adapters took from disk to host memory ("host"), and from there to the pool ("pool")."""
+        return {"host": self._store.load_seconds.read(), "pool": self.device.copy_seconds.read()}
+
+    def observe(self) -> Observation:
+        """What the pool and the adapters look like now. From any thread; the loop goes on meanwhile.
+
+        It costs some milliseconds for ten thousand adapters or a hundred thousand pages: ask once a second, not more.
+        """
+        scheduler = self._core.scheduler
+        versions = self._store.versions()
+        view = scheduler.view((name, version) for name, version in versions.items() if version.content_hash)
+        adapters = []
+        for number, version in enumerate(versions.values()):
+            if number % _ADAPTERS_BETWEEN_RESTS == 0:
+                time.sleep(0)
+            resident = scheduler.is_resident(version)
+            tier: Tier = "pool" if resident else "host" if version.status == "ready" else "disk"
+            adapters.append(AdapterSeen(version.info, tier))
+        first = itertools.islice(self._answers.copy().values(), _MOST_WAITING_SEEN)
+        waiting = dict.fromkeys(
+            answer.sequence.tenant for answer in first if answer.sequence.adapter and answer.sequence.is_waiting
+        )
+        return Observation(view, tuple(adapters), tuple(waiting))
 
     def capacity(self, adapter: str | None, num_tokens: int) -> Capacity:
         """How many more requests of this length on this adapter could start now, beside those that run.

@@ -10,6 +10,36 @@ from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
 
+class Timing:
+    """When a request's tokens came, as far as its deltas were taken. Seconds, by the clock of the engine's steps.
+
+    Attributes:
+      first: when the first token came; None while none did.
+      tokens: how many came.
+      gaps: between one token of a sequence and the next.
+    """
+
+    __slots__ = ("_last", "first", "gaps", "tokens")
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.tokens = 0
+        self.gaps: list[float] = []
+        self._last: dict[int, float] = {}
+
+    def note(self, delta: Delta, at: float) -> None:
+        """Takes in the next delta, which came at this time."""
+        if not delta.token_ids:
+            return
+        self.tokens += len(delta.token_ids)
+        last = self._last.get(delta.index)
+        if last is not None:
+            self.gaps.append(at - last)
+        elif self.first is None:
+            self.first = at
+        self._last[delta.index] = at
+
+
 class Generation:
     """One submitted request. Iterate over it for deltas as they come, or ask for the ``result``; not both at once.
 
@@ -17,6 +47,7 @@ class Generation:
       request: as submitted.
       prompt_token_ids: the prompt.
       cached_tokens: prompt tokens found in the prefix cache; known with the first delta.
+      timing: when its tokens came.
       sequences: for the engine.
     """
 
@@ -24,9 +55,10 @@ class Generation:
         self.request = request
         self.prompt_token_ids = request.prompt
         self.cached_tokens = 0
+        self.timing = Timing()
         self.sequences: list[Sequence] = []
         self._on_cancel = on_cancel
-        self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self._deltas: queue.SimpleQueue[tuple[float, Delta]] = queue.SimpleQueue()
         self._unfinished = request.sampling.n
         self._seen: list[Delta] = []
 
@@ -45,11 +77,12 @@ class Generation:
         if self.finished:
             return None
         try:
-            delta = self._deltas.get(timeout=timeout)
+            at, delta = self._deltas.get(timeout=timeout)
         except queue.Empty:
             return None
         self._unfinished -= delta.finish_reason is not None
         self._seen.append(delta)
+        self.timing.note(delta, at)
         return delta
 
     def __iter__(self) -> Iterator[Delta]:
@@ -80,9 +113,24 @@ class Generation:
         if not self.finished:
             self._on_cancel(self)
 
-    def put(self, delta: Delta) -> None:
-        """For the engine: hands a delta to the caller."""
-        self._deltas.put(delta)
+    def put(self, delta: Delta, at: float) -> None:
+        """For the engine: hands a delta to the caller, with the time by ``time.monotonic`` at which its step ended."""
+        self._deltas.put((at, delta))
+
+    @property
+    def submitted(self) -> float:
+        """When it was submitted, by the same clock."""
+        return self.sequences[0].arrival
+
+    @property
+    def started(self) -> float | None:
+        """When its first sequence left the queue; None while it waits."""
+        return self.sequences[0].started
+
+    @property
+    def finish_reasons(self) -> list[FinishReason]:
+        """Of the sequences whose last delta was taken, in the order in which they ended."""
+        return [delta.finish_reason for delta in self._seen if delta.finish_reason is not None]
 
     def _completions(self) -> tuple[Completion, ...]:
         by_index: list[list[Delta]] = [[] for _ in range(self.request.sampling.n)]

@@ -49,6 +49,7 @@ class Programs[Shape: Hashable]:
 
     Attributes:
       compiling: words for what a compiler is working on, None while none works.
+      num_compiled: programs compiled so far, rather than read from disk.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Programs[Shape: Hashable]:
         self._is_writable = self._folder is not None
         self._lock = threading.Lock()
         self.compiling: str | None = None
+        self.num_compiled = 0
         self._lasting: dict[Shape, jax.stages.Compiled] = {}
         self._passing: OrderedDict[Shape, jax.stages.Compiled] = OrderedDict()
 
@@ -138,6 +140,7 @@ class Programs[Shape: Hashable]:
             if missing:
                 with self._told(what):
                     programs |= self._compile_all(missing, workers)
+                self.num_compiled += len(missing)
         return {shape: programs[shape] for shape in shapes}
 
     def _compile_all(self, shapes: Sequence[Shape], workers: Executor) -> dict[Shape, jax.stages.Compiled]:

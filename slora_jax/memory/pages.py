@@ -18,7 +18,7 @@ Page 0 is the trash page: padding lanes write there, and it is never handed out.
 
 import heapq
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from slora_jax.errors import PoolMisuse
@@ -137,6 +137,11 @@ class PageAllocator:
         """Pages of the block under ``key``, or None. Changes nothing."""
         block = self._blocks.get(key)
         return block.pages if block else None
+
+    def blocks(self) -> Iterator[tuple[Hashable, tuple[int, ...]]]:
+        """The blocks that there are when it begins: their keys and pages. From any thread."""
+        for key, block in self._blocks.copy().items():
+            yield key, block.pages
 
     def is_cached(self, key: Hashable) -> bool:
         """Whether the block exists and has no owner, so that acquiring it takes pages from ``num_available``."""

@@ -36,7 +36,8 @@ from slora_jax.scheduler.sequence import (
     State,
     StepPlan,
 )
-from slora_jax.scheduler.traffic import AdapterTraffic, Whereabouts
+from slora_jax.scheduler.traffic import AdapterTraffic, Whereabouts, adapter_key
+from slora_jax.scheduler.view import PoolView, view_pool
 
 _MAX_MOVES = 256
 """Most sequences that one plan parks, and most that it queues again: each costs a few microseconds."""
@@ -113,6 +114,15 @@ class Scheduler:
     def whereabouts(self, adapter: AdapterHandle) -> Whereabouts:
         """Where an adapter is, between disk and the pool."""
         return self._adapters.whereabouts(adapter)
+
+    def is_resident(self, adapter: AdapterHandle) -> bool:
+        """Whether an adapter is in the pool, ready to compute with. From any thread."""
+        return self._adapters.whereabouts(adapter).pool in ("used", "cached")
+
+    def view(self, adapters: Iterable[tuple[str, AdapterHandle]]) -> PoolView:
+        """Who owns which page now, with the adapters' names. From any thread."""
+        names = {adapter_key(adapter): name for name, adapter in adapters}
+        return view_pool(self._pages, self._running.copy(), names)
 
     def pin(self, adapters: tuple[AdapterHandle, ...]) -> None:
         """Says which adapters are to be brought to the pool and to stay there; all others are not.
@@ -444,6 +454,7 @@ class Scheduler:
         sequence.state = State.RUNNING
         if not sequence.was_admitted:
             sequence.was_admitted = True
+            sequence.started = self._clock()
             sequence.cached_tokens = sequence.num_done
         return True
 

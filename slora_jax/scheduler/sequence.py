@@ -103,6 +103,7 @@ class Sequence:
         before.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
+      started: when it was first admitted, by the clock of ``arrival``; None while it was not.
     """
 
     sequence_id: int
@@ -130,6 +131,7 @@ class Sequence:
     adapter_key: Hashable = None
     cached_tokens: int = 0
     was_admitted: bool = False
+    started: float | None = None
     followers: list["Sequence"] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
 

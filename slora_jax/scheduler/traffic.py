@@ -84,10 +84,10 @@ class AdapterTraffic:
         place: Place
         if not self.is_resident(adapter):
             place = "absent"
-        elif _key(adapter) in self._arriving:
+        elif adapter_key(adapter) in self._arriving:
             place = "arriving"
         else:
-            place = "cached" if self._pages.is_cached(_key(adapter)) else "used"
+            place = "cached" if self._pages.is_cached(adapter_key(adapter)) else "used"
         return Whereabouts(adapter.status, adapter in self._held, place)
 
     # Pins
@@ -155,14 +155,14 @@ class AdapterTraffic:
                 if not self._budget.has_room(0, adapter.num_pages):
                     return False
                 self._start_copy(adapter)
-            key = self._pin_keys[adapter] = _key(adapter)
+            key = self._pin_keys[adapter] = adapter_key(adapter)
             self._pages.acquire(key)
             self._prefetched.discard(key)
         return True
 
     def is_resident(self, adapter: AdapterHandle) -> bool:
         """Whether its weights are in the pool or on their way there; a copy in host memory is not needed then."""
-        return adapter.content_hash is not None and self._pages.lookup(_key(adapter)) is not None
+        return adapter.content_hash is not None and self._pages.lookup(adapter_key(adapter)) is not None
 
     def is_arriving(self, key: Hashable) -> bool:
         """Whether the copy to this block is under way."""
@@ -193,7 +193,7 @@ class AdapterTraffic:
 
     def pages_to_take(self, adapter: AdapterHandle) -> int:
         """Available pages that ``acquire`` would take: none if its block is there and owned."""
-        if self.is_resident(adapter) and not self._pages.is_cached(_key(adapter)):
+        if self.is_resident(adapter) and not self._pages.is_cached(adapter_key(adapter)):
             return 0
         return adapter.num_pages
 
@@ -203,7 +203,7 @@ class AdapterTraffic:
         Returns:
           The block's key.
         """
-        key = _key(adapter)
+        key = adapter_key(adapter)
         if not self.is_resident(adapter):
             self._start_copy(adapter)
         elif key in self._prefetched:
@@ -232,7 +232,7 @@ class AdapterTraffic:
             if self.is_resident(adapter) or (
                 adapter.status != "failed" and self.want(adapter) and adapter.status == "ready"
             ):
-                wanted.setdefault(_key(adapter), adapter)
+                wanted.setdefault(adapter_key(adapter), adapter)
         # Owned meanwhile, so that copying one does not evict another; and wanted just now when released.
         cached = [key for key in wanted if self._pages.is_cached(key)]
         for key in cached:
@@ -276,7 +276,7 @@ class AdapterTraffic:
 
     def _start_copy(self, adapter: AdapterHandle) -> None:
         """Takes an adapter's pages, which must be available; the copy owns them until it has arrived."""
-        key = _key(adapter)
+        key = adapter_key(adapter)
         self._note_wasted(key)
         # Held until the copy has arrived, though the weights are in use no longer than that.
         if self._held.pop(adapter, None) is None:
@@ -301,6 +301,6 @@ def _content(adapter: AdapterHandle) -> Hashable:
     return adapter.content_hash or adapter
 
 
-def _key(adapter: AdapterHandle) -> Hashable:
+def adapter_key(adapter: AdapterHandle) -> Hashable:
     """Of the block of an adapter whose content is known: equal weights share it."""
     return ("adapter", adapter.content_hash)

@@ -494,7 +494,7 @@ def test_json_that_is_no_object(client, body):
 
 def test_routes(client):
     error(client.get("/v1/nothing"), 404)
-    error(client.post("/"), 404)
+    error(client.post("/nothing"), 404)
     response = client.get("/v1/completions")
     error(response, 405)
     assert "POST" in response.headers["Allow"]

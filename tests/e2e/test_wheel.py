@@ -47,6 +47,7 @@ def test_what_is_in_it(wheel):
     assert not [name for name in names if "/results/" in name or name.startswith("tests")]
     for needed in ("configs/shapes/llama-7b.yaml", "serve.py", "py.typed", "demo/adapters/pirate/adapter_config.json"):
         assert f"slora_jax/{needed}" in names
+    assert {f"slora_jax/api/page/{name}" for name in ("index.html", "page.js", "page.css")} <= set(names)
     assert any(name.startswith("pallas_kernels/tuned/") for name in names)
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 20 * 2**20
 
@@ -77,6 +78,9 @@ def test_it_serves(programs, tmp_path):
             with urllib.request.urlopen(request, timeout=120) as response:
                 (choice,) = json.load(response)["choices"]
             assert choice["finish_reason"] == "length" and len(choice["token_ids"]) == 4
+            for path, shown in (("/", b"page/page.js"), ("/page/page.js", b"v1/pool"), ("/metrics", b"slora:pages")):
+                with urllib.request.urlopen(url + path, timeout=60) as response:
+                    assert shown in response.read()
         finally:
             process.terminate()
         assert process.wait(timeout=60) == 0

@@ -530,11 +530,11 @@ def test_a_fault_of_the_text_is_its_own_requests(tiny_case, monkeypatch):
     generations = [engine.submit(greedy(p, None, 10)) for p in prompts]
     put, seen = generations[1].put, []
 
-    def faulty(delta):
+    def faulty(delta, at):
         seen.append(delta)
         if len(seen) == 4:
             raise UnicodeDecodeError("utf-8", b"?", 0, 1, "injected")
-        put(delta)
+        put(delta, at)
 
     generations[1].put = faulty
     answers = texts(run(engine, *generations))

@@ -6,12 +6,14 @@ the base model is named ``base``. One thread takes a step for every running requ
 
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from slora_jax.engine.generation import Timing
 from slora_jax.errors import AdapterExists, BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import Completion, Delta, Request, RequestOutput, TokenLogprob
@@ -60,6 +62,12 @@ class FakeGeneration:
         self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self.deltas: list[Delta] = []
         self._ended = threading.Event()
+        self.timing = Timing()
+        self.submitted = self.started = time.monotonic()
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        return [delta.finish_reason for delta in self.deltas if delta.finish_reason is not None]
 
     @property
     def finished(self) -> bool:
@@ -105,6 +113,7 @@ class FakeGeneration:
         self.cancelled = True
 
     def put(self, delta: Delta) -> None:
+        self.timing.note(delta, time.monotonic())
         self.deltas.append(delta)
         self._deltas.put(delta)
         if delta.finish_reason is not None:
