@@ -184,7 +184,8 @@ def test_priorities(engine, tmp_path):
 # ---- the file
 
 
-def test_the_file_is_read_again_on_sighup_and_a_bad_one_keeps_the_old(engine, tmp_path, caplog):
+def test_the_file_is_read_again_on_sighup_and_a_bad_one_keeps_the_old(engine, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("slora_jax.start"), "propagate", True)  # a launch turns that off
     path = keys_file(tmp_path, entry(requests_per_minute=2))
     access = Access(keys_file=path, clock=Clock())
     client = create_app(engine, access=access).test_client()
