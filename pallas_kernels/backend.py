@@ -1,4 +1,8 @@
-"""Which implementation of the kernels a device runs: decided here and nowhere else."""
+"""Which implementation of attention and LoRA a device runs: decided here and nowhere else.
+
+Whether several devices send to each other by kernels is decided where their memory is opened for that, in
+``collectives.open_peer_memory``.
+"""
 
 import logging
 from typing import Literal

@@ -137,6 +137,8 @@ class SchedulerConfig(Section):
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences ({self.max_sequences}): "
                 "a step decodes one token of every running sequence"
             )
+        if self.fair_weights and self.policy != "vtc":
+            raise ValueError(f"fair_weights are for policy vtc, and the policy is {self.policy}; leave one out")
         return self
 
 

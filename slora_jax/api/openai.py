@@ -36,7 +36,7 @@ from slora_jax.request import (
     TokenLogprob,
     check_number,
 )
-from slora_jax.text.tokenizer import Tokenizer
+from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine
@@ -791,7 +791,8 @@ class CompletionReply(Reply):
 
     def __init__(self, call: Call, tokenizer: Tokenizer | None):
         super().__init__(call, tokenizer)
-        self._offsets: dict[int, int] = {}  # characters of each choice's tokens already reported
+        self._offsets: dict[int, int] = {}  # characters of each choice's text ahead of its next token
+        self._decoders: dict[int, IncrementalDecoder] = {}
 
     def opening(self) -> list[dict[str, Any]]:
         n = self._call.n
@@ -828,8 +829,16 @@ class CompletionReply(Reply):
             shape["token_logprobs"].append(self._finite(token.logprob))
             shape["top_logprobs"].append(top | {text: self._finite(token.logprob)})
             shape["text_offset"].append(offset)
-            self._offsets[index] = offset + len(text)
+            self._offsets[index] = offset + self._length(index, token.token_id, text)
         return shape
+
+    def _length(self, index: int, token_id: int, shown_as: str) -> int:
+        """Characters that a choice's text gets with a token: none with one that only begins a character."""
+        if self._tokenizer is None:
+            return len(shown_as)
+        if index not in self._decoders:
+            self._decoders[index] = IncrementalDecoder(self._tokenizer, skip_special_tokens=False)
+        return len(self._decoders[index].push(token_id))
 
 
 class ChatReply(Reply):

@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,11 @@ from slora_jax.model.weights import load_params, sharded_abstract_params, weight
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise when the parameter tree or the manifest changes; entries of other formats are then stale
+_FORMAT = 4  # raise when the parameter tree or the manifest changes; entries of other formats are then stale
 _PARAMS = "params"
 _MANIFEST = "manifest.json"
 _SMALL_FILE_BYTES = 2**16
+_PIECE_BYTES = 2**22
 _HOST_COPY_GB = 2  # host memory for arrays on their way between disk and device
 
 
@@ -79,9 +82,8 @@ def load_or_restore(
 ) -> tuple[dict[str, Any], Provenance]:
     """``load_params``, or the same parameters from the cache if the source files have not changed since.
 
-    An entry with files missing, cut short or unreadable is deleted and made anew. The numbers in it are trusted, as
-    those in the safetensors are: digests cover only what tells where they are. A cache that cannot be written costs a
-    warning, nothing else.
+    An entry with files missing, cut short, damaged or unreadable is deleted and made anew: every file has a digest or a
+    checksum. A cache that cannot be written costs a warning, nothing else.
 
     Args:
       folder, config, dtype, mesh, progress: as in ``load_params``.
@@ -248,14 +250,23 @@ def _without_late_callbacks(hook: Callable) -> Callable:
 
 
 def _described(folder: Path) -> dict[str, list]:
-    """Every file's size, and the digest of those so small that reading them costs nothing: all but the numbers."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return {str(path.relative_to(folder)): _size_and_digest(path) for path in files}
+    """Every file's size and digest. Reads all of them, which they are going to be anyway."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST]
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        described = workers.map(_size_and_digest, files)
+        return {str(path.relative_to(folder)): found for path, found in zip(files, described, strict=True)}
 
 
 def _size_and_digest(path: Path) -> list:
+    """SHA-256 of a small file. Of a large one, which holds the numbers, a checksum that takes a tenth of the time."""
     size = path.stat().st_size
-    return [size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= _SMALL_FILE_BYTES else None]
+    if size <= _SMALL_FILE_BYTES:
+        return [size, hashlib.sha256(path.read_bytes()).hexdigest()]
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    return [size, f"{checksum:08x}"]
 
 
 def _flush(folder: Path) -> None:
@@ -268,7 +279,7 @@ def _flush(folder: Path) -> None:
 
 
 def _check_manifest(folder: Path) -> None:
-    """Raises ValueError unless the files are those that were written, by name, size and digest of the small ones."""
+    """Raises ValueError unless the files are those that were written, by name, size and digest."""
     expected, found = json.loads((folder / _MANIFEST).read_text()), _described(folder)
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

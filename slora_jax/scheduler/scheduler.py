@@ -294,7 +294,17 @@ class Scheduler:
             if builder.budget == 0:
                 break
             if sequence.state is State.RUNNING and not is_arriving(sequence.adapter_key):
-                self._schedule(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled), builder)
+                self._schedule(sequence, self._piece_of_prompt(sequence, builder.budget), builder)
+
+    def _piece_of_prompt(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of its prompt a sequence computes in a step with room for ``budget``.
+
+        While others wait, a prompt of several steps takes half of each: else nobody could start before it is done.
+        """
+        left, most = sequence.num_tokens - sequence.num_scheduled, self._config.max_batch_tokens
+        if left > most and self._num_waiting:
+            budget = min(budget, -(-most // 2))
+        return min(budget, left)
 
     def _schedule(self, sequence: Sequence, count: int, builder: "_PlanBuilder") -> None:
         """Adds ``count`` tokens of a running sequence, preempting those after it (or itself) if pages run out."""
@@ -426,7 +436,7 @@ class Scheduler:
             insort(self._running, sequence, key=self._standing)
             self._num_waiting -= 1
             if not self._adapters.is_arriving(sequence.adapter_key):
-                builder.add(sequence, min(builder.budget, sequence.num_tokens - sequence.num_scheduled))
+                builder.add(sequence, self._piece_of_prompt(sequence, builder.budget))
             elif is_new:
                 self._adapters.num_prefetch_late += 1
         builder.is_cut |= moves == 0

@@ -20,7 +20,7 @@ import yaml
 import slora_jax
 from slora_jax.api.folders import NoSuchFolder
 from slora_jax.api.server import ServerConfig, listen
-from slora_jax.config import EngineConfig, build_config
+from slora_jax.config import POLICIES, EngineConfig, build_config
 from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
 from tests.helpers.fake_engine import FakeEngine
@@ -540,3 +540,8 @@ def test_a_launch_from_start_to_ctrl_c(tmp_path):
 def test_read_config_raises_for_callers_without_a_command_line(tmp_path):
     with pytest.raises(InvalidRequest):
         serve.read_config(str(tmp_path / "none.yaml"), {})
+
+
+def test_the_flag_offers_every_policy_that_there_is():
+    (option,) = [parameter for parameter in serve.main.params if parameter.name == "scheduler__policy"]
+    assert tuple(option.type.choices) == POLICIES

@@ -172,6 +172,7 @@ def test_a_gzip_body_is_answered_as_the_plain_one(client):
         (zlib.compress(body_of()), "not valid gzip"),
         (gzip.compress(b"") * 50_000, "more than 64 pieces"),
     ],
+    ids=["nothing", "plain", "cut", "cut by one", "bad sum", "more after it", "zlib", "many"],
 )
 def test_broken_gzip(client, data, said):
     assert said in error(send(client, data), 400)

@@ -128,3 +128,14 @@ def test_usage_in_every_chunk(client, engine):
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[-1] == 9 and len(counts) > 1
     assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {len(engine.generations[-1].request.prompt)}
+
+
+def test_offsets_count_the_text_not_how_a_part_of_a_character_is_shown(client, engine, monkeypatch):
+    """Four tokens make one character; the next token begins behind it."""
+    text = "😀a"
+    monkeypatch.setattr(engine, "answer", lambda request: engine.tokenizer.encode(text))
+    body = {"model": "base", "prompt": "x", "max_tokens": 20, "logprobs": 0}
+    shape = client.post("/v1/completions", json=body).json["choices"][0]["logprobs"]
+    whole = {0: 0, len(shape["tokens"]) - 1: 1}
+    assert {place: shape["text_offset"][place] for place in whole} == whole
+    assert set(shape["text_offset"][:-1]) == {0}

@@ -754,3 +754,27 @@ def test_a_plan_costs_the_same_however_many_wait(status):
     assert max(looks) < 3_000
     # A plan takes 1 to 3 ms; only one whose work grows with the queue takes this long.
     assert statistics.median(seconds) < 0.02
+
+
+def test_a_long_prompt_leaves_half_of_each_step_to_those_who_wait():
+    loop = CheckedLoop(SchedulerConfig(max_batch_tokens=64, max_sequences=8), num_pages=200)
+    long = make_sequence(0, range(1000), max_tokens=2)
+    loop.add(long)
+    loop.step()
+    assert loop.scheduler.last_plan.num_tokens == 64
+    shorts = [make_sequence(i, [i] * 20, max_tokens=3) for i in (1, 2, 3)]
+    loop.add(*shorts)
+    for _ in range(8):
+        loop.step()
+    assert all(short.state is State.FINISHED for short in shorts)
+    assert long.num_done < long.num_prompt
+    # And all of it again once nobody waits.
+    loop.step()
+    assert loop.scheduler.last_plan.num_tokens == 64
+
+
+def test_a_prompt_of_one_step_is_not_cut_for_those_who_wait():
+    loop = CheckedLoop(SchedulerConfig(max_batch_tokens=64, max_sequences=8), num_pages=200)
+    loop.add(*(make_sequence(i, [i] * 60, max_tokens=2) for i in range(3)))
+    loop.step()
+    assert [entry.count for entry in loop.scheduler.last_plan.entries] == [60, 4]

@@ -148,10 +148,19 @@ def delete_params(entry: Path) -> None:
     shutil.rmtree(entry / "params")
 
 
+def flip_a_bit(entry: Path) -> None:
+    file = max((path for path in entry.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with file.open("r+b") as data:
+        data.seek(file.stat().st_size // 2)
+        (byte,) = data.read(1)
+        data.seek(-1, os.SEEK_CUR)
+        data.write(bytes([byte ^ 1]))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        *(cut_largest, overwrite_metadata, overwrite_small_files, empty_everything),
+        *(cut_largest, flip_a_bit, overwrite_metadata, overwrite_small_files, empty_everything),
         *(delete_data, delete_manifest, delete_params),
     ],
 )
