@@ -200,6 +200,8 @@ def create_app(
     def come_in():
         request, headers = flask.request, flask.request.headers
         flask.g.request_id = _request_id(headers.get("X-Request-Id"))
+        if request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug would pass over
+            flask.abort(404)
         if request.method == "OPTIONS":
             return flask.Response(status=204) if "Access-Control-Request-Method" in headers else None
         path = request.url_rule.rule if request.url_rule else request.path

@@ -298,8 +298,9 @@ def test_every_route_knows_the_names_that_chat_knows(engine):
     "path", ["//", "//health", "/v1//models", "/%ff", "/v1/models/%ff%00", "/v1/models/%2e%2e", "/" + "x" * 60_000]
 )
 def test_paths_of_nothing(client, path):
-    # Whole, or the client would take what follows two slashes for a host.
-    assert len(refused(client.get(f"http://localhost{path}"), 404)["message"]) < 400
+    # The test's client would take what follows two slashes for a host.
+    whole = {"PATH_INFO": path} if path.startswith("//") else {}
+    assert len(refused(client.get(path, environ_overrides=whole), 404)["message"]) < 400
 
 
 def test_a_parameter_given_twice(client):
