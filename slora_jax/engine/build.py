@@ -317,6 +317,12 @@ def make_pool(
         f" on each of {layout.shards.count} devices" if layout.shards.count > 1 else "",
         f" ({memory.source})" if memory else "",
     )
+    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
+        start.warning(
+            "max_model_len is %d, but the model takes %d tokens at most: longer requests are refused",
+            config.max_model_len,
+            model.max_position_embeddings,
+        )
     limit = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     tokens = (num_pages - 1) * PAGE_SIZE
     if tokens < limit:

@@ -18,6 +18,8 @@ from slora_jax.request import Grammar
 from slora_jax.text.tokenizer import Tokenizer
 
 _MAX_CHOICES = 1000
+_JSON_SPACE = r"[ \n]{0,16}"
+"""Between the parts of JSON: an indented line, and no more, or some models write nothing else for ever."""
 
 
 class Grammars:
@@ -93,7 +95,9 @@ def _compiled(grammar: Grammar) -> str:
     try:
         match grammar.kind:
             case "json_schema":
-                return llguidance.LLMatcher.grammar_from_json_schema(_schema(grammar))
+                return llguidance.LLMatcher.grammar_from_json_schema(
+                    _schema(grammar), defaults={"whitespace_pattern": _JSON_SPACE}
+                )
             case "regex":
                 return llguidance.LLMatcher.grammar_from_regex(grammar.text)
             case "lark":

@@ -200,7 +200,7 @@ def test_the_file_is_read_again_on_sighup_and_a_bad_one_keeps_the_old(engine, tm
         assert seen in caplog.text
 
     before = signal.getsignal(signal.SIGHUP)
-    with access.reloaded_by_sighup(), caplog.at_level(logging.INFO):
+    with access.reloaded_by_sighup(), caplog.at_level(logging.INFO, logger="slora_jax.start"):
         assert complete(client, KEY).status_code == 200
         keys_file(tmp_path, entry(requests_per_minute=2), entry(OTHER))
         hang_up("2 keys")

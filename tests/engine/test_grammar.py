@@ -73,6 +73,15 @@ def test_a_model_that_was_never_trained_answers_in_the_form(engine, kind, temper
         assert has_form(completion.text), completion.text
 
 
+def test_json_has_no_endless_space_between_its_parts(engine):
+    schema = {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "minItems": 3, "maxItems": 3}
+    space = engine.tokenizer.encode(" ")[-1]
+    wish = {"logit_bias": ((space, 100.0),), "grammar": Grammar("json_schema", json.dumps(schema))}
+    (completion,) = answer(engine, greedy(PROMPT, None, 200, **wish))
+    assert completion.finish_reason == "stop" and len(json.loads(completion.text)) == 3
+    assert "  " in completion.text and max(map(len, re.findall(r"\s+", completion.text))) <= 16
+
+
 def test_others_in_the_batch_answer_as_they_would_alone(engine):
     free = [greedy(PROMPT[i:], adapter, 40) for i, adapter in enumerate((None, *engine.adapters()))]
     alone = [answer(engine, request)[0].token_ids for request in free]

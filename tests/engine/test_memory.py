@@ -13,6 +13,7 @@ from slora_jax import gpu_memory
 from slora_jax.config import EngineConfig, PoolConfig
 from slora_jax.engine.build import DeviceMemory, host_adapter_bytes, num_pages_of
 from slora_jax.errors import InvalidRequest
+from tests.helpers.engine_cases import FIXTURES, make_engine
 
 GIB = 2**30
 VARIABLES = (
@@ -159,3 +160,9 @@ def test_more_host_memory_than_there_is_is_refused():
     assert host_adapter_bytes(EngineConfig(host_adapter_gigabytes=0.5)) == GIB // 2
     with pytest.raises(InvalidRequest, match="this machine has"):
         host_adapter_bytes(EngineConfig(host_adapter_gigabytes=1e6))
+
+
+def test_a_context_longer_than_the_models_is_told(caplog):
+    engine = make_engine(FIXTURES / "llama3_gqa" / "model", max_model_len=10**6)
+    assert engine.max_model_len == engine.model_config.max_position_embeddings
+    assert any("max_model_len is 1000000, but the model takes" in record.getMessage() for record in caplog.records)
