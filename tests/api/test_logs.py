@@ -29,6 +29,7 @@ def fields(line: str) -> dict[str, str]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_line_a_request(client, caplog, stream):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="slora_jax")  # a launch in this process may have set another
     body = {"model": "pirate", "prompt": SECRET, "max_tokens": 5, "stream": stream}
     with client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {SECRET}"}) as response:
         answer = response.text
@@ -43,6 +44,7 @@ def test_a_line_a_request(client, caplog, stream):
 
 def test_what_fails_or_is_refused_has_its_line_without_what_was_sent(client, caplog):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="slora_jax")  # a launch in this process may have set another
     client.post("/v1/completions", json={"model": "base", "prompt": FAILS + SECRET, "max_tokens": 9})
     client.post("/v1/completions", json={"model": SECRET, "prompt": SECRET})
     client.post("/v1/completions", json={"model": "base", "prompt": SECRET, "temperature": SECRET})
