@@ -14,12 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from slora_jax.api.access import Access
+    from slora_jax.api.folders import AdapterFolders
     from slora_jax.api.server import ServerConfig
     from slora_jax.config import EngineConfig
     from slora_jax.engine.engine import Engine
@@ -35,17 +37,29 @@ SECONDS_TO_ANSWER = 1.0
 SECONDS_TO_END = 45.0
 """How long a failed server may take to tell its clients before the process is ended from within."""
 MAX_MESSAGE = 4000
-COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+NO_SUCH_FIELD = "there is no such field"
+GIVEN = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
 
 
 def _adapter(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     adapters = {}
     for value in values:
-        name, equals, path = value.partition("=")
+        if value.startswith("{"):  # vLLM's other form
+            name, equals, path = _adapter_object(value)
+        else:
+            name, equals, path = value.partition("=")
         if not (name and equals and path):
             raise click.BadParameter(f"{value!r} is not NAME=PATH, for example pirate=adapters/pirate")
         adapters[name] = path
     return adapters
+
+
+def _adapter_object(value: str) -> tuple[str, str, str]:
+    try:
+        fields = json.loads(value)
+        return str(fields["name"]), "=", str(fields["path"])
+    except (ValueError, KeyError, TypeError):
+        raise click.BadParameter(f'{value[:80]!r} is not {{"name": NAME, "path": PATH}}, nor NAME=PATH') from None
 
 
 def _weight(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -61,12 +75,22 @@ def _weight(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return weights
 
 
-def _flag(name: str, help: str, *, field: str | None = None, default: str | None = None, **kwargs) -> click.Option:
+def _flag(
+    name: str,
+    help: str,
+    *,
+    field: str | None = None,
+    default: str | None = None,
+    also: tuple[str, ...] = (),
+    **kwargs,
+) -> click.Option:
     """A flag for one config field; the parameter's name is the field's path with ``__`` between its parts.
 
-    Its value is None if it was not given. ``default``, the field's own default, is only shown.
+    Its value is None if it was not given. ``default``, the field's own default, is only shown. ``also`` are names that
+    other servers have for it.
     """
-    names = [name, field.replace(".", "__")] if field else [name]
+    field = field or name.split("/")[0].removeprefix("--").replace("-", "_")
+    names = [name, *also, field.replace(".", "__")]
     shown = help if default is None else f"{help} [default: {default}]"
     return click.Option(names, help=shown, default=None, **kwargs)
 
@@ -83,7 +107,12 @@ FLAGS = {
             default="demo",
             metavar="MODEL",
         ),
-        _flag("--served-name", "The base model's name in the API; the folder's if left out.", metavar="NAME"),
+        _flag(
+            "--served-name",
+            "The base model's name in the API; the folder's if left out.",
+            also=("--served-model-name",),
+            metavar="NAME",
+        ),
         _flag("--dummy/--no-dummy", "Draw random weights; load none.", default="no-dummy"),
         _flag(
             "--dtype",
@@ -128,6 +157,7 @@ FLAGS = {
             "--adapter",
             "A PEFT folder or Hugging Face id to serve as NAME; may be repeated.",
             field="adapters",
+            also=("--lora-modules",),
             metavar="NAME=PATH",
             multiple=True,
             callback=_adapter,
@@ -148,9 +178,23 @@ FLAGS = {
         ),
         _flag(
             "--allow-adapter-loading/--no-allow-adapter-loading",
-            "Let clients register adapters from this machine's folders (/v1/load_lora_adapter).",
+            "Let this machine's programs register adapters without an admin key (/v1/load_lora_adapter).",
             field="server.allow_adapter_loading",
             default="no-allow-adapter-loading",
+        ),
+        _flag(
+            "--adapter-root",
+            "Folder within which adapters must be to be registered so; may be repeated.",
+            field="server.adapter_roots",
+            metavar="FOLDER",
+            multiple=True,
+        ),
+        _flag(
+            "--adapter-hub",
+            "Organisation of the Hugging Face hub whose adapters may be registered so; may be repeated.",
+            field="server.adapter_hubs",
+            metavar="ORG",
+            multiple=True,
         ),
     ],
     "Memory": [
@@ -158,6 +202,7 @@ FLAGS = {
             "--gpu-memory-fraction",
             "Share of each GPU that JAX takes; 0.92 if left out, and 0.88 if several share the model.",
             field="gpu_memory_fraction",
+            also=("--gpu-memory-utilization",),
             type=float,
             metavar="SHARE",
         ),
@@ -196,6 +241,7 @@ FLAGS = {
             "--tp",
             "Devices that share the model and the pool, over all hosts: tensor parallelism.",
             field="mesh.tp",
+            also=("--tensor-parallel-size",),
             default="1",
             type=int,
             metavar="N",
@@ -228,6 +274,7 @@ FLAGS = {
             "--max-batch-tokens",
             "Most tokens of one step, prefill and decode together.",
             field="scheduler.max_batch_tokens",
+            also=("--max-num-batched-tokens",),
             default="512",
             type=int,
             metavar="TOKENS",
@@ -236,6 +283,7 @@ FLAGS = {
             "--max-sequences",
             "Most sequences of one step.",
             field="scheduler.max_sequences",
+            also=("--max-num-seqs",),
             default="256",
             type=int,
             metavar="COUNT",
@@ -331,6 +379,14 @@ FLAGS = {
             metavar="BYTES",
         ),
         _flag(
+            "--grace-s",
+            "How long running requests may take to end after SIGTERM, while new ones are answered 503.",
+            field="server.grace_s",
+            default="30.0",
+            type=float,
+            metavar="SECONDS",
+        ),
+        _flag(
             "--log-level",
             "How much to log on stderr: debug, info (a line for each request), warning or error.",
             field="server.log_level",
@@ -352,18 +408,102 @@ FLAGS = {
             metavar="SECONDS",
         ),
     ],
+    "Access": [
+        _flag(
+            "--api-key",
+            "A key that requests must bring (Authorization: Bearer KEY); may be repeated. Other users of this machine "
+            "see flags, but not SLORA_API_KEY in the environment: one key, or several with spaces between.",
+            field="server.api_keys",
+            envvar="SLORA_API_KEY",
+            metavar="KEY",
+            multiple=True,
+        ),
+        _flag(
+            "--api-keys-file",
+            "YAML or JSON file of hashed keys, each with its adapters, rates and priority; read again on SIGHUP.",
+            field="server.api_keys_file",
+            metavar="FILE",
+        ),
+        _flag(
+            "--admin-key",
+            "The key for registering, forgetting and pinning adapters; or SLORA_ADMIN_KEY in the environment.",
+            field="server.admin_key",
+            envvar="SLORA_ADMIN_KEY",
+            metavar="KEY",
+        ),
+        _flag(
+            "--allowed-hosts",
+            "Without an admin key: a name that the server is called by, beside the address; may be repeated.",
+            field="server.allowed_hosts",
+            metavar="NAME",
+            multiple=True,
+        ),
+        _flag(
+            "--allowed-origins",
+            "Origin of pages that may use the server from a browser (CORS), or *; may be repeated.",
+            field="server.allowed_origins",
+            metavar="ORIGIN",
+            multiple=True,
+        ),
+    ],
 }
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from slora_jax import __version__
+
+        click.echo(f"slora-jax {__version__}")
+        ctx.exit()
+
+
+VERSION = click.Option(
+    ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it and exit."
+)
+SEVERAL_VALUES = {"--lora-modules", "--allowed-origins", "--allowed-hosts"}
+"""Flags that elsewhere take several values at once, as in ``--lora-modules a=x b=y``."""
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """The one of these that was most likely meant, if there is any."""
+    import difflib
+
+    alike = {other.lower().replace("_", "-"): other for other in known}
+    found = difflib.get_close_matches(name.lower().replace("_", "-"), alike, n=1, cutoff=0.7)
+    return [alike[other] for other in found]
+
+
+def one_value_each(args: list[str]) -> list[str]:
+    """The same command line, with such a flag repeated before each of its values."""
+    spread: list[str] = []
+    flag, values = None, 0
+    for arg in args:
+        name = arg.partition("=")[0]
+        if arg.startswith("-"):
+            flag, values = (name, int(name != arg)) if name in SEVERAL_VALUES else (None, 0)
+        elif flag is not None:
+            spread += [flag] if values else []
+            values += 1
+        spread.append(arg)
+    return spread
 
 
 class GroupedCommand(click.Command):
     """Lists its options group by group."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, one_value_each(args))
+        except click.NoSuchOption as e:
+            known = [name for param in self.params for name in (*param.opts, *param.secondary_opts)]
+            raise click.NoSuchOption(e.option_name, possibilities=closest(e.option_name, known), ctx=ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for name, flags in FLAGS.items():
             with formatter.section(name):
                 formatter.write_dl([flag.get_help_record(ctx) for flag in flags])
         with formatter.section("Help"):
-            formatter.write_dl([self.get_help_option(ctx).get_help_record(ctx)])
+            formatter.write_dl([option.get_help_record(ctx) for option in (VERSION, self.get_help_option(ctx))])
 
 
 class Failure(click.ClickException):
@@ -387,7 +527,7 @@ class Stopped(BaseException):
 
 @click.command(
     cls=GroupedCommand,
-    params=[flag for flags in FLAGS.values() for flag in flags],
+    params=[*(flag for flags in FLAGS.values() for flag in flags), VERSION],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.pass_context
@@ -404,7 +544,7 @@ def main(ctx: click.Context, config: str | None, **flags: Any) -> None:
     from slora_jax.api.logs import set_up_logging
     from slora_jax.errors import SLoRAError
 
-    given = {name: value for name, value in flags.items() if ctx.get_parameter_source(name) is COMMAND_LINE}
+    given = {name: value for name, value in flags.items() if ctx.get_parameter_source(name) in GIVEN}
 
     try:
         with stopped_by_sigterm():
@@ -493,12 +633,28 @@ def read_config(file: str | None, flags: Mapping[str, Any]) -> "tuple[EngineConf
         flag_names = {option.name: option.opts[0] for group in FLAGS.values() for option in group}
         said = []
         for path, text in problems:
+            text = text.replace(NO_SUCH_FIELD, f"{NO_SUCH_FIELD}{_meant(path)}", 1)
             # A field may be a container: the problem is then in one of its values, such as adapters.pirate.
             name = next((name for name in flags if f"{path}.".startswith(f"{name.replace('__', '.')}.")), None)
             place = f" ({flag_names[name]})" if name else f" (in {file})" if file else ""
             said.append(f"{path}{place}: {text}")
         raise InvalidRequest(f"invalid configuration: {'; '.join(said)}")
     return engine, server
+
+
+def _meant(path: str) -> str:
+    """A hint for a field that there is not: it is in another section, called otherwise, or misspelt."""
+    paths = [(option.name or "").replace("__", ".") for group in FLAGS.values() for option in group]
+    by_name = {path.rpartition(".")[2]: path for path in paths}
+    for group in FLAGS.values():
+        for option in group:
+            for flag in option.opts:
+                by_name.setdefault(flag.removeprefix("--").replace("-", "_"), (option.name or "").replace("__", "."))
+    section, _, name = path.rpartition(".")
+    # In its own section first, then anywhere.
+    here = [other for other in paths if other.rpartition(".")[0] == section]
+    meant = closest(path, here) or [by_name[other] for other in closest(name, by_name)]
+    return f"; did you mean {meant[0]}?" if meant else ""
 
 
 def _lay_over(fields: dict[str, Any], flags: Mapping[str, Any]) -> None:
@@ -575,13 +731,20 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     """Loads and serves until Ctrl-C or SIGTERM."""
     from slora_jax.api.app import create_app
     from slora_jax.api.bounds import useful_body_bytes
+    from slora_jax.api.drain import Drain
     from slora_jax.api.server import run_server
     from slora_jax.demo import with_demo
     from slora_jax.engine.meeting import together
 
     failure = EngineFailure(SECONDS_TO_END)
+    access, folders = rules(server_config)
+    drain = Drain()
     # First the port: if it is taken, say so before the slow part.
-    with together(engine_config.mesh) as meeting, contextlib.closing(listen_on(server_config)) as sock:
+    with (
+        together(engine_config.mesh) as meeting,
+        contextlib.closing(listen_on(server_config)) as sock,
+        access.reloaded_by_sighup(),
+    ):
         click.echo(f"Loading {engine_config.model} ...", err=True)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
@@ -595,14 +758,16 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 if meeting is not None:
                     # A signal to another host is as if Ctrl-C were for this process.
                     meeting.serve(_thread.interrupt_main, lambda reason: _give_up(engine, reason))
-                click.echo(greeting(engine, url))
+                click.echo(greeting(engine, url, access.needs_key))
 
             max_body_bytes = server_config.max_body_bytes or useful_body_bytes(engine.max_model_len)
             app = create_app(
                 engine,
-                allow_adapter_loading=server_config.allow_adapter_loading,
                 max_streams=server_config.max_streams,
                 max_body_bytes=max_body_bytes,
+                access=access,
+                folders=folders,
+                drain=drain,
             )
             run_server(
                 app,
@@ -611,6 +776,8 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 sock=sock,
                 on_stop=engine.close,
                 on_ready=ready,
+                drain=drain,
+                grace_s=server_config.grace_s,
             )
         finally:
             if meeting is not None and failure.reason is not None:
@@ -619,6 +786,29 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
             engine.close()
             gc.unfreeze()  # or libraries complain at exit of what is left
     click.echo("Stopped.", err=True)
+
+
+def rules(config: "ServerConfig") -> "tuple[Access, AdapterFolders]":
+    """Who may do what, and which adapters may be registered on request.
+
+    Raises:
+      InvalidRequest: the keys file cannot be used.
+    """
+    from slora_jax.api.access import Access, is_loopback
+    from slora_jax.api.folders import AdapterFolders
+
+    access = Access(
+        keys=[key.get_secret_value() for key in config.api_keys],
+        keys_file=config.api_keys_file,
+        admin_key=config.admin_key and config.admin_key.get_secret_value(),
+        allow_adapter_loading=config.allow_adapter_loading,
+        host=config.host,
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+    )
+    # Whoever runs programs on this machine sees its folders anyway.
+    roots = config.adapter_roots or (None if is_loopback(config.host) else ())
+    return access, AdapterFolders(roots, config.adapter_hubs)
 
 
 def _give_up(engine: "Engine", reason: str) -> None:
@@ -640,7 +830,7 @@ def follow(engine_config: "EngineConfig", server_config: "ServerConfig") -> None
         follow(with_demo(engine_config), meeting)
 
 
-def greeting(engine: "Engine", url: str) -> str:
+def greeting(engine: "Engine", url: str, needs_key: bool = False) -> str:
     """What is served where, and a command to try it."""
     names = list(engine.adapters())
     shown = ", ".join(names[:SHOWN_ADAPTERS]) or "none"
@@ -654,9 +844,10 @@ def greeting(engine: "Engine", url: str) -> str:
     else:
         route, body["prompt"] = "completions", "The moon is"
     body["max_tokens"] = 64
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     return (
         f"Serving {engine.model_name} at {url} (adapters: {shown})\n"
-        f"Try: curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        f"Try: curl {url}/v1/{route} {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     )
 
 

@@ -4,6 +4,7 @@ Unknown keys are refused, so a mistyped option cannot vanish. Derived numbers (p
 belong to the runtime objects and are never written back here.
 """
 
+import io
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -47,6 +48,15 @@ def _no_truth(value: Any) -> Any:
         raise ValueError("must not be true or false (which is also what YAML makes of yes, no, on and off)")
     return value
 
+
+def _sendable(secret: pydantic.SecretStr) -> pydantic.SecretStr:
+    if not re.fullmatch(r"[!-~]{8,512}", secret.get_secret_value()):
+        raise ValueError("must have 8 to 512 characters, letters, digits and signs of ASCII, without spaces")
+    return secret
+
+
+Secret = Annotated[pydantic.SecretStr, pydantic.AfterValidator(_sendable)]
+"""A key as a header can carry it; it is shown as asterisks."""
 
 Amount = Annotated[float, pydantic.BeforeValidator(_no_truth), pydantic.Field(gt=0, allow_inf_nan=False)]
 """A finite number above 0."""
@@ -246,8 +256,18 @@ def checked[Model: pydantic.BaseModel](
             text = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 text = "there is no such field"
-            problems.append((path, f"{text} (got {shown(problem['input'])})"))
+            got = "" if _is_secret(path) or _holds_secret(problem["input"]) else f" (got {shown(problem['input'])})"
+            problems.append((path, f"{text}{got}"))
         return None, problems
+
+
+def _is_secret(path: str) -> bool:
+    """Whether a key may be there, or what was meant to be one, which no message may hold."""
+    return "key" in path.lower()
+
+
+def _holds_secret(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(_is_secret(str(name)) or _holds_secret(v) for name, v in value.items())
 
 
 def _shown(part: object) -> str:
@@ -295,7 +315,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(text) > _MAX_FILE_BYTES:
         raise InvalidRequest(f"config {path} is larger than 1 MiB; is it a configuration?")
     try:
-        fields = yaml.load(text, _Loader)
+        # As a stream: of a text, an error would quote the line, in which a key may be.
+        fields = yaml.load(io.BytesIO(text), _Loader)
     except RecursionError:
         raise InvalidRequest(f"config {path} is not valid YAML: it is nested too deeply") from None
     except yaml.YAMLError as e:

@@ -64,6 +64,10 @@ class BadAdapter(SLoRAError, ValueError):
     """An adapter folder was refused: it cannot be served exactly as trained."""
 
 
+class AdapterExists(BadAdapter):
+    """The name stands for an adapter already, and nobody asked for it to be replaced."""
+
+
 class UnsupportedModel(SLoRAError, ValueError):
     """A base model's configuration or weights ask for something this engine does not compute."""
 

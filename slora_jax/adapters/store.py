@@ -41,7 +41,7 @@ from slora_jax.adapters.peft import (
     printable,
     read_header,
 )
-from slora_jax.errors import BadAdapter, UnknownAdapter
+from slora_jax.errors import AdapterExists, BadAdapter, UnknownAdapter
 from slora_jax.histogram import Histogram
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -225,7 +225,7 @@ class AdapterStore:
         # Guards all of the above and every version's state.
         self._changed = threading.Condition()
 
-    def register(self, name: str, path: Path | str, pinned: bool = False) -> AdapterInfo:
+    def register(self, name: str, path: Path | str, pinned: bool = False, replace: bool = True) -> AdapterInfo:
         """Makes an adapter available, checking all that can be checked without reading its weights.
 
         If the name stands for an adapter already, the same folder's or another's, this one takes its place for new
@@ -235,12 +235,16 @@ class AdapterStore:
           name: what requests call it: letters, digits and ``._:@+=-``, in parts separated by ``/``.
           path: its PEFT folder.
           pinned: it is to stay in the pool.
+          replace: whether it may take another's place.
 
         Raises:
+          AdapterExists: it would take another's place, and may not; nothing changes then.
           BadAdapter: a bad name, the adapter cannot be served exactly as trained, it takes more than all of the host
             memory that adapters may take, or there is no room for the pin; nothing changes then.
         """
         self._check_name(name)
+        if not replace:
+            self._check_is_new(name)
         header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
         too_large = self._too_large(header)
         if too_large:
@@ -248,9 +252,15 @@ class AdapterStore:
         with self._changed:
             if len(self._known_shapes) > _MAX_KNOWN_SHAPES:
                 self._known_shapes.clear()
+            if not replace:
+                self._check_is_new(name)  # again: another thread may have been faster
             version = AdapterVersion(self, name, header)
             self._set_current(name, version, pinned)
             return version.info
+
+    def _check_is_new(self, name: str) -> None:
+        if name in self:
+            raise AdapterExists(f"adapter {name!r} is registered already; replace it, or choose another name")
 
     def _too_large(self, header: AdapterHeader) -> str:
         """Why the adapter can never be loaded, or ""."""
@@ -272,6 +282,15 @@ class AdapterStore:
         """
         with self._changed:
             self._set_current(name, self.get(name), pinned=True)
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter leave the pool when others need its pages. One that is not pinned stays as it is.
+
+        Raises:
+          UnknownAdapter: the name is not registered.
+        """
+        with self._changed:
+            self._set_current(name, self.get(name), pinned=False)
 
     def limit_pins(self, max_pages: int) -> None:
         """Bounds the pool pages that pinned adapters may take together from now on.

@@ -5,15 +5,19 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flask
 from werkzeug.exceptions import HTTPException
 
-from slora_jax.api.body import UnsupportedBody, read_json
+import slora_jax
+from slora_jax.api.access import Access, Caller, Forbidden, RateLimited, Unauthorized
+from slora_jax.api.body import BodyTooLarge, UnsupportedBody, inflated, read_json
 from slora_jax.api.bounds import check_parts, useful_body_bytes
 from slora_jax.api.deltas import (
     ClientGone,
@@ -24,6 +28,8 @@ from slora_jax.api.deltas import (
     watch,
     without_failure,
 )
+from slora_jax.api.drain import Drain, Draining
+from slora_jax.api.folders import AdapterFolders, NoSuchFolder
 from slora_jax.api.metrics import Onlooker, add_metrics
 from slora_jax.api.openai import (
     Call,
@@ -35,8 +41,10 @@ from slora_jax.api.openai import (
     resolve_model,
 )
 from slora_jax.api.page_routes import add_page
+from slora_jax.api.tokens import detokenized, tokenized
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
+    AdapterExists,
     BadAdapter,
     EngineStopped,
     InvalidRequest,
@@ -46,7 +54,7 @@ from slora_jax.errors import (
     UnknownAdapter,
     shown,
 )
-from slora_jax.request import Delta
+from slora_jax.request import Delta, Request
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine, Generation
@@ -65,13 +73,16 @@ _ITEMS_PER_PIECE = 32
 
 OWNER = "slora-jax"
 
+_REQUEST_ID = re.compile(r"[ -~]{1,128}")
+
 _log = logging.getLogger(__name__)
 
 
 class _Slots:
     """Counts the requests being answered."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, drain: Drain):
+        self._drain = drain
         self._taken = 0
         self._limit = limit
         self._lock = threading.Lock()
@@ -82,7 +93,13 @@ class _Slots:
 
         Raises:
           Overloaded: all are taken.
+          Draining: the server is about to stop.
         """
+        with self._drain.running(), self._taking():
+            yield
+
+    @contextlib.contextmanager
+    def _taking(self) -> Iterator[None]:
         with self._lock:
             if self._taken == self._limit:
                 raise Overloaded("all of this server's streams are taken; try again later")
@@ -98,8 +115,23 @@ class _Slots:
         return self._taken * PAUSE_SECONDS_PER_STREAM
 
 
-class _Forbidden(Exception):
-    """The server was started without this route's permission."""
+class _Bill:
+    """What a caller pays for some generations' tokens, while they are read and at last for all that were."""
+
+    def __init__(self, caller: Caller, generations: Sequence["Generation"]):
+        self._caller = caller
+        self._generations = generations
+        self._paid = 0
+
+    def pay(self, tokens: int) -> None:
+        self._paid += tokens
+        self._caller.spend(tokens)
+
+    def settle(self) -> None:
+        for generation in self._generations:
+            while generation.next_delta(0) is not None:  # what nobody read, of one that was hung up
+                pass
+        self.pay(max(0, sum(generation.num_generated for generation in self._generations) - self._paid))
 
 
 class _Rule(NamedTuple):
@@ -113,11 +145,17 @@ _ERRORS = (
     _Rule(PromptTooLong, 400, "invalid_request_error", "context_length_exceeded"),
     _Rule(InvalidRequest, 400, "invalid_request_error"),
     _Rule(UnsupportedBody, 415, "invalid_request_error"),
+    _Rule(BodyTooLarge, 413, "invalid_request_error"),
+    _Rule(Unauthorized, 401, "invalid_request_error", "invalid_api_key"),
+    _Rule(Forbidden, 403, "permission_error"),
+    _Rule(RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
+    _Rule(NoSuchFolder, 404, "invalid_request_error", "adapter_not_found"),
+    _Rule(AdapterExists, 400, "invalid_request_error", "adapter_exists"),
     _Rule(BadAdapter, 400, "invalid_request_error", "bad_adapter"),
-    _Rule(_Forbidden, 403, "permission_error", "adapter_loading_not_allowed"),
     _Rule(UnknownAdapter, 404, "invalid_request_error", "model_not_found"),
     _Rule(ObjectiveMissed, 429, "rate_limit_error", "objective_missed"),
     _Rule(Overloaded, 429, "rate_limit_error", "engine_overloaded"),
+    _Rule(Draining, 503, "service_unavailable_error", "draining"),
     _Rule(EngineStopped, 503, "service_unavailable_error", "engine_stopped"),
     _Rule(GenerationFailed, 500, "server_error", "generation_failed"),
 )
@@ -130,29 +168,72 @@ def create_app(
     allow_adapter_loading: bool = False,
     max_streams: int = 512,
     max_body_bytes: int | None = None,
+    access: Access | None = None,
+    folders: AdapterFolders | None = None,
+    drain: Drain | None = None,
 ) -> flask.Flask:
     """Builds the WSGI application around a running engine.
 
     Args:
-      allow_adapter_loading: let clients register adapters from this machine's folders.
+      allow_adapter_loading: let clients register adapters from this machine's folders; meant if there is no ``access``.
       max_streams: most requests answered at a time; one more gets 429. The server needs a thread for each,
         and a few more so that the refusals and ``/health`` are answered too.
-      max_body_bytes: larger bodies get 413; ``useful_body_bytes`` of the model's context if None.
+      max_body_bytes: larger bodies get 413, and so do gzip bodies that become larger; ``useful_body_bytes`` of the
+        model's context if None.
+      access: who may do what; everybody everything if None, but for registering adapters.
+      folders: where those may be; anywhere on this machine if None.
+      drain: once it has begun, new requests get 503.
     """
     app = flask.Flask("slora_jax")
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
     app.url_map.merge_slashes = False  # `//health` is not found, rather than somewhere else
-
-    @app.before_request
-    def no_empty_first_part():
-        if flask.request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug would pass over
-            flask.abort(404)
-
-    slots = _Slots(max_streams)
+    access = access or Access(allow_adapter_loading=allow_adapter_loading)
+    folders = folders or AdapterFolders()
+    drain = drain or Drain()
+    slots = _Slots(max_streams, drain)
     started = int(time.time())
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
     add_metrics(app, engine, traffic, onlooker)
     add_page(app, engine, traffic, onlooker, _json)
+
+    @app.before_request
+    def come_in():
+        request, headers = flask.request, flask.request.headers
+        flask.g.request_id = _request_id(headers.get("X-Request-Id"))
+        if request.environ["PATH_INFO"].startswith("//"):  # which Werkzeug would pass over
+            flask.abort(404)
+        if request.method == "OPTIONS":
+            return flask.Response(status=204) if "Access-Control-Request-Method" in headers else None
+        path = request.url_rule.rule if request.url_rule else request.path
+        flask.g.caller = access.identify(headers.get("Authorization"), path)
+        if request.method == "POST":
+            access.check_sender(
+                path,
+                host=headers.get("Host", ""),
+                origin=headers.get("Origin"),
+                content_type=headers.get("Content-Type"),
+            )
+        return None
+
+    @app.after_request
+    def go_out(response: flask.Response) -> flask.Response:
+        headers = flask.request.headers
+        is_preflight = flask.request.method == "OPTIONS"
+        response.headers["X-Request-Id"] = flask.g.request_id
+        response.headers.update(
+            access.cross_origin_headers(
+                host=headers.get("Host", ""),
+                origin=headers.get("Origin"),
+                method=headers.get("Access-Control-Request-Method") if is_preflight else None,
+                headers=headers.get("Access-Control-Request-Headers") if is_preflight else None,
+            )
+        )
+        return response
+
+    def resolve(name: str) -> str | None:
+        """The adapter, or None for the base model; as ``resolve_model``, for what the caller may use."""
+        _check_model(name, engine)
+        return resolve_model(name, engine)
 
     @app.post("/v1/completions")
     def completions():
@@ -165,11 +246,12 @@ def create_app(
     @app.get("/v1/models")
     def models():
         cards = [_base_card(engine, started), *(_adapter_card(engine, a) for a in engine.adapters().values())]
+        cards = [card for card in cards if flask.g.caller.may_use(card["id"])]
         return _json({"object": "list", "data": cards})
 
     @app.get("/v1/models/<path:name>")
     def model(name: str):
-        adapter = resolve_model(name, engine)
+        adapter = resolve(name)
         return _json(_base_card(engine, started) if adapter is None else _adapter_card(engine, engine.adapter(adapter)))
 
     @app.get("/v1/capacity")
@@ -180,7 +262,7 @@ def create_app(
         if twice := [name for name in arguments if len(arguments.getlist(name)) > 1]:
             raise InvalidRequest(f"{twice[0]} is given more than once; give it once", twice[0])
         lengths = [_count(arguments.get(name, ""), name) for name in ("prompt_tokens", "max_tokens")]
-        adapter = resolve_model(arguments.get("adapter", engine.model_name), engine)
+        adapter = resolve(arguments.get("adapter", engine.model_name))
         return _json(dataclasses.asdict(engine.capacity(adapter, sum(lengths))))
 
     @app.get("/health")
@@ -189,38 +271,79 @@ def create_app(
             raise EngineStopped("the engine is not running")
         return _json({"status": "ok", **engine.stats()})
 
+    @app.route("/ping", methods=["GET", "POST"])
+    def ping():
+        if not engine.is_running:
+            raise EngineStopped("the engine is not running")
+        return _json({})
+
+    @app.get("/ready")
+    def ready():
+        if drain.has_begun:
+            raise Draining("this server is about to stop")
+        if not engine.is_running:
+            raise EngineStopped("the engine is not running")
+        return _json({"status": "ready"})
+
+    @app.get("/version")
+    def version():
+        return _json({"version": slora_jax.__version__})
+
+    @app.post("/tokenize")
+    def tokenize():
+        with slots.one():
+            flask.g.caller.admit()
+            return _json(tokenized(_json_body(), engine, resolve))
+
+    @app.post("/detokenize")
+    def detokenize():
+        with slots.one():
+            flask.g.caller.admit()
+            return _json(detokenized(_json_body(), engine, resolve))
+
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter():
-        body = _adapter_fields(("lora_name", "lora_path"), optional=("pinned",))
-        pinned = body.get("pinned", False)
-        if not isinstance(pinned, bool):
-            raise InvalidRequest(f"pinned must be true or false, got {shown(pinned)}", "pinned")
+        body = _adapter_fields(
+            ("lora_name", "lora_path"),
+            ("pinned", "load_inplace", "lora_int_id", "base_model_name", "is_3d_lora_weight"),
+        )
+        pinned, replace = (_truth(body, name) for name in ("pinned", "load_inplace"))
+        if _truth(body, "is_3d_lora_weight"):
+            raise InvalidRequest("is_3d_lora_weight is for mixtures of experts; leave it out", "is_3d_lora_weight")
+        name = body["lora_name"]
         with slots.one():  # a slow disk must not keep the threads that are left for /health and refusals
-            adapter = engine.register_adapter(body["lora_name"], body["lora_path"], pinned)
-        return _json(_adapter_card(engine, adapter))
+            path = folders.checked(body["lora_path"])
+            try:
+                adapter = engine.register_adapter(name, path, pinned, replace)
+            except AdapterExists:
+                raise AdapterExists(
+                    f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+                    "'load_inplace' to True."
+                ) from None
+        return _json(_adapter_card(engine, adapter) | _success(name, "added"))
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
-        name = _adapter_fields(("lora_name",))["lora_name"]
-        adapter = resolve_model(name, engine)
-        if adapter is None:
-            raise InvalidRequest(f"{name!r} is the base model, which stays; name an adapter", "lora_name")
+        name = _registered(_adapter_fields(("lora_name",), ("lora_int_id",)))
         with slots.one():
-            engine.unregister_adapter(adapter)
-        return _json({"id": adapter, "object": "model", "deleted": True})
+            engine.unregister_adapter(name)
+        return _json({"id": name, "object": "model", "deleted": True} | _success(name, "removed"))
 
-    def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-        if not allow_adapter_loading:
-            raise _Forbidden("this server does not load adapters on request; start it with --allow-adapter-loading")
-        body = _json_body()
-        if not isinstance(body, dict):
-            raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
-        if unknown := [name for name in body if name not in (*names, *optional)]:
-            raise InvalidRequest(f"unknown field: {shown(unknown[0])}; leave it out", unknown[0][:80])
-        for name in names:
-            if not isinstance(body.get(name), str) or not body[name]:
-                raise InvalidRequest(f"{name} must be a non-empty string, got {shown(body.get(name))}", name)
-        return body
+    @app.post("/v1/pin_lora_adapter")
+    def pin_lora_adapter():
+        name = _registered(_adapter_fields(("lora_name",)))
+        return _json(_adapter_card(engine, engine.pin_adapter(name)) | _success(name, "pinned"))
+
+    @app.post("/v1/unpin_lora_adapter")
+    def unpin_lora_adapter():
+        name = _registered(_adapter_fields(("lora_name",)))
+        return _json(_adapter_card(engine, engine.unpin_adapter(name)) | _success(name, "unpinned"))
+
+    def _registered(body: dict[str, Any]) -> str:
+        name = resolve_model(body["lora_name"], engine)
+        if name is None:
+            raise InvalidRequest(f"{body['lora_name']!r} is the base model, which stays; name an adapter", "lora_name")
+        return name
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException):
@@ -236,8 +359,10 @@ def create_app(
         rule = _rule(error)
         response = _json(_error_of(error, rule), rule.status)
         _log_refusal(rule, getattr(error, "param", None))
-        if rule.status == 429:
-            response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        if rule.status == 429 or rule.error is Draining:
+            response.headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_AFTER_SECONDS))
+        if rule.status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
     return app
@@ -264,9 +389,17 @@ def _generate(
 ) -> flask.Response:
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(slots.one())
-        call = parse(_json_body(), engine)
+        caller: Caller = flask.g.caller
+        caller.admit()
+        body = _json_body()
+        if isinstance(body, dict) and isinstance(body.get("model"), str):
+            _check_model(body["model"], engine)  # before anything tells whether there is such a model
+        call = _of_caller(parse(body, engine), caller, engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
+        bill = _Bill(caller, generations)
+        caller.spend(sum(len(request.prompt) for request in call.requests))
+        cleanup.callback(bill.settle)
         followed = [traffic.follow(generation, reply.id) for generation in generations]
         for generation, one in zip(generations, followed, strict=True):
             cleanup.callback(generation.cancel)
@@ -285,7 +418,7 @@ def _generate(
             except ClientGone:
                 return flask.Response(status=499)
         response = flask.Response(
-            _events(call, reply, generations, followed, pieces, slots), mimetype="text/event-stream"
+            _events(call, reply, generations, followed, pieces, slots, bill), mimetype="text/event-stream"
         )
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
@@ -315,6 +448,7 @@ def _events(
     followed: Sequence[Followed],
     pieces: Iterator[tuple[int, list[Delta]]],
     slots: "_Slots",
+    bill: _Bill,
 ) -> Iterator[bytes]:
     """The server-sent events of one stream. Errors cannot change the status any more, so they are events."""
     completion_tokens = 0
@@ -322,7 +456,9 @@ def _events(
         for chunk in reply.opening():
             yield _event(chunk)
         for index, deltas in pieces:
-            completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+            new_tokens = sum(len(delta.token_ids) for delta in deltas)
+            completion_tokens += new_tokens
+            bill.pay(new_tokens)
             followed[index].note()
             chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
             if call.usage_in_every_chunk:
@@ -359,7 +495,7 @@ def _rule(error: Exception) -> _Rule:
 def _error_of(error: Exception, rule: _Rule) -> dict[str, Any]:
     message = "internal server error; see the server's log" if rule is _UNEXPECTED else str(error)
     param = getattr(error, "param", None) or ("model" if rule.error is UnknownAdapter else None)
-    return _error_body(message, rule.kind, param, rule.code)
+    return _error_body(message, rule.kind, param, error.code if isinstance(error, Forbidden) else rule.code)
 
 
 def _error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -374,9 +510,56 @@ def _count(text: str, name: str) -> int:
 
 def _json_body() -> Any:
     headers = flask.request.headers
-    body = flask.request.get_data()
+    most_bytes = flask.current_app.config["MAX_CONTENT_LENGTH"]
+    body, encoding = inflated(flask.request.get_data(), headers.get("Content-Encoding"), most_bytes)
     check_parts(body)
-    return read_json(body, headers.get("Content-Type"), headers.get("Content-Encoding"))
+    return read_json(body, headers.get("Content-Type"), encoding)
+
+
+def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The body's fields, less those that are null; ``names`` are strings that must be there."""
+    body = _json_body()
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    if unknown := [name for name in body if name not in (*names, *optional)]:
+        raise InvalidRequest(f"unknown field: {shown(unknown[0])}; leave it out", unknown[0][:80])
+    for name in names:
+        if not isinstance(body.get(name), str) or not body[name]:
+            raise InvalidRequest(f"{name} must be a non-empty string, got {shown(body.get(name))}", name)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _truth(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, got {shown(value)}", name)
+    return value
+
+
+def _success(name: str, done: str) -> dict[str, str]:
+    """What scripts written for vLLM look for in the answer's text."""
+    return {"message": f"Success: LoRA adapter '{name}' {done} successfully."}
+
+
+def _check_model(name: str, engine: "Engine") -> None:
+    """Raises Forbidden if the caller may not use the model of this name, in whichever way it is written."""
+    caller: Caller = flask.g.caller
+    caller.check_model(name.removeprefix(f"{engine.model_name}:"))
+
+
+def _of_caller(call: Call, caller: Caller, engine: "Engine") -> Call:
+    """The same call, with the HTTP request's id and no higher a priority than the caller may have."""
+
+    def own(request: Request) -> Request:
+        priority = caller.allowed_priority(request.priority) if engine.orders_by_priority else request.priority
+        return dataclasses.replace(request, request_id=flask.g.request_id, priority=priority)
+
+    return dataclasses.replace(call, requests=tuple(map(own, call.requests)))
+
+
+def _request_id(sent: str | None) -> str:
+    """The client's name for its request, if it is one that can be shown; else a new one."""
+    return sent if sent and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
 def _base_card(engine: "Engine", created: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,14 @@ from slora_jax.errors import InvalidRequest, SLoRAError, shown
 from slora_jax.request import has_lone_surrogate
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+_PIECE_BYTES = 2**16
+_MOST_MEMBERS = 64  # of gzip data that follow each other; what is left is copied after each
+
+
+class BodyTooLarge(SLoRAError, ValueError):
+    """The body has more bytes, inflated, than the server reads."""
 
 
 class UnsupportedBody(SLoRAError, ValueError):
@@ -32,7 +41,9 @@ def read_json(body: bytes, content_type: str | None, content_encoding: str | Non
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedBody(f"the body must be JSON, got {shown(content_type)}; send Content-Type: application/json")
     if (content_encoding or "identity").strip().lower() != "identity":
-        raise UnsupportedBody(f"the body must not be compressed, got Content-Encoding: {shown(content_encoding)}")
+        raise UnsupportedBody(
+            f"the body may be compressed as gzip only, got Content-Encoding: {shown(content_encoding)}"
+        )
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -50,6 +61,42 @@ def read_json(body: bytes, content_type: str | None, content_encoding: str | Non
     if _SURROGATE_ESCAPE.search(text):
         _refuse_lone_surrogates(value)
     return value
+
+
+def inflated(body: bytes, content_encoding: str | None, most_bytes: int) -> tuple[bytes, str | None]:
+    """A gzip body's content, and no encoding; any other as it is, with its encoding for ``read_json`` to judge.
+
+    It is inflated in pieces, between which other threads run, and no further than it is allowed to go.
+
+    Args:
+      most_bytes: that the content may have.
+
+    Raises:
+      BodyTooLarge: it has more.
+      InvalidRequest: it is not whole gzip data.
+    """
+    if (content_encoding or "").strip().lower() not in ("gzip", "x-gzip"):
+        return body, content_encoding
+    pieces: list[bytes] = []
+    size, rest, members = 0, body, 0
+    while rest or not members:
+        members += 1
+        if members > _MOST_MEMBERS:
+            raise InvalidRequest(f"the body is more than {_MOST_MEMBERS} pieces of gzip data; compress it as one")
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        while not member.eof:
+            try:
+                piece = member.decompress(rest, _PIECE_BYTES)
+            except zlib.error:
+                raise InvalidRequest("the body is not valid gzip data; send it as Content-Encoding says") from None
+            rest = member.unused_data if member.eof else member.unconsumed_tail
+            if not (piece or rest or member.eof):
+                raise InvalidRequest("the body's gzip data ends too early; send all of it")
+            size += len(piece)
+            if size > most_bytes:
+                raise BodyTooLarge(f"the body has more than {most_bytes} bytes when inflated; send less at a time")
+            pieces.append(piece)
+    return b"".join(pieces), None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,10 +11,13 @@ client, is closed when its place is needed, the one that was answered (or accept
 import contextlib
 import heapq
 import logging
+import math
+import re
 import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -24,9 +27,11 @@ import waitress.server
 import waitress.task
 import waitress.wasyncore
 
+from slora_jax.api.access import is_loopback
 from slora_jax.api.app import error_body
+from slora_jax.api.drain import Drain
 from slora_jax.api.parsing import RequestParser
-from slora_jax.config import Section, Text
+from slora_jax.config import Secret, Section, Text
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -57,7 +62,15 @@ class ServerConfig(Section):
       max_streams: most requests answered at a time, streamed or not; one more gets 429.
       max_body_bytes: larger request bodies get 413, unread; None for what the model's context has use for
         (``bounds.useful_body_bytes``).
-      allow_adapter_loading: let clients register adapters from this machine's folders by path.
+      allow_adapter_loading: let clients register adapters from this machine's folders by path, without an admin key;
+        only where none but this machine's own programs reach the server, and there are no API keys.
+      adapter_roots: folders within which the adapters must be that are registered so; with none, anywhere on this
+        machine if only its own programs reach the server, and else nowhere.
+      adapter_hubs: organisations of the Hugging Face hub whose adapters may be registered so.
+      api_keys, api_keys_file: what requests must bring; see ``access``.
+      admin_key: what those must bring that change what is served.
+      allowed_hosts, allowed_origins: see ``access.Access``.
+      grace_s: seconds that running requests may take to end after SIGTERM.
       log_level: of this program's log on stderr.
       log_json: write the log as one JSON object a line.
     """
@@ -67,8 +80,37 @@ class ServerConfig(Section):
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
     max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)
     allow_adapter_loading: bool = False
+    adapter_roots: tuple[Text, ...] = ()
+    adapter_hubs: tuple[Text, ...] = ()
+    api_keys: tuple[Secret, ...] = ()
+    api_keys_file: Text | None = None
+    admin_key: Secret | None = None
+    allowed_hosts: tuple[Text, ...] = ()
+    allowed_origins: tuple[Text, ...] = ()
+    grace_s: float = pydantic.Field(30.0, ge=0, le=86_400, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     log_json: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _strangers_do_not_administer(self):
+        if self.allow_adapter_loading and self.admin_key is None:
+            if self.api_keys or self.api_keys_file is not None:
+                raise ValueError(
+                    "allow_adapter_loading beside API keys needs an admin_key: their holders are no admins"
+                )
+            if not is_loopback(self.host):
+                raise ValueError(
+                    f"allow_adapter_loading needs an admin_key on the address {self.host}, which other machines reach"
+                )
+        return self
+
+    @pydantic.field_validator("allowed_origins")
+    @classmethod
+    def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+/?", origin.lower()):
+                raise ValueError(f"must be origins such as https://example.org, or *; {origin} is none")
+        return origins
 
 
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:
@@ -92,6 +134,8 @@ class Server:
       max_body_bytes: a request with a larger body is answered 413 once its headers, or too many bytes, are there.
       on_stop: called once, in a thread of its own, when the server stops accepting: it must make running
         requests end (``engine.close``).
+      grace: seconds that they may take to hear of it.
+      drain: the application's, for the method of this name.
     """
 
     def __init__(
@@ -104,6 +148,7 @@ class Server:
         max_body_bytes: int = _MOST_BODY_BYTES,
         on_stop: Callable[[], None] | None = None,
         grace: float = GRACE_SECONDS,
+        drain: Drain | None = None,
     ):
         self._room = _allow_open_files(max_connections or 2 * max_streams + 256)
         if self._room < max_streams:
@@ -113,6 +158,8 @@ class Server:
         self._on_stop = on_stop or (lambda: None)
         self._grace = grace
         self._stopping = False
+        self._drain_state = drain or Drain()
+        self._drain_until = math.inf
         self._map: dict[int, waitress.wasyncore.dispatcher] = {}
         self._waitress = _Listener(
             app,
@@ -144,6 +191,16 @@ class Server:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
+    def drain(self, grace: float) -> None:
+        """Stops when the running requests have ended, or after ``grace`` seconds; returns at once, as ``stop``.
+
+        Until then probes and clients are answered, but no request that would run.
+        """
+        if not self._drain_state.has_begun:
+            self._drain_until = time.monotonic() + grace
+            self._drain_state.begin()
+            self._waitress.pull_trigger()
+
     def stop(self) -> None:
         """Begins the clean end; returns at once. From any thread or a signal handler."""
         if not self._stopping:
@@ -154,8 +211,11 @@ class Server:
         """Serves until ``stop``; then lets open streams hear of it, and returns when all are told."""
         try:
             while not self._stopping:
-                self._turn(1.0)
-            self._drain()
+                if self._drain_state.has_begun and self._is_drained():
+                    self._stopping = True
+                else:
+                    self._turn(0.05 if self._drain_state.has_begun else 1.0)
+            self._tell()
         except KeyboardInterrupt:
             _log.warning("interrupted while stopping; open streams are dropped")
         finally:
@@ -186,7 +246,14 @@ class Server:
         for channel in heapq.nsmallest(excess, idle, key=lambda channel: channel.used):
             channel.handle_close()
 
-    def _drain(self) -> None:
+    def _is_drained(self) -> bool:
+        late = time.monotonic() > self._drain_until
+        if late:
+            _log.warning("some requests did not end within the grace period; they are told that the server stops")
+        return late or self._drain_state.is_done
+
+    def _tell(self) -> None:
+        """Stops accepting, has running requests end, and waits until all answers are sent."""
         waitress.wasyncore.dispatcher.close(self._waitress)  # the listening socket alone
         stopper = threading.Thread(target=self._on_stop, name="slora-jax-stop", daemon=True)
         stopper.start()
@@ -212,13 +279,18 @@ def run_server(
     sock: socket.socket | None = None,
     on_stop: Callable[[], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
+    drain: Drain | None = None,
+    grace_s: float = 0.0,
 ) -> None:
     """Serves ``app`` until Ctrl-C or SIGTERM, then ends cleanly; a second Ctrl-C does not wait.
+
+    SIGTERM lets running requests end for ``grace_s`` seconds first, and a second signal cuts that short.
 
     Args:
       sock: an already listening socket (``listen``); None takes ``host`` and ``port`` now.
       max_body_bytes, on_stop: see ``Server``.
       on_ready: called with the URL before the first request is read.
+      drain: the application's.
     """
     server = Server(
         app,
@@ -226,8 +298,9 @@ def run_server(
         max_streams=max_streams,
         max_body_bytes=max_body_bytes,
         on_stop=on_stop,
+        drain=drain,
     )
-    with contextlib.closing(server), _stopped_by_signals(server):
+    with contextlib.closing(server), _stopped_by_signals(server, grace_s):
         if on_ready is not None:
             on_ready(server.url)
         server.run()
@@ -238,21 +311,28 @@ _SAME_SIGNAL_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(server: Server) -> Iterator[None]:
+def _stopped_by_signals(server: Server, grace_s: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    first: float | None = None
+    last: tuple[int, float] | None = None
+    stopped = False
 
     def handle(number, frame):
-        nonlocal first
-        if first is None:
-            first = time.monotonic()
-            server.stop()
-        elif time.monotonic() - first > _SAME_SIGNAL_SECONDS:
+        nonlocal last, stopped
+        now = time.monotonic()
+        if last is not None and (stopped or number == last[0]) and now - last[1] <= _SAME_SIGNAL_SECONDS:
+            return
+        if stopped:
             raise KeyboardInterrupt
+        if last is None and number == signal.SIGTERM and grace_s > 0:
+            server.drain(grace_s)
+        else:
+            stopped = True
+            server.stop()
+        last = number, now
 
     for number in before:
         signal.signal(number, handle)
@@ -271,6 +351,7 @@ class _ErrorTask(waitress.task.ErrorTask):
         body = error_body(f"{error.reason}: {error.body}", error.code)
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers.append(("X-Request-Id", uuid.uuid4().hex))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)

@@ -219,14 +219,16 @@ class Engine:
         """
         return self._core.scheduler.whereabouts(self._store.get(name))
 
-    def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str, pinned: bool = False, replace: bool = True) -> AdapterInfo:
         """Makes an adapter available under a name; its weights are loaded when first asked for.
 
         Args:
           path: a PEFT folder or a Hugging Face id.
           pinned: bring it to the pool now, and keep it there. An adapter that is registered again without is unpinned.
+          replace: let it take the place of an adapter of this name; requests that run on that one end on its weights.
 
         Raises:
+          AdapterExists: there is an adapter of this name, and it may not be replaced; nothing changes.
           BadAdapter: it cannot be served exactly as trained, the name is the base model's or begins with it and a
             colon, or pinned adapters would take more than half of the pool; nothing changes.
         """
@@ -235,7 +237,7 @@ class Engine:
         try:
             folder = resolve_adapter_path(path)
             own = self._own_tokenizer(folder)
-            info = self._store.register(name, folder, pinned)
+            info = self._store.register(name, folder, pinned, replace)
         except BadAdapter as refusal:
             if self.is_running:
                 events.warning("adapter refused: %s", printable(str(refusal)))
@@ -246,6 +248,29 @@ class Engine:
             said = "replaced" if is_replaced else "loaded"
             events.info("adapter %s %s: rank %d, %d pages, of %s", name, said, info.rank, info.num_pages, folder)
         return info
+
+    def pin_adapter(self, name: str) -> AdapterInfo:
+        """Brings a registered adapter to the pool, and keeps it there.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+          BadAdapter: pinned adapters would take more than half of the pool; nothing changes.
+        """
+        self.check_process()
+        self._store.pin(name)
+        self._wake()
+        return self.adapter(name)
+
+    def unpin_adapter(self, name: str) -> AdapterInfo:
+        """Lets an adapter leave the pool again when others need its pages.
+
+        Raises:
+          UnknownAdapter: no adapter of that name.
+        """
+        self.check_process()
+        self._store.unpin(name)
+        self._wake()
+        return self.adapter(name)
 
     def tokenizer_of(self, adapter: str | None) -> Tokenizer | None:
         """The tokenizer with the chat template that goes with an adapter: its folder's own, else the base model's.
@@ -403,6 +428,11 @@ class Engine:
     def gives_up_late(self) -> bool:
         """Whether requests that would miss their first-token objective end with "late" instead."""
         return self.config.scheduler.policy == "abort"
+
+    @property
+    def orders_by_priority(self) -> bool:
+        """Whether requests may have a priority."""
+        return self.config.scheduler.policy == "priority"
 
     def _check_policy_fields(self, request: Request) -> None:
         policy = self.config.scheduler.policy

@@ -67,6 +67,11 @@ class Generation:
         """Whether the last delta of every sequence has been taken."""
         return self._unfinished == 0
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all of its sequences that were read so far."""
+        return sum(len(delta.token_ids) for delta in self._seen)
+
     def next_delta(self, timeout: float | None = None) -> Delta | None:
         """Waits for the next delta of any of the n sequences; None after ``timeout`` seconds, or once finished."""
         if self.finished:

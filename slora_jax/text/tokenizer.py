@@ -193,6 +193,10 @@ class Tokenizer:
         """This token by itself; bytes that are no whole character are shown as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def piece(self, token_id: int) -> str:
+        """This token as the vocabulary writes it, such as ``Ġworld`` or ``▁world``; "" if there is none."""
+        return self._backend.id_to_token(token_id) or ""
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token marks structure (end of sequence, roles of a chat) and is no text."""
         return token_id in self._special_ids

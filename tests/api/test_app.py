@@ -320,7 +320,7 @@ def test_adapters_on_request(engine, tmp_path):
     error(post(client, "/v1/unload_lora_adapter", lora_name="new"), 404, "model_not_found", "model")
     error(post(client, "/v1/load_lora_adapter", lora_name="x"), 400, None, "lora_path")
     error(post(client, "/v1/load_lora_adapter", more=1, **fields), 400, None, "more")
-    error(client.post("/v1/load_lora_adapter", data="[]"), 400)
+    error(client.post("/v1/load_lora_adapter", data="[]", content_type="application/json"), 400)
 
 
 def test_pins_on_request(engine, tmp_path):
@@ -328,7 +328,7 @@ def test_pins_on_request(engine, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     fields = {"lora_name": "new", "lora_path": str(tmp_path)}
     assert post(client, "/v1/load_lora_adapter", pinned=True, **fields).get_json()["pinned"] is True
-    assert post(client, "/v1/load_lora_adapter", **fields).get_json()["pinned"] is False
+    assert post(client, "/v1/load_lora_adapter", load_inplace=True, **fields).get_json()["pinned"] is False
     error(post(client, "/v1/load_lora_adapter", pinned="yes", **fields), 400, None, "pinned")
     fields["lora_name"] = "too-large"
     error(post(client, "/v1/load_lora_adapter", pinned=True, **fields), 400, "bad_adapter")

@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import threading
+import time
 
 import pytest
 from werkzeug.test import EnvironBuilder
@@ -20,6 +21,8 @@ REQUESTS = 10_000
 CLIENTS = 4
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+PIN, UNPIN = "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter"
+ROUTES = [COMPLETIONS, CHAT, LOAD, UNLOAD, PIN, UNPIN, "/tokenize", "/detokenize"]
 
 HOSTILE = [
     None, True, False, 0, 1, 2, 5, 40, -1, 128, 129, 2**31 - 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, -0.0,
@@ -146,13 +149,14 @@ class Client:
             body = {"lora_name": name, "lora_path": self._choose.choice(folders)}
             if self._choose.random() < 0.3:
                 body["pinned"] = self._choose.choice([True, False, "x", 1, None])
+            body["load_inplace"] = self._choose.choice([True, True, False, "x", None])
             self._check(self._http.post(LOAD, json=body), body)
         else:
-            self._check(self._http.post(UNLOAD, json={"lora_name": name}), name)
+            self._check(self._http.post(self._choose.choice([UNLOAD, PIN, UNPIN]), json={"lora_name": name}), name)
 
     def body(self) -> None:
         body = self._choose.choice(BODIES)
-        self._check(self._http.post(self._choose.choice([COMPLETIONS, CHAT, LOAD, UNLOAD]), data=body), body)
+        self._check(self._http.post(self._choose.choice(ROUTES), data=body, content_type="application/json"), body)
 
     def look(self) -> None:
         path = self._choose.choice(PATHS)
@@ -212,6 +216,12 @@ def test_ten_thousand_requests(caplog):
         assert min(statuses.values()) > REQUESTS // 50, "it reaches the engine, and is refused, often"
         clients[0].known()
         assert not clients[0].wrong
+        for name in engine.adapters():
+            engine.unpin_adapter(name)
+        deadline = time.monotonic() + 10
+        while engine.stats()["pages_used"]:
+            assert time.monotonic() < deadline, "pages are used, and nobody uses them"
+            time.sleep(0.01)
     finally:
         engine.close()
     engine.check_integrity()

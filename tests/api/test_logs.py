@@ -29,6 +29,7 @@ def fields(line: str) -> dict[str, str]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_line_a_request(client, caplog, stream):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="slora_jax")  # a launch in this process may have set another
     body = {"model": "pirate", "prompt": SECRET, "max_tokens": 5, "stream": stream}
     with client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {SECRET}"}) as response:
         answer = response.text
@@ -43,6 +44,7 @@ def test_a_line_a_request(client, caplog, stream):
 
 def test_what_fails_or_is_refused_has_its_line_without_what_was_sent(client, caplog):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="slora_jax")  # a launch in this process may have set another
     client.post("/v1/completions", json={"model": "base", "prompt": FAILS + SECRET, "max_tokens": 9})
     client.post("/v1/completions", json={"model": SECRET, "prompt": SECRET})
     client.post("/v1/completions", json={"model": "base", "prompt": SECRET, "temperature": SECRET})
@@ -64,8 +66,10 @@ def test_a_line_for_what_changes_what_is_served(caplog, tmp_path):
         engine.start()
         client = create_app(engine, allow_adapter_loading=True).test_client()
         try:
+            (tmp_path / "nothing").mkdir()
             for path in (adapter, adapter, tmp_path / "nothing"):
-                client.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": str(path)})
+                body = {"lora_name": "new", "lora_path": str(path), "load_inplace": True}
+                client.post("/v1/load_lora_adapter", json=body)
             client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
             lines = [line for line in said(caplog, "slora_jax.events") if line.startswith("adapter")]
             assert [line.split(":")[0] for line in lines] == [

@@ -17,6 +17,8 @@ import pydantic
 import pytest
 import yaml
 
+import slora_jax
+from slora_jax.api.folders import NoSuchFolder
 from slora_jax.api.server import ServerConfig, listen
 from slora_jax.config import POLICIES, EngineConfig, build_config
 from slora_jax.errors import InvalidRequest
@@ -95,7 +97,7 @@ def test_flags_reach_their_fields():
             "--model folder --served-name m --dtype float32 --max-model-len 99 --checkpoint-cache c --seed 3 "
             "--compilation-cache k "
             "--adapter a=x --adapter b=y=z --adapter-dir d --adapter-dir e --allow-adapter-loading --pool-pages 77 "
-            "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 0.0.0.0 --port 1 "
+            "--no-prefix-cache --max-batch-tokens 300 --max-sequences 30 --max-waiting 5 --host 127.0.0.2 --port 1 "
             "--max-streams 9 --max-body-bytes 5000 --log-level info --tp 8 --coordinator here:1 --num-hosts 2"
         )
     )
@@ -116,7 +118,7 @@ def test_flags_reach_their_fields():
         }
     )
     assert server == ServerConfig(
-        host="0.0.0.0", port=1, max_streams=9, max_body_bytes=5000, allow_adapter_loading=True, log_level="info"
+        host="127.0.0.2", port=1, max_streams=9, max_body_bytes=5000, allow_adapter_loading=True, log_level="info"
     )
 
 
@@ -220,6 +222,149 @@ def test_bad_arguments(args, message):
 
 
 @pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        ("--max_model_len 5", "--max-model-len"),
+        ("--adapters a=b", "--adapter"),
+        ("--lora-module a=b", "--lora-modules"),
+        ("--max-sequence 5", "--max-sequences"),
+        ("--api-kye x", "--api-key"),
+        ("--no-prefix-caching", "--no-prefix-cache"),
+        ("--something-else", None),
+    ],
+)
+def test_misspelt_flags(args, hint):
+    result = run(*args.split())
+    assert result.exit_code == 2
+    said = result.output.splitlines()[-1]
+    assert said.endswith(f"Did you mean '{hint}'?" if hint else "No such option '--something-else'."), said
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("modle: x", "model"),
+        ("max-model-len: 5", "max_model_len"),
+        ("server: {prot: 1}", "server.port"),
+        ("server: {api-keys: [sk-12345678]}", "server.api_keys"),
+        ("port: 5", "server.port"),
+        ("max_sequences: 5", "scheduler.max_sequences"),
+        ("scheduler: {max-num-seqs: 5}", "scheduler.max_sequences"),
+        ("tensor_parallel_size: 2", "mesh.tp"),
+        ("served_model_name: x", "served_name"),
+        ("adapter_dir: [x]", "adapter_dirs"),
+        ("something_else: x", None),
+    ],
+)
+def test_misspelt_fields(tmp_path, text, hint):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    said = run("--config", str(file)).output
+    assert f"; did you mean {hint}? (" in said or f"; did you mean {hint}?\n" in said if hint else "mean" not in said, (
+        said
+    )
+    assert "sk-12345678" not in said
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("modle: x\nserver: {port: 70000, grace_s: -1}\nscheduler: {policy: none}\n")
+    said = run("--config", str(file)).output
+    for path in ("modle", "server.port", "server.grace_s", "scheduler.policy"):
+        assert f"{path} (in {file})" in said
+
+
+def test_flags_under_the_names_that_other_servers_have(tmp_path):
+    theirs = config_of(
+        *shlex.split(
+            "--served-model-name m --tensor-parallel-size 2 --max-num-seqs 8 --max-num-batched-tokens 64 "
+            '--gpu-memory-utilization 0.5 --lora-modules a=x b=y=z \'{"name": "c", "path": "p/q"}\' --port 9'
+        )
+    )
+    ours = config_of(
+        *shlex.split(
+            "--served-name m --tp 2 --max-sequences 8 --max-batch-tokens 64 --gpu-memory-fraction 0.5 "
+            "--adapter a=x --adapter b=y=z --adapter c=p/q --port 9"
+        )
+    )
+    assert theirs == ours
+    assert config_of("--lora-modules=a=x", "b=y")[0].adapters == {"a": "x", "b": "y"}
+    for bad in ("a", '{"name": "c"}', "{"):
+        assert "NAME=PATH" in run("--lora-modules", bad).output
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"slora-jax {slora_jax.__version__}\n")
+
+
+def test_keys_from_flags_environment_and_file(tmp_path, monkeypatch):
+    file = tmp_path / "c.yaml"
+    file.write_text("server: {api_keys: [key-of-file], admin_key: admin-of-file}")
+
+    def keys(*args) -> tuple[list[str], str | None]:
+        server = config_of(*args)[1]
+        admin = server.admin_key
+        return [key.get_secret_value() for key in server.api_keys], admin and admin.get_secret_value()
+
+    assert keys() == ([], None)
+    assert keys("--api-key", "12345678", "--api-key", "abcdefgh", "--admin-key", "87654321") == (
+        ["12345678", "abcdefgh"],
+        "87654321",
+    )
+    assert keys("--config", str(file)) == (["key-of-file"], "admin-of-file")
+    monkeypatch.setenv("SLORA_API_KEY", "key-of-env-1 key-of-env-2")
+    monkeypatch.setenv("SLORA_ADMIN_KEY", "admin-of-env")
+    assert keys("--config", str(file)) == (["key-of-env-1", "key-of-env-2"], "admin-of-env")
+    assert keys("--api-key", "12345678")[0] == ["12345678"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--api-key", "secret"],
+        ["--api-key", "secret secret secret"],
+        ["--admin-key", "secret\xe9secret"],
+        ["--api-key", "secretsecret", "--allow-adapter-loading"],
+        ["--admin-key", "secretsecret", "--port", "70000"],
+        ["--api-key", "secretsecret", "--allowed-origins", "nowhere"],
+    ],
+)
+def test_refusals_hold_no_key(args):
+    result = run(*args)
+    assert result.exit_code == 2 and "invalid configuration" in result.output
+    assert "secret" not in result.output
+
+
+def test_a_bad_keys_file_is_told_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "keys").write_text("keys: [{name: x}]")
+    result = run("--api-keys-file", str(tmp_path / "keys"), "--model", "/no/such/model")
+    assert result.exit_code == 2
+    assert "keys.0.sha256" in result.output and "Loading" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "loads"),
+    [
+        ("", True),
+        ("--adapter-root {root}", True),
+        ("--adapter-root {other}", False),
+        ("--host 0.0.0.0 --admin-key 12345678", False),
+        ("--host 0.0.0.0 --admin-key 12345678 --adapter-root {other} --adapter-root {root}", True),
+    ],
+)
+def test_where_adapters_may_be(tmp_path, args, loads):
+    (tmp_path / "root").mkdir()
+    server = config_of(*args.format(root=tmp_path, other=tmp_path / "other").split())[1]
+    _, folders = serve.rules(server)
+    if loads:
+        assert folders.checked(str(tmp_path / "root")) == str(tmp_path / "root")
+    else:
+        with pytest.raises(NoSuchFolder):
+            folders.checked(str(tmp_path / "root"))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("modle: x", "modle"),
@@ -297,6 +442,7 @@ def test_greeting(tmp_path):
     command = shlex.split(second.removeprefix("Try: "))
     assert command[:2] == ["curl", "http://h:1/v1/chat/completions"]
     assert json.loads(command[-1])["model"] == "pirate"
+    assert '-H "Authorization: Bearer $KEY"' in serve.greeting(engine, "http://h:1", needs_key=True)
     without = FakeEngine(tmp_path, with_tokenizer=False)
     assert '"prompt": [1, 2, 3]' in serve.greeting(without, "http://h:1")
 

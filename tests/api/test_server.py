@@ -194,6 +194,7 @@ def test_malformed_http_and_huge_bodies_are_refused_in_json(engine):
                 sock.sendall(data)
                 head, _, body = b"".join(iter(lambda: sock.recv(4096), b"")).partition(b"\r\n\r\n")
             assert int(head.split()[1]) == status
+            assert b"X-Request-Id: " in head
             assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 

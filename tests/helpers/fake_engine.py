@@ -8,13 +8,13 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from slora_jax.engine.generation import Timing
-from slora_jax.errors import BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+from slora_jax.errors import AdapterExists, BadAdapter, EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
 from slora_jax.model.config import ModelConfig
 from slora_jax.request import Completion, Delta, Request, RequestOutput, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity, capacity
@@ -73,6 +73,10 @@ class FakeGeneration:
     def finished(self) -> bool:
         return self._ended.is_set() and self._deltas.empty()
 
+    @property
+    def num_generated(self) -> int:
+        return sum(len(delta.token_ids) for delta in self.deltas)
+
     def next_delta(self, timeout: float | None = None) -> Delta | None:
         try:
             return self._deltas.get(timeout=timeout) if timeout != 0 else self._deltas.get_nowait()
@@ -122,6 +126,7 @@ class FakeEngine:
     model_name = "base"
     max_model_len = 300
     gives_up_late = False
+    orders_by_priority = False
     default_sampling: Mapping[str, Any] = MappingProxyType({})
     compiling: str | None = None
 
@@ -156,12 +161,22 @@ class FakeEngine:
             raise UnknownAdapter(f"no adapter is named {name!r}")
         return self._adapters[name]
 
-    def register_adapter(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str, pinned: bool = False, replace: bool = True) -> AdapterInfo:
+        if name in self._adapters and not replace:
+            raise AdapterExists(f"adapter {name!r} is registered already")
         if not Path(path, "adapter_config.json").is_file():
             raise BadAdapter(f"{path} holds no adapter_config.json")
         if name == "too-large" and pinned:
             raise BadAdapter("it cannot be pinned")
         self._adapters[name] = AdapterInfo(name, path, pinned=pinned)
+        return self._adapters[name]
+
+    def pin_adapter(self, name: str) -> AdapterInfo:
+        self._adapters[name] = replace(self.adapter(name), pinned=True)
+        return self._adapters[name]
+
+    def unpin_adapter(self, name: str) -> AdapterInfo:
+        self._adapters[name] = replace(self.adapter(name), pinned=False)
         return self._adapters[name]
 
     def unregister_adapter(self, name: str) -> None:
