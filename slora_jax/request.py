@@ -158,7 +158,8 @@ class SamplingParams:
       stop_token_ids: at most ``MAX_STOPS`` token ids that end the completion; like EOS, they are not part of the text.
       ignore_eos: go on after the model's end-of-sequence token.
       n: completions for this prompt; completion i uses ``seed + i``.
-      min_tokens: tokens that end the completion cannot come before so many others; at most ``max_tokens``.
+      min_tokens: tokens that end the completion cannot come before so many others, unless a grammar has nothing else;
+        at most ``max_tokens``.
       logit_bias: pairs of a token id and what is added to its logit, after the penalties; at most
         ``MAX_BIASED_TOKENS``.
       allowed_token_ids: only these can come; None for all.
@@ -226,6 +227,9 @@ class SamplingParams:
                 check_number("allowed_token_ids", token)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InvalidRequest(f"grammar must be a Grammar or None, got {shown(self.grammar)}", "grammar")
+        if self.grammar is not None and self.allowed_token_ids is not None:
+            message = "allowed_token_ids and a grammar can leave no token that may come; send one of them"
+            raise InvalidRequest(message, "allowed_token_ids")
 
     @property
     def limits_tokens(self) -> bool:

@@ -161,8 +161,9 @@ def allow_by_constraints(inputs: SamplerInputs, entries: Seq[ScheduledSequence])
             allowed = inputs.allowed[row]
             words = np.empty(allowed.shape, np.int32)
             constraint.allow(words)
-            # A minimum of tokens, or a list of allowed ones, holds beside it.
-            allowed &= words
+            # A minimum of tokens holds beside it, until there is nothing but the end that could come.
+            both = allowed & words
+            allowed[:] = both if both.any() else words
 
 
 # Fields that are one number a sequence, and what they hold for a greedy one.

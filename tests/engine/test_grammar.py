@@ -111,6 +111,17 @@ def test_a_bias_brings_a_token_and_a_minimum_keeps_the_end_away(engine):
     assert len(late) > 6 and end not in late[:6]
 
 
+def test_an_answer_that_is_complete_ends_whatever_minimum_was_asked_for(engine):
+    request = greedy(PROMPT, None, 40, min_tokens=30, grammar=Grammar("regex", "(ab?){1,2}"))
+    (completion,) = answer(engine, request)
+    assert completion.finish_reason == "stop" and re.fullmatch("(ab?){1,2}", completion.text), completion.error
+
+
+def test_a_grammar_and_a_list_of_tokens_exclude_each_other():
+    with pytest.raises(InvalidRequest, match="allowed_token_ids and a grammar can leave no token"):
+        greedy(PROMPT, None, 8, allowed_token_ids=(5,), grammar=Grammar("regex", "a"))
+
+
 def test_only_allowed_tokens_come(engine):
     allowed = tuple(range(30, 40))
     tokens = answer(engine, greedy(PROMPT, None, 30, temperature=2.0, seed=2, allowed_token_ids=allowed))[0].token_ids
