@@ -32,6 +32,9 @@ _TIMES_INPUT = 8
 _MAX_SOURCE = 2**20
 _MAX_ENTRIES = 2**17
 _MAX_WIDTH = 10_000
+_SLOW_FILTERS = frozenset({"striptags", "title", "urlize", "wordwrap"})
+_MAX_SLOW = 2**18
+"""Characters that a filter may take which looks at each in Python: a tenth of a second's work, which cannot be cut."""
 _MAX_BITS = 4096
 _LONGEST_SHOWN = 300
 
@@ -255,6 +258,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.step()
         if name in _ITERATING and isinstance(value, str) and len(value) > _MAX_ENTRIES:
             raise _TooMuch(f"it makes a list of more than {_MAX_ENTRIES} entries")
+        if name in _SLOW_FILTERS and _weight(value, _MAX_SLOW) > _MAX_SLOW:
+            raise _TooMuch(f"its filter {name} gets more than {_MAX_SLOW} characters")
         if name in _SIZED:
             self._check_widths([*args, *kwargs.values()])
         if name == "replace":

@@ -116,6 +116,8 @@ def test_absent_variables_are_none_and_not_undefined():
         "{{ ('a\\n' * 99999) | indent(9999) }}",
         "{{ (['a'] * 9999) | tojson(indent='b' * 99999) }}",
         "{{ ('a ' * 9999) | wordwrap(1, wrapstring='b' * 99999) }}",
+        "{{ ('a ' * 12000000) | wordwrap(1) | length }}",
+        "{{ ('&lt;' * 200000) | striptags | length }}",
         "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
         "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
         "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
