@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -39,6 +40,9 @@ _PARAMS = "params"
 _MANIFEST = "manifest.json"
 _SMALL_FILE_BYTES = 2**16
 _PIECE_BYTES = 2**22
+_REMOVALS = 20
+_SECONDS_BETWEEN_REMOVALS = 0.1
+_OS_ERROR = re.compile(r"[\w ]+\[os_error_code=[^\]]*\]?")
 _HOST_COPY_GB = 2  # host memory for arrays on their way between disk and device
 
 
@@ -172,7 +176,7 @@ def _save(entry: _Entry, params) -> None:
                 _flush(fresh)  # or a power failure after the rename could leave files of the right size, all zeros
                 fresh.rename(entry.path)
             finally:
-                shutil.rmtree(fresh, ignore_errors=True)
+                _remove(fresh)
     except Exception as e:  # the cache is a convenience: whatever goes wrong, the server has its weights
         logger.warning(
             "weights could not be cached in %s (%s); the next start will read the safetensors again",
@@ -193,10 +197,22 @@ def _remove_leftovers(entry: _Entry) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of TensorStore may write for a moment after they failed."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_SECONDS_BETWEEN_REMOVALS)
+
+
 def _reason(error: Exception) -> str:
-    """In one line; TensorStore names every file that it was at, one within another."""
+    """In one line; TensorStore names every file that it was at, one within another, and somewhere what was wrong."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"
+    if len(text) <= 300:
+        return text
+    cause = _OS_ERROR.search(text)
+    return f"{text[:100]} ... {cause[0].strip()[:195] if cause else text[-195:]}"
 
 
 def _checkpointer(tree):
