@@ -38,19 +38,20 @@ LEGAL = {
     "top_p": (1e-46, 0.5, 1), "min_p": (0, 1e-46, 0.1, 1), "repetition_penalty": (0.01, 1, 1.3, 100),
     "presence_penalty": (-2, 0, 2), "frequency_penalty": (-2, 0, 2), "seed": (0, -1, 2**64 - 1, -(2**63)), "n": (1, 2,
     5), "stop": ("e", ["o", "zz"]), "stop_token_ids": ([1], [287]), "ignore_eos": (True, False), "return_token_ids":
-    (True,), "min_tokens": (0, 1), "logit_bias": ({"5": 2}, {}), "allowed_token_ids": ([1, 2],), "guided_regex":
-    ("[a-z]{3}",), "guided_choice": (["a", "b"],), "guided_json": ({"type": "integer"},), "structured_outputs":
-    ({"json_object": True},), "response_format": ({"type": "json_object"}, {"type": "text"}),
+    (True,), "min_tokens": (0, 1), "logit_bias": ({"5": 2}, {}), "response_format": ({"type": "json_object"}, {"type":
+    "text"}), "skip_special_tokens": (True, False), "include_stop_str_in_output": (True, False),
 }  # fmt: skip
 OTHERS = [
     "model", "prompt", "messages", "max_completion_tokens", "stream", "stream_options", "priority", "slo_ms",
-    "logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "guided_grammar", "store", "user", "nobody",
+    "logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "store", "user", "nobody",
+    "guided_grammar", "guided_regex", "guided_json", "guided_choice", "structured_outputs", "allowed_token_ids",
+    "tool_choice", "truncate_prompt_tokens", "chat_template_kwargs", "continue_final_message",
 ]  # fmt: skip
 BODIES = [
     b"", b"{", b"[" * 5000, b"\xff", b"null", b'{"a":1,"a":2}', b'{"n":' + b"9" * 5000 + b"}", b'{"temperature": NaN}',
 ]  # fmt: skip
 PATHS = [
-    "/health", "/v1/models", "/v1/models/qv-r8", "/v1/models/x%ff", "//", "/v1/capacity?prompt_tokens=9&max_tokens=9",
+    "/health", "/v1/models", "/v1/models/qv-r8", "/v1/models/x%ff", "/v1//models", "/v1/capacity?prompt_tokens=9&max_tokens=9",
     "/v1/capacity?prompt_tokens=9&max_tokens=9&adapter=qv-r8", "/v1/capacity?prompt_tokens=999999999&max_tokens=1",
     "/v1/capacity?adapter=%00&prompt_tokens=1&max_tokens=1", "/v1/capacity?prompt_tokens=-1",
 ]  # fmt: skip
