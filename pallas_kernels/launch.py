@@ -38,20 +38,16 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
     Returns:
       Arrays as of ``out_type``.
     """
-    is_ref = [isinstance(arg, jax.Ref) for arg in args]
-    refs = [arg for arg, changes in zip(args, is_ref, strict=True) if changes]
-    arrays = [arg[...] if changes else arg for arg, changes in zip(args, is_ref, strict=True)]
     outputs, tree = jax.tree.flatten(out_type)
-    changed = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs]
-    operands = [array for array in arrays if not isinstance(array, int)]
-    places = [i for i, array in enumerate(arrays) if not isinstance(array, int)]
-    aliases = {
-        places.index(i): len(outputs) + n for n, i in enumerate(i for i, changes in enumerate(is_ref) if changes)
-    }
+    pointers = [arg for arg in args if not isinstance(arg, int)]
+    refs = {i: arg for i, arg in enumerate(pointers) if isinstance(arg, jax.Ref)}
+    operands = [arg[...] if i in refs else arg for i, arg in enumerate(pointers)]
+    changed = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs.values()]
+    aliases = {i: len(outputs) + n for n, i in enumerate(refs)}
     text = _compiled(
         kernel,
-        tuple(array if isinstance(array, int) else _POINTER_TO[array.dtype.name] for array in (*arrays, *outputs)),
-        tuple(_POINTER_TO[ref.dtype.name] for ref in refs),
+        tuple(arg if isinstance(arg, int) else _POINTER_TO[arg.dtype.name] for arg in (*args, *outputs)),
+        tuple(_POINTER_TO[ref.dtype.name] for ref in refs.values()),
         tuple(sorted(constants.items())),
         num_warps,
         num_stages,
@@ -70,7 +66,7 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
         grid_z=np.int32(z),
         debug=False,
     )
-    for ref, result in zip(refs, results[len(outputs) :], strict=True):
+    for ref, result in zip(refs.values(), results[len(outputs) :], strict=True):
         ref[...] = result
     return jax.tree.unflatten(tree, results[: len(outputs)])
 

@@ -39,6 +39,36 @@ def _copy(source, target, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _push(
+    x, peers, call, rank, begin, end,
+    N: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Writes a share of x into this device's slot of every other."""
+    for ahead in tl.static_range(1, N):
+        theirs = _address(peers, (rank + ahead) % N)
+        _copy(x, _slot(theirs, call, rank, HEAD, SLOT, N, DTYPE), begin, end, BLOCK)
+
+
+@triton.jit
+def _sum(
+    own, workspace, call, rank, at, here,
+    N: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Returns a block of what this device has and all others wrote, added up in float32.
+
+    In the same order everywhere: all devices get the same bits.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    for device in tl.static_range(N):
+        if device == rank:
+            total += tl.load(own + at, mask=here).to(tl.float32)
+        else:
+            slot = _slot(workspace, call, device, HEAD, SLOT, N, DTYPE)
+            total += tl.load(slot + at, mask=here, cache_modifier=".cg").to(tl.float32)
+    return total
+
+
+@triton.jit
 def _meet(peers, rank, value, N: tl.constexpr, PROGRAMS: tl.constexpr):
     """Tells the others that this program has written, and waits until theirs have.
 
@@ -91,21 +121,12 @@ def _all_reduce_kernel(
     end = tl.minimum(begin + share, size)
     if begin < end:
         call = count // PHASES
-        for ahead in tl.static_range(1, N):
-            theirs = _address(peers, (rank + ahead) % N)
-            _copy(x, _slot(theirs, call, rank, HEAD, SLOT, N, DTYPE), begin, end, BLOCK)
+        _push(x, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
         for first in range(begin, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
             here = at < end
-            total = tl.zeros([BLOCK], tl.float32)
-            # In the same order everywhere: all devices get the same bits.
-            for device in tl.static_range(N):
-                if device == rank:
-                    total += tl.load(x + at, mask=here).to(tl.float32)
-                else:
-                    slot = _slot(workspace, call, device, HEAD, SLOT, N, DTYPE)
-                    total += tl.load(slot + at, mask=here, cache_modifier=".cg").to(tl.float32)
+            total = _sum(x, workspace, call, rank, at, here, N, HEAD, SLOT, BLOCK, DTYPE)
             tl.store(out + at, tl.where(all_came, total, float("nan")).to(DTYPE), mask=here)
     tl.store(counter, count + PHASES)
 
@@ -139,13 +160,7 @@ def _all_reduce_in_two_kernel(
         for first in range(begin, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
             here = at < end
-            total = tl.zeros([BLOCK], tl.float32)
-            for sender in tl.static_range(N):
-                if sender == rank:
-                    total += tl.load(x + own + at, mask=here).to(tl.float32)
-                else:
-                    slot = _slot(workspace, call, sender, HEAD, SLOT, N, DTYPE)
-                    total += tl.load(slot + at, mask=here, cache_modifier=".cg").to(tl.float32)
+            total = _sum(x + own, workspace, call, rank, at, here, N, HEAD, SLOT, BLOCK, DTYPE)
             result = tl.where(all_came, total, float("nan")).to(DTYPE)
             tl.store(out + own + at, result, mask=here)
             for ahead in tl.static_range(1, N):
@@ -185,9 +200,7 @@ def _all_gather_kernel(
     end = tl.minimum(begin + share, size)
     if begin < end:
         call = count // PHASES
-        for ahead in tl.static_range(1, N):
-            theirs = _address(peers, (rank + ahead) % N)
-            _copy(x, _slot(theirs, call, rank, HEAD, SLOT, N, DTYPE), begin, end, BLOCK)
+        _push(x, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
         for first in range(begin, end, BLOCK):
             at = first + tl.arange(0, BLOCK)

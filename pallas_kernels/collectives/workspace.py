@@ -39,15 +39,14 @@ class PeerMemory:
         count = mesh.devices.size
         self.slot_bytes = slot_bytes
         self.nbytes = HEAD_BYTES + 2 * count * slot_bytes
-        self._sharding = NamedSharding(mesh, PartitionSpec(axis, None))
-        self._shape = (count, self.nbytes // 4)
-        self._workspace = jnp.zeros(self._shape, jnp.int32, device=self._sharding)
+        sharding = NamedSharding(mesh, PartitionSpec(axis, None))
+        self._workspace = jnp.zeros((count, self.nbytes // 4), jnp.int32, device=sharding)
         self._workspace.block_until_ready()
         shards = sorted(self._workspace.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         assert len(shards) == count, "each device of the mesh is this process's"
         addresses = [shard.data.unsafe_buffer_pointer() for shard in shards]
         rows = np.array([[*addresses, place] for place in range(count)], np.int64)
-        self.table = jax.device_put(rows.view(np.int32), self._sharding)
+        self.table = jax.device_put(rows.view(np.int32), sharding)
 
 
 def peers_reach_each_other(mesh: Mesh) -> bool:

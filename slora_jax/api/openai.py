@@ -24,7 +24,6 @@ from slora_jax.api.tools import CallFormat, CallReader, ToolCall, Tools, format_
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
-    MAX_BIASED_TOKENS,
     MAX_STOPS,
     Completion,
     Delta,
@@ -231,9 +230,6 @@ def _read_logit_bias(sent: Any) -> tuple[tuple[int, float], ...]:
         return ()
     if not isinstance(sent, Mapping):
         raise InvalidRequest(f"logit_bias must be an object from token ids to numbers, got {shown(sent)}", "logit_bias")
-    if len(sent) > MAX_BIASED_TOKENS:
-        message = f"logit_bias may name {MAX_BIASED_TOKENS} tokens, got {len(sent)}; name fewer"
-        raise InvalidRequest(message, "logit_bias")
     for token in sent:
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
             raise InvalidRequest(f"logit_bias: {shown(token)} is not a token id; name tokens by number", "logit_bias")

@@ -3,19 +3,15 @@
 import contextlib
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from slora_jax.api.app import create_app
 from slora_jax.api.drain import Drain, Draining
 from slora_jax.api.server import Server, listen
-from tests.api.test_server import ask, completion, connect, request_bytes, unchunk, wait_until
+from tests.api.test_server import ask, completion, connect, process_serving, request_bytes, unchunk, wait_until
 from tests.helpers.fake_engine import WAITS
 
 
@@ -117,15 +113,8 @@ SERVE_FAKE = """
     ],
 )
 def test_signals(tmp_path, signals, ends_well):
-    code = textwrap.dedent(SERVE_FAKE)
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, str(Path(__file__).parents[2]), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        host, port = process.stdout.readline().removeprefix("http://").strip().split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as sock:
+    with process_serving(SERVE_FAKE, tmp_path) as (process, address):
+        with socket.create_connection(address, timeout=20) as sock:
             # A step each 20 ms: it runs for some seconds.
             sock.sendall(request_bytes("/v1/completions", completion("x", max_tokens=150, stream=True)))
             assert sock.recv(10)

@@ -51,7 +51,8 @@ BODIES = [
     b"", b"{", b"[" * 5000, b"\xff", b"null", b'{"a":1,"a":2}', b'{"n":' + b"9" * 5000 + b"}", b'{"temperature": NaN}',
 ]  # fmt: skip
 PATHS = [
-    "/health", "/v1/models", "/v1/models/qv-r8", "/v1/models/x%ff", "/v1//models", "/v1/capacity?prompt_tokens=9&max_tokens=9",
+    "/health", "/v1/models", "/v1/models/qv-r8", "/v1/models/x%ff", "/v1//models",
+    "/v1/capacity?prompt_tokens=9&max_tokens=9",
     "/v1/capacity?prompt_tokens=9&max_tokens=9&adapter=qv-r8", "/v1/capacity?prompt_tokens=999999999&max_tokens=1",
     "/v1/capacity?adapter=%00&prompt_tokens=1&max_tokens=1", "/v1/capacity?prompt_tokens=-1",
 ]  # fmt: skip

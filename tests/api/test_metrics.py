@@ -15,7 +15,7 @@ from slora_jax.api.metrics import FRESH_SECONDS
 from slora_jax.api.traffic import MAX_NAMED, OTHERS, Traffic
 from slora_jax.histogram import Histogram
 from slora_jax.request import Request
-from tests.helpers.engine_cases import FIXTURES, Case, compiled_fast
+from tests.helpers.engine_cases import FIXTURES, Case, running
 from tests.helpers.fake_engine import FakeGeneration
 
 CASE = Case(FIXTURES / "llama3_gqa")
@@ -25,11 +25,8 @@ GROWING = ("_total", "_bucket", "_count", "_sum")
 
 @pytest.fixture
 def engine():
-    with compiled_fast():
-        engine = CASE.engine(pages=60)
-        engine.start()
+    with running(CASE, pages=60) as engine:
         yield engine
-        engine.close()
 
 
 @pytest.fixture
@@ -173,39 +170,30 @@ def test_the_pool_is_as_the_engine_says(engine, app):
 
 def test_a_gateway_sends_requests_where_their_adapter_is(engine, app):
     """Two servers; the endpoint picker prefers the one whose newest ``lora_requests_info`` has the adapter."""
-    with compiled_fast():
-        other = CASE.engine(pages=60)
-        other.start()
-        try:
-            servers = {"one": app, "two": create_app(other)}
-            ask(servers["one"], ADAPTERS[0], 1)
-            ask(servers["two"], ADAPTERS[1], 1)
+    with running(CASE, pages=60) as other:
+        servers = {"one": app, "two": create_app(other)}
+        ask(servers["one"], ADAPTERS[0], 1)
+        ask(servers["two"], ADAPTERS[1], 1)
 
-            def pick(adapter: str) -> str:
-                seen = {name: settled(server) for name, server in servers.items()}
-                has = [
-                    n
-                    for n, s in seen.items()
-                    if adapter in s.names_in("vllm:lora_requests_info", "running_lora_adapters")
-                ]
-                room = [
-                    n
-                    for n, s in seen.items()
-                    if len(s.names_in("vllm:lora_requests_info", "running_lora_adapters"))
-                    < int(s.labels("vllm:lora_requests_info")[0]["max_lora"])
-                ]
-                queue = {
-                    n: s.all("vllm:num_requests_waiting") + s.all("vllm:kv_cache_usage_perc") for n, s in seen.items()
-                }
-                return min(has or room, key=queue.__getitem__)
+        def pick(adapter: str) -> str:
+            seen = {name: settled(server) for name, server in servers.items()}
+            has = [
+                n for n, s in seen.items() if adapter in s.names_in("vllm:lora_requests_info", "running_lora_adapters")
+            ]
+            room = [
+                n
+                for n, s in seen.items()
+                if len(s.names_in("vllm:lora_requests_info", "running_lora_adapters"))
+                < int(s.labels("vllm:lora_requests_info")[0]["max_lora"])
+            ]
+            queue = {n: s.all("vllm:num_requests_waiting") + s.all("vllm:kv_cache_usage_perc") for n, s in seen.items()}
+            return min(has or room, key=queue.__getitem__)
 
-            assert pick(ADAPTERS[0]) == "one"
-            assert pick(ADAPTERS[1]) == "two"
-            where = pick(ADAPTERS[2])
-            ask(servers[where], ADAPTERS[2], 2)
-            assert pick(ADAPTERS[2]) == where
-        finally:
-            other.close()
+        assert pick(ADAPTERS[0]) == "one"
+        assert pick(ADAPTERS[1]) == "two"
+        where = pick(ADAPTERS[2])
+        ask(servers[where], ADAPTERS[2], 2)
+        assert pick(ADAPTERS[2]) == where
 
 
 def test_many_adapters_have_few_labels(engine):

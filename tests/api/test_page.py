@@ -11,7 +11,7 @@ from slora_jax.memory.pages import PageAllocator
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.sequence import Sequence
 from slora_jax.scheduler.view import Owner, PoolView, view_pool
-from tests.helpers.engine_cases import FIXTURES, Case, compiled_fast
+from tests.helpers.engine_cases import FIXTURES, Case, running
 from tests.helpers.fake_engine import AdapterInfo
 
 CASE = Case(FIXTURES / "llama3_gqa")
@@ -19,11 +19,8 @@ CASE = Case(FIXTURES / "llama3_gqa")
 
 @pytest.fixture(scope="module")
 def engine():
-    with compiled_fast():
-        engine = CASE.engine(pages=60)
-        engine.start()
+    with running(CASE, pages=60) as engine:
         yield engine
-        engine.close()
 
 
 def test_files_are_served_under_a_strict_policy(client):

@@ -360,17 +360,23 @@ SERVE_FAKE = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_process_cleanly(tmp_path, number):
-    code = textwrap.dedent(SERVE_FAKE)
+@contextlib.contextmanager
+def process_serving(script: str, folder: Path):
+    """A process that runs a script like ``SERVE_FAKE``; yields it and the address that it serves at."""
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, str(Path(__file__).parents[2]), str(tmp_path)],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(Path(__file__).parents[2]), str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         host, port = process.stdout.readline().removeprefix("http://").strip().split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as sock:
+        yield process, (host, int(port))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_process_cleanly(tmp_path, number):
+    with process_serving(SERVE_FAKE, tmp_path) as (process, address):
+        with socket.create_connection(address, timeout=20) as sock:
             sock.sendall(request_bytes("/v1/completions", completion(WAITS, stream=True, echo=True)))
             assert sock.recv(10)
             process.send_signal(number)

@@ -4,25 +4,10 @@ import json
 
 import pytest
 
-from slora_jax.api.app import create_app
 from slora_jax.request import Grammar
-from tests.helpers.fake_engine import FakeEngine
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
-
-
-@pytest.fixture
-def engine(tmp_path):
-    engine = FakeEngine(tmp_path)
-    engine.start()
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-def client(engine):
-    return create_app(engine).test_client()
 
 
 def asked(client, engine, path="/v1/chat/completions", **fields):

@@ -59,6 +59,18 @@ def make_engine(
     return engine
 
 
+@contextlib.contextmanager
+def running(case: "Case", **options):
+    """An engine of a case that answers in a thread of its own; ``options`` as for ``Case.engine``."""
+    with compiled_fast():
+        engine = case.engine(**options)
+        engine.start()
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
 def make_dummy_engine(shape: Path, tp: int, *ranks: int) -> Engine:
     """An engine with random weights on ``tp`` devices; for each rank ``r`` an adapter "r<rank>" of all modules."""
     engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3)
