@@ -25,6 +25,12 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
+def endings_of(host) -> list[Ending]:
+    """How it ended. Whoever called it may be told of the end before the thread that ends it has noted that."""
+    wait_for(lambda: host.endings)
+    return host.endings
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return sock.getsockname()[1]
@@ -49,7 +55,7 @@ def test_what_differs_is_named_to_all_and_ends_all():
                 match=r"host 2 has another --seed than host 0 \(7 there, 1 here on host 0\); all hosts need the same",
             ):
                 future.result(20)
-            assert [ending.code for ending in host.endings] == [BAD_START]
+            assert [ending.code for ending in endings_of(host)] == [BAD_START]
 
 
 def test_what_is_alike_passes():
@@ -63,8 +69,7 @@ def test_a_host_that_ends_by_an_error_ends_all_with_its_reason():
         with pytest.raises(EngineStopped, match="host 1: no such model"):
             hosts[1].end("host 1: no such model", BAD_START)
         for host in hosts:
-            wait_for(lambda host=host: host.endings)
-            assert host.endings == [Ending("host 1: no such model", BAD_START)]
+            assert endings_of(host) == [Ending("host 1: no such model", BAD_START)]
         with pytest.raises(EngineStopped, match="no such model"):
             hosts[2].exchange("place", None)
 
@@ -76,8 +81,7 @@ def test_a_lost_host_is_named_to_all_and_the_server_hears_it_first():
         hosts[2].close()
         sentence = "host 2 was lost (its process ended); start all hosts again"
         for host in hosts[:2]:
-            wait_for(lambda host=host: host.endings)
-            assert host.endings == [Ending(sentence, LOST)]
+            assert endings_of(host) == [Ending(sentence, LOST)]
         assert heard == [(sentence, [])]
 
 
@@ -89,7 +93,7 @@ def test_all_end_even_if_what_the_server_does_first_fails():
         hosts[0].serve(on_stop=lambda: None, on_fail=fail)
         hosts[2].close()
         for host in hosts[:2]:
-            wait_for(lambda host=host: host.endings)
+            assert endings_of(host)
 
 
 def test_the_others_wait_for_host_0s_last_word():
@@ -101,7 +105,7 @@ def test_the_others_wait_for_host_0s_last_word():
             hosts[0].end("host 0: no such adapter", BAD_START)
         with pytest.raises(EngineStopped, match="host 0: no such adapter"):
             leaving.result(10)
-        assert hosts[1].endings == hosts[0].endings == [Ending("host 0: no such adapter", BAD_START)]
+        assert endings_of(hosts[1]) == endings_of(hosts[0]) == [Ending("host 0: no such adapter", BAD_START)]
 
 
 def test_a_silent_host_is_lost(monkeypatch):
@@ -127,8 +131,7 @@ def test_a_signal_to_a_host_that_loads_ends_all_and_to_one_that_follows_asks_the
         assert not hosts[0].endings and not hosts[1].endings
     with hosts_that_met(2) as hosts:
         hosts[1].ask_to_stop()
-        wait_for(lambda: hosts[0].endings)
-        assert [host.endings for host in hosts] == [[Ending("", 0)], [Ending("", 0)]]
+        assert [endings_of(host) for host in hosts] == [[Ending("", 0)], [Ending("", 0)]]
 
 
 def test_one_host_meets_nobody():
