@@ -98,7 +98,7 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = {
-    "max_tokens": Bounds(int, 1, _INT32_MAX, "positions are int32"),
+    "max_tokens": Bounds(int, 0, _INT32_MAX, "positions are int32"),
     "temperature": Bounds(float, 0.0, 100.0, "float32; logits are divided by it, if it is at least MIN_TEMPERATURE"),
     "top_k": Bounds(int, 0, _INT32_MAX, "int32; more than the vocabulary has means all of it"),
     "top_p": Bounds(float, 0.0, 1.0, "float32 probability", above_least=True),
@@ -110,6 +110,7 @@ BOUNDS = {
     "frequency_penalty": Bounds(float, -2.0, 2.0, "float32, OpenAI's range; counted for each of the tokens"),
     "seed": Bounds(int, -(2**63), 2**64 - 1, "two uint32 of a key: any integer of 64 bits, signed or not"),
     "logprobs": Bounds(int, 0, MAX_LOGPROBS, "so many are computed in every step that asks for any"),
+    "prompt_logprobs": Bounds(int, 0, MAX_LOGPROBS, "as for logprobs"),
     "stop_token_ids": Bounds(int, 0, _INT32_MAX, "token ids are int32"),
     "n": Bounds(int, 1, MAX_N, "each is a sequence of its own"),
     "min_tokens": Bounds(int, 0, _INT32_MAX, "positions are int32"),
@@ -142,7 +143,8 @@ class SamplingParams:
     logits before all of this. ``BOUNDS`` says which numbers are allowed; others raise ``InvalidRequest``.
 
     Attributes:
-      max_tokens: most tokens to generate, >= 1; fewer where the context ends before.
+      max_tokens: most tokens to generate; fewer where the context ends before. 0 only reads the prompt, for
+        ``prompt_logprobs``, and the prompt may then fill the context.
       temperature: in [0, 100]; 0 is greedy, and so is, and becomes 0, what is below ``MIN_TEMPERATURE``.
       top_k: keep the k most likely tokens; 0, and any number above the vocabulary's, keeps all.
       top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
@@ -154,6 +156,7 @@ class SamplingParams:
       seed: any integer of 64 bits, signed or not (-1 and 2**64 - 1 are one seed); the same seed, prompt and adapter
         give the same tokens whatever else is in the batch. None draws one.
       logprobs: None for none; k returns the chosen token's log-probability and the k most likely.
+      prompt_logprobs: the same for every token of the prompt but the first; see ``RequestOutput.prompt_logprobs``.
       stop: at most ``MAX_STOPS`` texts that end the completion; the text returned ends before the match.
       stop_token_ids: at most ``MAX_STOPS`` token ids that end the completion; like EOS, they are not part of the text.
       ignore_eos: go on after the model's end-of-sequence token.
@@ -178,6 +181,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -197,7 +201,7 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids, None))
         for name in _SAMPLING_NUMBERS:
             value = getattr(self, name)
-            if value is not None or name not in ("seed", "logprobs"):
+            if value is not None or name not in ("seed", "logprobs", "prompt_logprobs"):
                 check_number(name, value)
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
@@ -326,11 +330,15 @@ def _check_prompt(prompt: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability (natural log) of one generated token, and of the most likely ones at that place."""
+    """Log-probability (natural log) of one token, and of the most likely ones at that place, as pairs with their ids.
+
+    ``rank`` is 1 for the most likely token of the vocabulary; known of prompts' tokens only.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class Delta(NamedTuple):
@@ -367,6 +375,8 @@ class RequestOutput:
     """All sequences of a request, in index order.
 
     ``cached_tokens`` counts the prompt tokens whose KV came from the prefix cache (first sequence).
+    ``prompt_logprobs`` has an entry for every token of the prompt, None for the first, which nothing comes before. It
+    is None as a whole unless it was asked for, or if the request ended before its prompt was read.
     """
 
     request_id: str
@@ -374,3 +384,4 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

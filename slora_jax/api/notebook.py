@@ -39,6 +39,7 @@ class GenerationResult:
 
     ``text``, ``token_ids``, ``finish_reason``, ``logprobs`` and ``error`` are those of the first completion;
     with ``n > 1`` all are in ``completions``. ``error`` says why when ``finish_reason`` is "error" or "late".
+    ``prompt_logprobs`` are there if ``SamplingParams.prompt_logprobs`` asked for them: see ``RequestOutput``.
     """
 
     prompt: Prompt
@@ -50,6 +51,7 @@ class GenerationResult:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def __repr__(self) -> str:
         tokens = f"{len(self.token_ids)} tokens, {self.finish_reason}"
@@ -363,6 +365,7 @@ def _result(prompt: Prompt, output: RequestOutput) -> GenerationResult:
         prompt_token_ids=output.prompt_token_ids,
         completions=output.completions,
         error=next((c.error for c in output.completions if c.error), None),
+        prompt_logprobs=output.prompt_logprobs,
     )
 
 

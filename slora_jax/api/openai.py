@@ -60,7 +60,6 @@ _VLLM_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
-    "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
 }
@@ -116,6 +115,8 @@ class Call:
       requests: one per prompt.
       echo: the prompts' texts, to be put before the answers; empty if not asked for.
       tools: which the answers may call, in the form ``call_format``; None for none.
+      prompt_logprobs: how many of the most likely tokens to show beside each of the prompts', as vLLM has it; None for
+        no such list.
     """
 
     model: str
@@ -127,6 +128,7 @@ class Call:
     usage_in_every_chunk: bool = False
     tools: Tools | None = None
     call_format: CallFormat = "llama3_json"
+    prompt_logprobs: int | None = None
 
     @property
     def n(self) -> int:
@@ -183,6 +185,7 @@ class _Generate(_Body):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
 
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
@@ -200,6 +203,7 @@ class _Generate(_Body):
             frequency_penalty=self.frequency_penalty,
             seed=self.seed,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
@@ -341,14 +345,18 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     if fields.best_of is not None and fields.best_of != fields.n:
         message = f"best_of ({shown(fields.best_of)}) must equal n ({fields.n}): nothing is ranked here"
         raise InvalidRequest(message, "best_of")
-    if fields.echo and fields.logprobs is not None:
-        raise InvalidRequest("echo with logprobs is not supported: prompts are not scored", "echo")
     default = engine.default_sampling.get("max_tokens", 16)
     sampling = fields.sampling(default if fields.max_tokens is None else fields.max_tokens, fields.logprobs, engine)
+    if fields.echo and fields.logprobs is not None:
+        if fields.stream:
+            message = "echo with logprobs cannot be streamed: the prompt's are known when all of it is read"
+            raise InvalidRequest(f"{message}; send stream: false", "echo")
+        most = max(fields.logprobs, sampling.prompt_logprobs or 0)
+        sampling = sampling.replace(prompt_logprobs=most)
     prompts = _completion_prompts(fields, engine)
     requests = []
     for prompt in prompts:
-        room = _room(prompt, engine, "prompt")
+        room = _room(prompt, engine, "prompt", _least_room(fields))
         is_short = fields.max_tokens is None and room < sampling.max_tokens
         requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
@@ -366,7 +374,7 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     limits = (fields.max_completion_tokens, fields.max_tokens)
     for name, limit in zip(("max_completion_tokens", "max_tokens"), limits, strict=True):
         if limit is not None:
-            check_number(name, limit, BOUNDS["max_tokens"])
+            check_number(name, limit, BOUNDS["max_tokens"]._replace(least=1))
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     limit = next((limit for limit in limits if limit is not None), None)
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
@@ -547,6 +555,7 @@ def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...
         fields.return_token_ids,
         echo,
         usage_in_every_chunk=options.include_usage and options.continuous_usage_stats,
+        prompt_logprobs=fields.prompt_logprobs,
     )
 
 
@@ -571,6 +580,9 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
         raise _first_problem(e) from None
     if valid.stream_options is not None and not valid.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
+    if valid.prompt_logprobs is not None and valid.stream:
+        message = "prompt_logprobs cannot be streamed: they are known when all of the prompt is read"
+        raise InvalidRequest(f"{message}; send stream: false", "prompt_logprobs")
     return valid
 
 
@@ -604,7 +616,7 @@ def _completion_prompts(fields: _CompletionBody, engine: "Engine") -> list[tuple
         return [_text_prompt(prompt, fields, engine)]
     if isinstance(prompt, list) and prompt:
         if type(prompt[0]) is int and fields.truncate_prompt_tokens is None:
-            _room(prompt, engine, "prompt")  # before each of a million ids is looked at
+            _room(prompt, engine, "prompt", _least_room(fields))  # before each of a million ids is looked at
         if all(type(p) is int for p in prompt):
             return [_checked_ids(_truncated(prompt, fields, engine), engine)]
         if len(prompt) * n > MAX_CHOICES:
@@ -673,13 +685,18 @@ def _tokenizer(engine: "Engine", param: str, adapter: str | None = None) -> Toke
     return tokenizer
 
 
-def _room(prompt: Sequence[int], engine: "Engine", param: str) -> int:
-    """Tokens left for the answer: at least one."""
+def _least_room(fields: _CompletionBody) -> int:
+    """Tokens that must be left for the answer: none where only the prompt's are scored."""
+    return 0 if fields.max_tokens == 0 else 1
+
+
+def _room(prompt: Sequence[int], engine: "Engine", param: str, least: int = 1) -> int:
+    """Tokens left for the answer."""
     room = engine.max_model_len - len(prompt)
-    if room < 1:
+    if room < least:
         raise PromptTooLong(
             f"This model's maximum context length is {engine.max_model_len} tokens. However, your {param} resulted in "
-            f"{len(prompt)} tokens, and at least one must be left for the answer. "
+            f"{len(prompt)} tokens{', and at least one must be left for the answer' if least else ''}. "
             f"Please reduce the length of the {param}.",
             param,
         )
@@ -745,14 +762,31 @@ class Reply:
     def _whole_choice(
         self, index: int, prompt_index: int, completion: Completion, output: RequestOutput
     ) -> dict[str, Any]:
-        choice = self._answer(index, prompt_index, completion)
+        choice = self._answer(index, prompt_index, completion, output)
         if self._call.return_token_ids:
             choice["token_ids"] = list(completion.token_ids)
             choice["prompt_token_ids"] = list(output.prompt_token_ids)
         return choice
 
-    def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+    def _answer(self, index: int, prompt_index: int, completion: Completion, output: RequestOutput) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _prompt_logprobs(self, output: RequestOutput) -> dict[str, Any]:
+        """The field in which vLLM has the log-probabilities of a prompt's tokens, if it was asked for.
+
+        By token id, of the prompt's token and of the most likely ones; null for the first token.
+        """
+        if self._call.prompt_logprobs is None:
+            return {}
+        assert output.prompt_logprobs is not None, "an answer that did not fail has what was asked for"
+        return {"prompt_logprobs": [None if token is None else self._ranked(token) for token in output.prompt_logprobs]}
+
+    def _ranked(self, token: TokenLogprob) -> dict[str, Any]:
+        ranked = [(i, p, rank) for rank, (i, p) in enumerate(token.top[: self._call.prompt_logprobs], 1)]
+        return {
+            str(i): {"logprob": self._finite(p), "rank": rank, "decoded_token": self._text(i)}
+            for i, p, rank in (*ranked, (token.token_id, token.logprob, token.rank))
+        }
 
     def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
@@ -798,34 +832,56 @@ class CompletionReply(Reply):
             for k in range(n)
         ]
 
-    def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+    def _answer(self, index: int, prompt_index: int, completion: Completion, output: RequestOutput) -> dict[str, Any]:
         before = self._call.echo[prompt_index] if self._call.echo else ""
+        logprobs = None
+        if completion.logprobs is not None:
+            tokens: list[tuple[int, TokenLogprob | None]] = [(t.token_id, t) for t in completion.logprobs]
+            if self._call.echo:
+                assert output.prompt_logprobs is not None, "echo with logprobs asks for the prompt's"
+                self._begin_with(index, before, output.prompt_token_ids)
+                tokens[:0] = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+            logprobs = self._logprobs(index, tokens)
         return {
             "index": index,
             "text": before + completion.text,
-            "logprobs": None if completion.logprobs is None else self._logprobs(index, completion.logprobs),
+            "logprobs": logprobs,
             "finish_reason": completion.finish_reason,
+            **self._prompt_logprobs(output),
         }
+
+    def _begin_with(self, index: int, text: str, prompt: Sequence[int]) -> None:
+        """Says where a choice's first token lies: ahead of its text as far as the text lacks tokens of the prompt.
+
+        A tokenizer may put tokens ahead of a text that was sent, and a prompt may have been cut at its front.
+        """
+        ahead = CompletionReply(self._call, self._tokenizer)
+        length = sum(ahead._length(index, token, self._text(token)) for token in prompt)
+        self._offsets[index] = len(text) - length
 
     def _chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         return {
             "index": index,
             "text": delta.text,
-            "logprobs": self._logprobs(index, delta.logprobs) if delta.logprobs else None,
+            "logprobs": self._logprobs(index, [(t.token_id, t) for t in delta.logprobs]) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
 
-    def _logprobs(self, index: int, tokens: Iterable[TokenLogprob]) -> dict[str, list]:
+    def _logprobs(self, index: int, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, list]:
+        """Of token ids, each with what is known of it: nothing of a prompt's first one."""
         shape: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
-            text = self._text(token.token_id)
-            top = {self._text(i): self._finite(p) for i, p in token.top}
+        for token_id, token in tokens:
+            text = self._text(token_id)
+            logprob = top = None
+            if token is not None:
+                logprob = self._finite(token.logprob)
+                top = {self._text(i): self._finite(p) for i, p in token.top[: self._call.logprobs]} | {text: logprob}
             offset = self._offsets.get(index, 0)
             shape["tokens"].append(text)
-            shape["token_logprobs"].append(self._finite(token.logprob))
-            shape["top_logprobs"].append(top | {text: self._finite(token.logprob)})
-            shape["text_offset"].append(offset)
-            self._offsets[index] = offset + self._length(index, token.token_id, text)
+            shape["token_logprobs"].append(logprob)
+            shape["top_logprobs"].append(top)
+            shape["text_offset"].append(max(0, offset))
+            self._offsets[index] = offset + self._length(index, token_id, text)
         return shape
 
     def _length(self, index: int, token_id: int, shown_as: str) -> int:
@@ -855,7 +911,10 @@ class ChatReply(Reply):
             for i in range(self._call.n)
         ]
 
-    def _answer(self, index: int, prompt_index: int, completion: Completion) -> dict[str, Any]:
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        return super().whole(outputs) | self._prompt_logprobs(outputs[0])
+
+    def _answer(self, index: int, prompt_index: int, completion: Completion, output: RequestOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
         reason: str = completion.finish_reason
         if self._call.tools is not None:

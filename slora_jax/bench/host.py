@@ -95,7 +95,7 @@ class StubStep:
         """Its tokens are known from the start."""
 
     def read(self) -> StepResult:
-        return StepResult([7] * self.num_entries, {})
+        return StepResult([7] * self.num_entries, {}, {})
 
 
 class HostLoop:

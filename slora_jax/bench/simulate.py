@@ -184,7 +184,7 @@ class SimulatedStep:
 
     def read(self) -> StepResult:
         self.device.now = max(self.device.now, self.end)
-        return StepResult([0] * self.num_entries, {})
+        return StepResult([0] * self.num_entries, {}, {})
 
 
 def simulate(

@@ -21,16 +21,25 @@ MAX_FAILURES = 3
 """So many failures with no step that worked in between, and the loop gives up."""
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities of a piece of a sequence's prompt: of its tokens from position ``first`` on."""
+
+    first: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
 class StepResult(NamedTuple):
     """What a step gave, in the order of its entries.
 
     Attributes:
       tokens: the sampled token ids, or ``NOT_FINITE``; of no meaning for entries that do not sample.
       logprobs: by entry, for those whose sequence asked for log-probabilities.
+      scores: by entry, for those whose sequence asked for log-probabilities of its prompt.
     """
 
     tokens: list[int]
     logprobs: dict[int, TokenLogprob]
+    scores: dict[int, PromptScores]
 
 
 class Step(Protocol):
@@ -102,12 +111,14 @@ class Outcome:
       worked: whether anything was done; if not, nothing can go on until a request or an adapter arrives.
       emitted: tokens, in the order of the step's entries.
       logprobs: as in ``StepResult``, by ``Emitted.place``.
+      scores: of prompts, each with its sequence. A sequence that was computed again is scored again.
       ended: sequences that ended without a token.
     """
 
     worked: bool = False
     emitted: list[Emitted] = field(default_factory=list)
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    scores: list[tuple[Sequence, PromptScores]] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
 
 
@@ -256,6 +267,8 @@ class Core:
         self._observe("wait")
         result = step.read()
         self._observe("commit")
+        entries = self._in_hand.entries
+        outcome.scores = [(entries[place].sequence, scores) for place, scores in result.scores.items()]
         outcome.emitted = self.scheduler.commit(self._in_hand, result.tokens)
         outcome.logprobs = result.logprobs
         for emitted in outcome.emitted:

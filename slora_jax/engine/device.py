@@ -86,13 +86,13 @@ class ModelDevice:
     def launch(self, batch: LaidOut) -> Step:
         waits = any(entry.sequence.constraint is not None for entry in batch.entries if entry.samples)
         with self.followers.explained():
-            self.followers.run(*batch.arguments)
-            step, hidden = self.runner.start(batch)
+            self.followers.run(batch.arguments)
+            step = self.runner.start(batch)
 
             def finish() -> None:
                 if waits:
                     allow_by_constraints(batch.arguments.inputs, batch.batch.entries)
-                self.runner.draw(step, hidden, batch)
+                self.runner.draw(step)
 
             if not waits:
                 finish()

@@ -398,6 +398,7 @@ class Engine:
                 end_token_ids=frozenset(ends),
                 adapter=adapter,
                 constraint=constraints[index],
+                scores_prompt=index == 0 and sampling.prompt_logprobs is not None,
                 leader=group[0].sequence if group else None,
                 arrival=arrival,
                 tenant=request.adapter or self.model_name,
@@ -448,11 +449,13 @@ class Engine:
                 )
 
     def _check_prompt(self, request: Request, adapter) -> int:
-        """Returns how many tokens may be generated."""
+        """Returns how many tokens may be generated: at least one, as every step that ends a prompt samples one."""
         length, vocab = len(request.prompt), self.model_config.vocab_size
         if length == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-        if length >= self.max_model_len:
+        # One who only reads needs no room for an answer.
+        max_tokens = request.sampling.max_tokens
+        if length > self.max_model_len - min(max_tokens, 1):
             raise InvalidRequest(
                 f"the prompt has {length} tokens, but the context holds {self.max_model_len} including the output; "
                 "shorten the prompt",
@@ -462,7 +465,7 @@ class Engine:
             raise InvalidRequest(f"prompt token ids must be in [0, {vocab})", "prompt")
         if request.sampling.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids", "stop")
-        max_tokens = min(request.sampling.max_tokens, self.max_model_len - length)
+        max_tokens = max(1, min(max_tokens, self.max_model_len - length))
         refusal = self._core.scheduler.refusal(length + max_tokens, adapter)
         if refusal is not None:
             raise InvalidRequest(refusal, "max_tokens")
@@ -529,13 +532,15 @@ class Engine:
 
     def _hand_out(self, outcome: Outcome, now: float) -> None:
         given = 0
+        for sequence, scores in outcome.scores:
+            if (scored := self._answers.get(sequence.sequence_id)) is not None:
+                scored.generation.put_scores(*scores)
         for emitted in outcome.emitted:
             answer = self._answers.get(emitted.sequence.sequence_id)
             if answer is None:
                 continue  # a sequence of the same request failed just now
-            given += emitted.reason != "error"
             try:
-                self._hand_out_token(answer, emitted, outcome.logprobs.get(emitted.place), now)
+                given += self._hand_out_token(answer, emitted, outcome.logprobs.get(emitted.place), now)
             except Exception as failure:
                 logger.exception("a token could not be turned into text")
                 self._end(emitted.sequence, "error", f"its text could not be made: {in_words(failure)}")
@@ -546,7 +551,8 @@ class Engine:
             else:
                 self._end(*ended)
 
-    def _hand_out_token(self, answer: _Answer, emitted: Emitted, logprob: TokenLogprob | None, now: float) -> None:
+    def _hand_out_token(self, answer: _Answer, emitted: Emitted, logprob: TokenLogprob | None, now: float) -> int:
+        """Returns how many tokens the caller got: none if they are not wanted, or are none."""
         sequence = emitted.sequence
         if emitted.reason == "error":
             who = f"adapter {sequence.tenant!r}" if sequence.adapter else "the model"
@@ -556,7 +562,7 @@ class Engine:
                 f"{who} gave numbers that are not finite, from which no token can be chosen; its weights do not suit "
                 f"the base model in {self.dtype}",
             )
-            return
+            return 0
         if sequence.leader is None and len(sequence.tokens) == sequence.num_prompt + 1:
             answer.generation.cached_tokens = sequence.cached_tokens
             self._counts["cached_tokens"] += sequence.cached_tokens
@@ -567,6 +573,7 @@ class Engine:
             self._finished[delta.finish_reason] += 1
             del self._answers[sequence.sequence_id]
             self._core.finish(sequence)
+        return len(delta.token_ids)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str) -> None:
         answer = self._answers.pop(sequence.sequence_id, None)

@@ -8,7 +8,7 @@ ms a step. A GPU keeps the one program: there a step takes no longer than that, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,18 @@ class Part:
 
 type ProgramKey = BatchShape | Part
 """Of a program of the forward: that of a whole one is its shape."""
+
+
+class Hidden(NamedTuple):
+    """Hidden states after the last layer's norm.
+
+    Attributes:
+      last: ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T.
+      all: ``[T, h]`` of all tokens.
+    """
+
+    last: jax.Array
+    all: jax.Array
 
 
 class Forward(Protocol):
@@ -68,7 +80,7 @@ class Forward(Protocol):
         packed: np.ndarray,
         tokens: jax.Array,
         pool: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> "tuple[Hidden, jax.Array]":
         """Starts a step and returns at once.
 
         Args:
@@ -78,7 +90,7 @@ class Forward(Protocol):
           packed: as of ``BatchShape.zeros``, filled.
 
         Returns:
-          Hidden states ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T; and the pool.
+          Hidden states, and the pool.
         """
         ...
 
@@ -108,7 +120,7 @@ class WholeForward:
         def step(group, params, packed, tokens, pool):
             batch = shape.unpack(packed, tokens)
             hidden, pool = self._model.apply({"params": params}, batch, pool, group)
-            return _of_last_tokens(hidden, batch.query_start), pool
+            return _hidden(hidden, batch.query_start), pool
 
         def forward(table, params, *arguments):
             return on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
@@ -184,7 +196,7 @@ class ForwardInParts:
         def step(group, params, x, query_start):
             hidden = self._model.apply({"params": params}, x, method=Llama.end)
             assert isinstance(hidden, jax.Array)  # and no changed variables beside it, of which there are none
-            return _of_last_tokens(hidden, query_start)
+            return _hidden(hidden, query_start)
 
         return on_each_device(step, self._mesh, None, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
 
@@ -226,6 +238,6 @@ def _everywhere(mesh: ModelMesh | None):
     return mesh.replicated if mesh else None
 
 
-def _of_last_tokens(hidden: jax.Array, query_start: jax.Array) -> jax.Array:
-    """``[S, h]`` of ``[T, h]``: each sequence's last token; padding: any."""
-    return hidden[jnp.maximum(query_start[1:] - 1, 0)]
+def _hidden(hidden: jax.Array, query_start: jax.Array) -> Hidden:
+    """From those of all tokens; what the last token of a padding sequence is does not matter."""
+    return Hidden(hidden[jnp.maximum(query_start[1:] - 1, 0)], hidden)

@@ -2,10 +2,11 @@
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from slora_jax.request import Completion, Delta, FinishReason, Request, RequestOutput, TokenLogprob
-from slora_jax.scheduler.sequence import EndReason, Sequence
+from slora_jax.scheduler.sequence import EndReason
+from slora_jax.scheduler.sequence import Sequence as TokenSequence
 from slora_jax.text.stop import StopMatcher
 from slora_jax.text.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -56,8 +57,9 @@ class Generation:
         self.prompt_token_ids = request.prompt
         self.cached_tokens = 0
         self.timing = Timing()
-        self.sequences: list[Sequence] = []
+        self.sequences: list[TokenSequence] = []
         self._on_cancel = on_cancel
+        self._scores: list[TokenLogprob | None] = [None]  # of the prompt's tokens, as far as they are known
         self._deltas: queue.SimpleQueue[tuple[float, Delta]] = queue.SimpleQueue()
         self._unfinished = request.sampling.n
         self._seen: list[Delta] = []
@@ -106,7 +108,14 @@ class Generation:
             prompt_token_ids=self.prompt_token_ids,
             completions=self._completions(),
             cached_tokens=self.cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
         )
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """As in ``RequestOutput``; known when the first sequence's first delta is."""
+        is_known = self.request.sampling.prompt_logprobs is not None and len(self._scores) == len(self.request.prompt)
+        return tuple(self._scores) if is_known else None
 
     def cancel(self) -> None:
         """Asks the engine to stop and free the request's pages soon. Its sequences end with "abort". Idempotent."""
@@ -116,6 +125,14 @@ class Generation:
     def put(self, delta: Delta, at: float) -> None:
         """For the engine: hands a delta to the caller, with the time by ``time.monotonic`` at which its step ended."""
         self._deltas.put((at, delta))
+
+    def put_scores(self, first: int, logprobs: Sequence[TokenLogprob]) -> None:
+        """For the engine: log-probabilities of the prompt's tokens from position ``first`` on.
+
+        What is known already is left as it is: a sequence that was preempted is computed again, in other pieces.
+        """
+        assert first <= len(self._scores), "a prompt's tokens are computed in their order"
+        self._scores += logprobs[len(self._scores) - first :]
 
     @property
     def submitted(self) -> float:
@@ -166,6 +183,7 @@ class OutputText:
         sampling = request.sampling
         self._decoder = IncrementalDecoder(tokenizer, sampling.skip_special_tokens) if tokenizer else None
         self._matcher = StopMatcher(sampling.stop, sampling.include_stop_str_in_output)
+        self._only_reads = sampling.max_tokens == 0
 
     def push(self, token: int, reason: EndReason | None, logprob: TokenLogprob | None) -> Delta:
         """Takes the next token.
@@ -177,8 +195,11 @@ class OutputText:
           logprob: of the token.
 
         Returns:
-          A delta whose ``finish_reason`` is set if the sequence ends here: for ``reason``, or for a stop string.
+          A delta whose ``finish_reason`` is set if the sequence ends here: for ``reason``, or for a stop string. A
+          request without tokens of its own ends with the first one, which every step that ends a prompt samples.
         """
+        if self._only_reads:
+            return self.end("length")
         text = ""
         if reason == "stop":
             text = self._flush()[0]

@@ -25,8 +25,9 @@ import numpy as np
 from slora_jax.adapters.peft import HostAdapter, load_adapter, read_header
 from slora_jax.engine.batch import BatchShape
 from slora_jax.engine.meeting import Meeting
-from slora_jax.engine.runner import Runner
+from slora_jax.engine.runner import LaunchArguments, Runner
 from slora_jax.engine.sampling import SamplerInputs, SamplerShape
+from slora_jax.engine.scoring import ScorerArguments, ScorerShape
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import AdapterCopy, StagedAdapter, UnifiedPool
@@ -66,14 +67,15 @@ class Followers:
         if meeting is not None:
             meeting.on_answer(self._take_answer)
 
-    def run(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> None:
+    def run(self, arguments: LaunchArguments) -> None:
         """They start a step, with the arguments of ``Runner.launch``.
 
         Returns at once, unless a program of it is not compiled: then when it is, on every host.
         """
         if self._meeting is None:
             return
-        place = None if self._runner.is_compiled(shape, sampler) else f"step {next(self._places)}"
+        shape, packed, sampler, inputs, scorer = arguments
+        place = None if self._runner.is_compiled(arguments) else f"step {next(self._places)}"
         places = np.flatnonzero(packed).astype(np.int32)  # tables are mostly empty
         self._tell(
             "run",
@@ -82,10 +84,11 @@ class Followers:
             values=packed[places],
             sampler=dataclasses.asdict(sampler),
             inputs={field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)},
+            scorer=None if scorer is None else scorer._asdict() | {"shape": dataclasses.asdict(scorer.shape)},
             meet=place,
         )
         if place is not None:
-            self._runner.prepare(shape, sampler)
+            self._runner.prepare(arguments)
             self._meeting.exchange(place, None)
 
     def warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
@@ -203,15 +206,29 @@ class Follower:
             self._loader.shutdown(cancel_futures=True)
 
     def _run(
-        self, shape: dict, places: np.ndarray, values: np.ndarray, sampler: dict, inputs: dict, meet: str | None
+        self,
+        shape: dict,
+        places: np.ndarray,
+        values: np.ndarray,
+        sampler: dict,
+        inputs: dict,
+        scorer: dict | None,
+        meet: str | None,
     ) -> None:
-        batch_shape, sampler_shape = BatchShape(**shape | {"active": tuple(shape["active"])}), SamplerShape(**sampler)
+        batch_shape = BatchShape(**shape | {"active": tuple(shape["active"])})
         packed, _ = batch_shape.zeros()
         packed[places] = values
+        arguments = LaunchArguments(
+            batch_shape,
+            packed,
+            SamplerShape(**sampler),
+            SamplerInputs(**inputs),
+            None if scorer is None else ScorerArguments(**scorer | {"shape": ScorerShape(**scorer["shape"])}),
+        )
         if meet is not None:
-            self._runner.prepare(batch_shape, sampler_shape)
+            self._runner.prepare(arguments)
             self._meeting.exchange(meet, None)
-        self._runner.launch(batch_shape, packed, sampler_shape, SamplerInputs(**inputs))
+        self._runner.launch(arguments)
 
     def _warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
         shapes = self._runner.all_shapes(tuple(active), max_rank, pages)

@@ -15,9 +15,10 @@ import pallas_kernels
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
-from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device, table_of
+from slora_jax.engine.forward import Hidden, Part, ProgramKey, choose_forward, on_each_device, table_of
 from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
+from slora_jax.engine.scoring import Piece, ScorerArguments, ScorerShape, Scores, plan_scores, read_scores, score
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.llama import Llama
@@ -33,8 +34,8 @@ _FEW_ROWS = 16
 _WHOLE = PartitionSpec()
 
 
-type _Key = ProgramKey | SamplerShape
-"""Of a program of the forward, or of a sampler."""
+type _Key = ProgramKey | SamplerShape | ScorerShape
+"""Of a program of the forward, of a sampler, or of a scorer of prompts."""
 
 
 def code_digest() -> str:
@@ -45,6 +46,8 @@ def code_digest() -> str:
 def _num_rows(shape: _Key) -> int:
     if isinstance(shape, Part):
         shape = shape.shape
+    if isinstance(shape, ScorerShape):
+        return shape.rows
     return shape.tokens if isinstance(shape, BatchShape) else shape.sequences
 
 
@@ -65,12 +68,13 @@ def compiler_options(num_rows: int) -> dict[str, str | bool]:
 
 
 class LaunchArguments(NamedTuple):
-    """What starts the programs of a step, on every host alike."""
+    """What starts the programs of a step, on every host alike. ``scorer`` is None where no prompt is scored."""
 
     shape: BatchShape
     packed: np.ndarray
     sampler: SamplerShape
     inputs: SamplerInputs
+    scorer: ScorerArguments | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +85,20 @@ class LaidOut:
       entries: the plan's, in its order.
       batch: the same as arrays.
       arguments: of the launch.
+      pieces: of prompts that are scored.
     """
 
     entries: tuple[ScheduledSequence, ...]
     batch: HostBatch
     arguments: LaunchArguments
+    pieces: tuple[Piece, ...]
+
+
+class Started(NamedTuple):
+    """What a step's layers gave: hidden states, from which its tokens are drawn, and the scores of prompts."""
+
+    last_hidden: jax.Array
+    scores: list[Scores]
 
 
 @dataclass(slots=True)
@@ -93,19 +106,19 @@ class StepInFlight:
     """A step that the device is working on.
 
     Attributes:
-      entries: the plan's, in its order.
-      entry_of_row: the place in ``entries`` of each row of the outputs.
-      sampled: the outputs, when they are read; None until the tokens are drawn.
+      step: as it was laid out.
+      started: what its layers gave.
+      sampled: the tokens, when they are read; None until they are drawn.
     """
 
-    entries: tuple[ScheduledSequence, ...]
-    entry_of_row: np.ndarray
-    sampled: Sampled | None
+    step: LaidOut
+    started: Started
+    sampled: Sampled | None = None
 
     def read(self) -> StepResult:
         """Waits for the step."""
         assert self.sampled is not None, "a step is read when its tokens are drawn"
-        order = self.entry_of_row
+        entries, order = self.step.entries, self.step.batch.entry_of_row
         tokens = np.empty(len(order), np.int32)
         tokens[order] = np.asarray(self.sampled.tokens)[: len(order)]
         logprobs: dict[int, TokenLogprob] = {}
@@ -114,11 +127,13 @@ class StepInFlight:
                 np.asarray(a) for a in (self.sampled.logprob, self.sampled.top_tokens, self.sampled.top_logprobs)
             )
             for row, place in enumerate(order.tolist()):
-                count = self.entries[place].sequence.sampling.logprobs
+                count = entries[place].sequence.sampling.logprobs
                 if count is not None:
                     top = zip(top_ids[row, :count].tolist(), top_values[row, :count].tolist(), strict=True)
                     logprobs[place] = TokenLogprob(int(tokens[place]), float(chosen[row]), tuple(top))
-        return StepResult(tokens.tolist(), logprobs)
+        scorer = self.step.arguments.scorer
+        scores = {} if scorer is None else read_scores(scorer, self.step.pieces, self.started.scores)
+        return StepResult(tokens.tolist(), logprobs, scores)
 
 
 class Runner:
@@ -194,14 +209,18 @@ class Runner:
         self.expect(active, max_rank, pages)
         return self._buckets.shapes_ahead(self._table_width, self._room, max_rank)
 
-    def is_compiled(self, shape: BatchShape, sampler: SamplerShape) -> bool:
-        """Whether all programs of such a step are in memory."""
-        return all(key in self.programs for key in (*self._forward.keys(shape), sampler))
+    def is_compiled(self, arguments: LaunchArguments) -> bool:
+        """Whether all programs of a step are in memory."""
+        return all(key in self.programs for key in self._keys(arguments))
 
-    def prepare(self, shape: BatchShape, sampler: SamplerShape) -> None:
-        """Gets the programs of such a step into memory, from disk or by compiling them."""
+    def prepare(self, arguments: LaunchArguments) -> None:
+        """Gets the programs of a step into memory, from disk or by compiling them."""
         # All at once: what is missing is compiled side by side.
-        self.programs.prepare((*self._forward.keys(shape), sampler), shape.words)
+        self.programs.prepare(self._keys(arguments), arguments.shape.words)
+
+    def _keys(self, arguments: LaunchArguments) -> list[_Key]:
+        scorer = [arguments.scorer.shape] if arguments.scorer is not None else []
+        return [*self._forward.keys(arguments.shape), arguments.sampler, *scorer]
 
     def warm_up(self, shapes: Sequence[BatchShape], when_compiled: Callable[[], object] = lambda: None) -> None:
         """Compiles what steps of these shapes run, with greedy and with plain random sampling, to stay in memory.
@@ -230,13 +249,17 @@ class Runner:
             for sampler in its_samplers:
                 packed, _ = shape.zeros()
                 _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-                self.launch(shape, packed, sampler, inputs)
+                self.launch(LaunchArguments(shape, packed, sampler, inputs))
                 # One at a time: many at once, on several hosts, can wait for each other's collectives for ever.
                 self._tokens.block_until_ready()
             # Both have run: other shapes of as many sequences need only one to go with.
             del its_samplers[1:]
 
     def _lower(self, shape: _Key) -> jax.stages.Lowered:
+        if isinstance(shape, ScorerShape):
+            hidden = self._struct((shape.tokens, self.model.config.hidden_size), self.model.dtype)
+            rows = self._struct((shape.rows,), np.int32)
+            return _scorer(shape, self.model, self._mesh).lower(table_of(self._mesh), self._head, hidden, rows, rows)
         if not isinstance(shape, SamplerShape):
             return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
@@ -262,24 +285,21 @@ class Runner:
         """
         batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._room)
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
-        return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs))
+        scorer, pieces = plan_scores(batch.entries, batch.entry_of_row.tolist(), batch.shape.tokens)
+        return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs, scorer), pieces)
 
-    def start(self, step: LaidOut) -> tuple[StepInFlight, jax.Array]:
-        """Starts a step's layers and returns at once. It must be the one that was laid out last.
-
-        Returns:
-          The step, and what ``draw`` takes.
-        """
-        batch, arguments = step.batch, step.arguments
-        hidden = self._start_layers(arguments.shape, arguments.packed, arguments.sampler)
+    def start(self, step: LaidOut) -> StepInFlight:
+        """Starts a step's layers and returns at once. It must be the one that was laid out last."""
+        batch = step.batch
+        started = self._start_layers(step.arguments)
         self._room = batch.room
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
-        return StepInFlight(step.entries, batch.entry_of_row, None), hidden
+        return StepInFlight(step, started)
 
-    def draw(self, started: StepInFlight, hidden: jax.Array, step: LaidOut) -> None:
+    def draw(self, running: StepInFlight) -> None:
         """Starts the drawing of a step's tokens, ahead of the next step's start, and returns at once."""
-        started.sampled = self._start_sampler(hidden, step.arguments.sampler, step.arguments.inputs)
-        for array in jax.tree.leaves(started.sampled):
+        running.sampled = self._start_sampler(running.started.last_hidden, running.step.arguments)
+        for array in jax.tree.leaves((running.sampled, running.started.scores)):
             array.copy_to_host_async()
 
     def reset(self) -> None:
@@ -287,22 +307,44 @@ class Runner:
         self._tokens = jnp.zeros(self._buckets.max_sequences, jnp.int32, device=self._everywhere)
         self._rows = {}
 
-    def launch(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
+    def launch(self, arguments: LaunchArguments) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        return self._start_sampler(self._start_layers(shape, packed, sampler), sampler, inputs)
+        return self._start_sampler(self._start_layers(arguments).last_hidden, arguments)
 
-    def _start_layers(self, shape: BatchShape, packed: np.ndarray, sampler: SamplerShape) -> jax.Array:
-        # Both now: nobody should find out between the two that one has to be compiled.
-        self.prepare(shape, sampler)
+    def _start_layers(self, arguments: LaunchArguments) -> Started:
+        # All now: nobody should find out between two of them that one has to be compiled.
+        self.prepare(arguments)
         hidden, self._pool.array = self._forward.start(
-            self.programs.get, shape, self.params, packed, self._tokens, self._pool.array
+            self.programs.get, arguments.shape, self.params, arguments.packed, self._tokens, self._pool.array
         )
-        return hidden
+        return Started(hidden.last, self._start_scorer(hidden, arguments.scorer))
 
-    def _start_sampler(self, hidden: jax.Array, sampler: SamplerShape, inputs: SamplerInputs) -> Sampled:
-        sampled = self.programs.get(sampler)(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
+    def _start_scorer(self, hidden: Hidden, scorer: ScorerArguments | None) -> list[Scores]:
+        if scorer is None:
+            return []
+        program = self.programs.get(scorer.shape)
+        runs = zip(scorer.rows, scorer.targets, strict=True)
+        return [program(table_of(self._mesh), self._head, hidden.all, rows, targets) for rows, targets in runs]
+
+    def _start_sampler(self, hidden: jax.Array, arguments: LaunchArguments) -> Sampled:
+        program = self.programs.get(arguments.sampler)
+        sampled = program(table_of(self._mesh), self._head, hidden, arguments.inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
+
+
+def _scorer(shape: ScorerShape, model: Llama, mesh: ModelMesh | None):
+    """The function that is compiled for a scorer, of ``(table, head, hidden, rows, targets)``."""
+
+    def step(group, params, hidden, rows, targets):
+        logits = model.apply({"params": params}, hidden[rows], group, method=Llama.logits)
+        assert isinstance(logits, jax.Array)  # and no changed variables beside it, of which there are none
+        return score(logits, targets, shape.top)
+
+    def scored(table, params, *arguments) -> Scores:
+        return on_each_device(step, mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+
+    return jax.jit(scored)
 
 
 def _sampler(shape: SamplerShape, model: Llama, mesh: ModelMesh | None, num_tokens_out: int):

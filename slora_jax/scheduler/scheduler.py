@@ -471,7 +471,7 @@ class Scheduler:
     def _cached_prefix(self, sequence: Sequence) -> list[Hashable]:
         """Keys of the leading pages found in the prefix cache; the last token is always left to compute."""
         keys: list[Hashable] = []
-        if self._config.prefix_cache:
+        if self._config.prefix_cache and not sequence.scores_prompt:
             for page in range((len(sequence.tokens) - 1) // PAGE_SIZE):
                 key = sequence.prefix_key(page)
                 if self._pages.lookup(key) is None:

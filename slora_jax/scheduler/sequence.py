@@ -101,6 +101,7 @@ class Sequence:
       is_overdue: it was started because it had waited for too long, and is preempted last.
       constraint: what its tokens may be; None for anything. The sampler of a step waits for what it says of the token
         before.
+      scores_prompt: its prompt's tokens are to be scored, so all of them are computed, whatever the prefix cache has.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
       started: when it was first admitted, by the clock of ``arrival``; None while it was not.
@@ -115,6 +116,7 @@ class Sequence:
     end_token_ids: frozenset[int] = frozenset()
     adapter: AdapterHandle | None = None
     constraint: Constraint | None = None
+    scores_prompt: bool = False
     leader: "Sequence | None" = None
     arrival: float = 0.0
     tenant: str = ""

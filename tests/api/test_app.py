@@ -350,7 +350,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 300}, "max_tokens"),
@@ -367,7 +367,9 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"seed": 2**70}, "seed"),
         ({"presence_penalty": 3}, "presence_penalty"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),

@@ -43,7 +43,7 @@ LEGAL = {
 }  # fmt: skip
 OTHERS = [
     "model", "prompt", "messages", "max_completion_tokens", "stream", "stream_options", "priority", "slo_ms",
-    "logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "store", "user", "nobody",
+    "logprobs", "prompt_logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "store", "user", "nobody",
     "guided_grammar", "guided_regex", "guided_json", "guided_choice", "structured_outputs", "allowed_token_ids",
     "tool_choice", "truncate_prompt_tokens", "chat_template_kwargs", "continue_final_message",
 ]  # fmt: skip

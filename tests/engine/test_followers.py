@@ -15,7 +15,9 @@ from slora_jax.adapters.peft import load_adapter, read_header
 from slora_jax.adapters.store import AdapterStore
 from slora_jax.engine.batch import BatchShape
 from slora_jax.engine.hosts import Follower, Followers
+from slora_jax.engine.runner import LaunchArguments
 from slora_jax.engine.sampling import SamplerShape, build_sampler_inputs
+from slora_jax.engine.scoring import ScorerArguments, ScorerShape
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
@@ -36,16 +38,16 @@ class RunnerStub:
         self.compiling = threading.Event()
         self.compiling.set()
 
-    def is_compiled(self, *shapes):
-        return self.programs.issuperset(shapes)
+    def is_compiled(self, arguments):
+        return (arguments.shape, arguments.sampler) in self.programs
 
-    def prepare(self, *shapes):
+    def prepare(self, arguments):
         assert self.compiling.wait(10)
-        self.programs.update(shapes)
+        self.programs.add((arguments.shape, arguments.sampler))
 
-    def launch(self, shape, packed, sampler, inputs):
-        assert {shape, sampler} <= self.programs
-        self.calls.append((shape, packed, sampler, inputs))
+    def launch(self, arguments):
+        assert self.is_compiled(arguments)
+        self.calls.append(arguments)
 
     def all_shapes(self, active, max_rank, pages):
         return [(active, max_rank, pages)]
@@ -98,28 +100,29 @@ def a_step():
     fields["scale"][0, :2] = (0.5, -2.0)
     sequence = Sequence(0, [5, 6], 2, 8, SamplingParams(temperature=0.7, repetition_penalty=1.5), seed=2**63 + 1)
     sampler, inputs = build_sampler_inputs([ScheduledSequence(sequence, 0, 2, True, 0)], {}, 4, 97)
-    return shape, packed, sampler, inputs
+    scorer = ScorerArguments(ScorerShape(8, 1), np.array([[0, 1]], np.int32), np.array([[6, 0]], np.int32))
+    return LaunchArguments(shape, packed, sampler, inputs, scorer)
 
 
 def test_steps_arrive_as_they_were(pair):
-    step = shape, packed, sampler, inputs = a_step()
+    step = a_step()
     with soon() as threads:
         warm = threads.submit(pair.followers.compiled)
         pair.followers.warm_up([3, 0], 33, 5)
         warm.result(10)
-    pair.followers.run(*step)
+    pair.followers.run(step)
     pair.followers.stop()
     pair.followers.warm_up([1], 1, 1)  # nobody is told any more
     wait_for(lambda: len(pair.there.calls) == 2)
-    (shapes, (got_shape, got_packed, got_sampler, got_inputs)) = pair.there.calls
+    (shapes, got) = pair.there.calls
     assert shapes == [((3, 0), 33, 5)]
-    assert (got_shape, got_sampler) == (shape, sampler)
-    assert isinstance(got_sampler, SamplerShape)
-    np.testing.assert_array_equal(got_packed, packed)
-    for name, array in vars(inputs).items():
-        got = getattr(got_inputs, name)
-        assert got.dtype == array.dtype
-        np.testing.assert_array_equal(got, array)
+    assert (got.shape, got.sampler, got.scorer.shape) == (step.shape, step.sampler, step.scorer.shape)
+    assert isinstance(got.sampler, SamplerShape) and isinstance(got.scorer.shape, ScorerShape)
+    arrays = [(got.packed, step.packed), (got.scorer.rows, step.scorer.rows), (got.scorer.targets, step.scorer.targets)]
+    arrays += [(getattr(got.inputs, name), array) for name, array in vars(step.inputs).items()]
+    for array, sent in arrays:
+        assert array.dtype == sent.dtype
+        np.testing.assert_array_equal(array, sent)
 
 
 def wait_for(condition) -> None:
@@ -133,14 +136,14 @@ def test_no_host_runs_a_program_before_all_have_compiled_it_and_known_ones_wait_
     step = a_step()
     pair.there.compiling.clear()
     with soon() as threads:
-        running = threads.submit(pair.followers.run, *step)
+        running = threads.submit(pair.followers.run, step)
         time.sleep(0.3)
         assert not running.done()
         pair.there.compiling.set()
         running.result(10)
     wait_for(lambda: len(pair.there.calls) == 1)
     pair.there.compiling.clear()
-    pair.followers.run(*step)
+    pair.followers.run(step)
     wait_for(lambda: len(pair.there.calls) == 2)
 
 
@@ -168,7 +171,7 @@ def test_adapters_are_read_from_their_folders_and_written_in_order(pair):
     pair.followers.finish_copy()
     del host  # what is no longer in host 0's memory leaves the others' behind the copies that were started
     for _ in range(2):
-        pair.followers.run(*a_step())
+        pair.followers.run(a_step())
     wait_for(lambda: len(pair.there.calls) == 2)
     array = np.asarray(pair.pools[1].array)
     for pages, packed in expected.values():

@@ -135,10 +135,12 @@ def test_a_forward_in_parts_is_the_whole_forward():
         results.append(forward.start(programs.get, shape, params, packed, tokens, pool))
         assert pool.is_deleted()
     (hidden, pool), (again, same_pool) = results
-    np.testing.assert_allclose(again[:2], hidden[:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(again.last[:2], hidden.last[:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(again.all[:5], hidden.all[:5], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hidden.last[:2], hidden.all[np.array([2, 4])])
     # Page 0 takes what padding writes.
     np.testing.assert_allclose(same_pool[:, :, 16:], pool[:, :, 16:], rtol=1e-5, atol=1e-6)
-    assert np.ptp(np.asarray(hidden[:2])) > 0.1
+    assert np.ptp(np.asarray(hidden.last[:2])) > 0.1
 
 
 def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ class NumberStep:
                 assert sequence.constraint.told == sequence.tokens[sequence.num_prompt :]
 
     def read(self) -> StepResult:
-        return StepResult([next_token(entry.sequence.tokens) for entry in self.entries], {})
+        return StepResult([next_token(entry.sequence.tokens) for entry in self.entries], {}, {})
 
 
 @dataclass

@@ -107,7 +107,18 @@ class FakeGeneration:
                 )
             )
         r = self.request
-        return RequestOutput(r.request_id, r.adapter, r.prompt, tuple(completions), self.cached_tokens)
+        return RequestOutput(
+            r.request_id, r.adapter, r.prompt, tuple(completions), self.cached_tokens, self._prompt_logprobs()
+        )
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """The i-th token, from 1, has rank i and log-probability -i / 2."""
+        top = self.request.sampling.prompt_logprobs
+        if top is None:
+            return None
+        likely = tuple((t, -1.0 - t) for t in range(top))
+        ids = enumerate(self.request.prompt[1:], 1)
+        return (None, *(TokenLogprob(token, -0.5 * i, likely, i) for i, token in ids))
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -268,6 +279,8 @@ class FakeEngine:
                 generation.put(Delta(i, "", finish_reason="error", error="the logits are not finite"))
             elif generation.prompt_text.startswith(LATE):
                 generation.put(Delta(i, "", finish_reason="late", error="its objective of 5 ms"))
+            elif not sequence.tokens:
+                generation.put(Delta(i, "", finish_reason="length"))
             else:
                 generation.put(self._next(i, sequence, generation.request))
 

@@ -25,8 +25,8 @@ NAMES = (
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "n",
     "stream", "stream_options", "return_token_ids", "priority", "slo_ms", "logprobs", "top_logprobs", "echo", "best_of",
-    "suffix", "logit_bias", "tools", "tool_choice", "response_format", "store", "parallel_tool_calls", "modalities",
-    "user", "metadata", "self", "__class__", "model_config", "nobody",
+    "prompt_logprobs", "suffix", "logit_bias", "tools", "tool_choice", "response_format", "store",
+    "parallel_tool_calls", "modalities", "user", "metadata", "self", "__class__", "model_config", "nobody",
 )  # fmt: skip
 """Every field that either endpoint knows, and some that neither does."""
 
