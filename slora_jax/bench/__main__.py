@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,6 +276,69 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
     except SLoRAError as e:
         raise click.ClickException(str(e)) from None
     _print_or_write(results, out)
+
+
+@main.command("tensor-parallel")
+@click.argument("points", nargs=-1, metavar="[MODEL:N]...")
+@click.option("--adapters", type=_COUNT, default=(10, 100), show_default=True, multiple=True, help="Numbers of them.")
+@click.option("--requests", type=_COUNT, default=400, show_default=True)
+@click.option("--longest", type=click.IntRange(9), default=512, show_default=True,
+              help="Prompt and output lengths are in [8, this).")  # fmt: skip
+@click.option("--max-sequences", type=_COUNT, default=256, show_default=True)
+@click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
+@click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
+@click.option("--seed", type=_SEED, default=42, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="build/tensor_parallel", show_default=True,
+              help="Folder for a JSON file of each point, and figure8.png.")  # fmt: skip
+@click.option("--plot-only", is_flag=True, help="Run nothing: draw that folder's results and print their table.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw; needs slora-jax[plots].")
+def tensor_parallel(points, adapters, requests, longest, max_sequences, max_batch_tokens, pool_gigabytes, seed, out,
+                    plot_only, plots):  # fmt: skip
+    """A model on N devices, with adapters and without, against the paper's figure 8.
+
+    Each MODEL:N, such as llama-13b:2, runs in a process of its own. Without any, all those that the devices here
+    suffice for.
+    """
+    from slora_jax.bench.plots import require_matplotlib
+    from slora_jax.bench.tensor_parallel import POINTS, Load, Point, device_count, draw, measure, table
+
+    if plots:
+        require_matplotlib()
+    try:
+        parsed = [Point.parse(point) for point in points or POINTS]
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+    files = {point: _shape(point.model).file for point in parsed}
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    if len(points) == 1 and not plot_only:
+        (point,) = parsed
+        load = Load(requests, longest, adapters, max_sequences, max_batch_tokens, pool_gigabytes, seed)
+        try:
+            for result in measure(point, files[point], load, command_line()):
+                (out / point.file_name).write_text(json.dumps(result, indent=2) + "\n")
+                click.echo(table([result]).splitlines()[-1], err=True)
+        except SLoRAError as e:
+            raise click.ClickException(str(e)) from None
+    elif not plot_only:
+        count = device_count()
+        for point in parsed:
+            if point.tp > count:
+                click.echo(f"{point} is left out: there are {count} devices", err=True)
+            elif subprocess.run([sys.executable, *_alone(str(point.model), point.tp)]).returncode:
+                failed.append(str(point))
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*_tp*.json"))]
+    click.echo(table(results))
+    if plots and any(result["tp"] > 1 for result in results):
+        draw(results, out / "figure8.png")
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}; see above")
+
+
+def _alone(model: str, tp: int) -> list[str]:
+    """Arguments of Python for the command that runs, with one point in place of its points, and without plots."""
+    words = shlex.split(command_line(without=("points", "plots")).removeprefix("python "))
+    return [*words, f"{model}:{tp}", "--no-plots"]
 
 
 @main.command()

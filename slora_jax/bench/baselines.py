@@ -1,7 +1,8 @@
-"""What the paper measures gathered LoRA against: the adapters of a batch padded to one rank and multiplied densely.
+"""What the paper measures gathered LoRA against, and without what.
 
-Plain JAX, as the paper's "S-LoRA-bmm" is plain PyTorch: A and B of each adapter are copied out of the pool into
-``[G, R, d]``, R one rank for all, and each token multiplies its own.
+The adapters of a batch padded to one rank and multiplied densely are plain JAX, as the paper's "S-LoRA-bmm" is plain
+PyTorch: A and B of each adapter are copied out of the pool into ``[G, R, d]``, R one rank for all, and each token
+multiplies its own.
 """
 
 from functools import lru_cache, partial
@@ -13,7 +14,16 @@ from flax import struct
 
 from pallas_kernels import PAGE_SIZE, LoraSegments
 from pallas_kernels.pool import owner, take
-from slora_jax.model.llama import LoraOps
+from slora_jax.model.llama import GATHERED, LoraOps
+
+
+def _own_ranks(partial_sums: jax.Array, group) -> jax.Array:
+    return jnp.tile(partial_sums, (1, 1, group.size))
+
+
+SILENT = GATHERED._replace(gather=_own_ranks, add_up=lambda partial_sums, group: partial_sums)
+"""Adapters on several devices without what they add to the messages: wrong results, in the time that right ones would
+take if sending took none. The paper's figure 8 has the same."""
 
 
 class _Module(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 from slora_jax import Engine
 from slora_jax.bench.service import Times
-from slora_jax.bench.throughput import check_answers, submit
+from slora_jax.bench.throughput import submit, times_of
 from slora_jax.bench.workload import WorkItem
 from slora_jax.engine.generation import Generation
 from slora_jax.memory.layout import PoolLayout
@@ -59,7 +59,7 @@ class MergedWeights:
         Returns:
           Seconds that it took, until the device was done.
         """
-        start = time.perf_counter()
+        start = time.monotonic()
         adapter = self._layout.adapter(ranks)
         entries = jax.device_put(staged, staged.sharding.with_memory_kind("device"))
         for (layer, name), kernel in self._base.items():
@@ -71,7 +71,7 @@ class MergedWeights:
             number = np.int32(layer.removeprefix("layers_"))
             self._params[layer][name]["kernel"] = _merged(kernel, entries, number, scale, places)
         jax.block_until_ready(self._params)
-        return time.perf_counter() - start
+        return time.monotonic() - start
 
     def restore(self) -> None:
         """Gives the base its own weights back."""
@@ -128,21 +128,20 @@ def run_merged(
     Returns:
       The times of each request, and the seconds of each switch.
     """
-    times = [Times(item.arrival) for item in workload]
     todo = deque(sorted(range(len(workload)), key=lambda i: workload[i].arrival))
     waiting: deque[int] = deque()
     switches: list[float] = []
     merged: int | None = None
     generations: list[Generation | None] = [None] * len(workload)
-    start = time.perf_counter()
+    start = time.monotonic()
 
     def submit_merged() -> None:
         for i in [i for i in waiting if workload[i].adapter == merged]:
-            generations[i] = submit(engine, workload[i], None, times[i], start)
+            generations[i] = submit(engine, workload[i], None)
             waiting.remove(i)
 
-    while todo or waiting or any(t.last is None for t in times):
-        while todo and workload[todo[0]].arrival <= time.perf_counter() - start:
+    while todo or waiting or not engine.is_idle:
+        while todo and workload[todo[0]].arrival <= time.monotonic() - start:
             waiting.append(todo.popleft())
         others = [i for i in waiting if workload[i].adapter != merged]
         if len(others) <= MAX_OTHERS_WAITING:
@@ -156,7 +155,6 @@ def run_merged(
             # Its requests that wait now are served, however many others wait.
             submit_merged()
         elif todo:
-            pause = workload[todo[0]].arrival - (time.perf_counter() - start)
+            pause = workload[todo[0]].arrival - (time.monotonic() - start)
             engine.wait_for_work(min(max(pause, 0.0), _IDLE_WAIT_SECONDS))
-    check_answers(workload, generations)
-    return times, switches
+    return times_of(workload, generations, start), switches

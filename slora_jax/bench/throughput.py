@@ -22,7 +22,7 @@ from slora_jax.bench.service import Times
 from slora_jax.bench.timing import KernelEvent, PartTimer, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import build_config
-from slora_jax.engine.build import build_parts
+from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.engine.generation import Generation
 from slora_jax.memory.layout import PoolLayout
@@ -79,22 +79,21 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
       Wall seconds, the ``Recorder``, and each request's ``Times``.
     """
     recorder = Recorder()
-    start = time.perf_counter()
+    start = time.monotonic()
     todo = sorted(enumerate(workload), key=lambda item: -item[1].arrival)
-    times = [Times(item.arrival) for item in workload]
     generations: list[Generation | None] = [None] * len(workload)
     with contextlib.ExitStack() as tracing:
         while True:
-            now = time.perf_counter() - start
+            now = time.monotonic() - start
             while todo and todo[-1][1].arrival <= now:
                 index, item = todo.pop()
                 adapter = None if item.adapter is None else case.adapter_name(item.adapter)
-                generations[index] = submit(engine, item, adapter, times[index], start)
+                generations[index] = submit(engine, item, adapter)
             if profile and len(recorder.step_seconds) == _PROFILED_STEPS.start:
                 tracing.enter_context(profiled(profile))
-            before = time.perf_counter()
+            before = time.monotonic()
             worked = engine.step()
-            after = time.perf_counter()
+            after = time.monotonic()
             if len(recorder.step_seconds) == _PROFILED_STEPS.stop:
                 tracing.close()
             if worked:
@@ -102,54 +101,45 @@ def run_loop(engine: Engine, case: Case, workload: list[WorkItem], profile: Path
                 recorder.step_seconds.append(after - before)
                 recorder.sequences.append(stats["running"])
                 recorder.peak_pages = max(recorder.peak_pages, stats["pages_used"])
-            elif not todo and all(t.last is not None for t in times):
+            elif not todo and engine.is_idle:
                 break
             else:
                 next_arrival = todo[-1][1].arrival - (after - start) if todo else _IDLE_WAIT_SECONDS
                 engine.wait_for_work(min(max(next_arrival, 0.0), _IDLE_WAIT_SECONDS))
-    seconds = time.perf_counter() - start
-    check_answers(workload, generations)
-    return seconds, recorder, times
+    seconds = time.monotonic() - start
+    return seconds, recorder, times_of(workload, generations, start)
 
 
-def check_answers(workload: Sequence[WorkItem], generations: Sequence[Generation]) -> None:
-    """
+def times_of(workload: Sequence[WorkItem], generations: Sequence[Generation], start: float) -> list[Times]:
+    """When each request's tokens came, of requests that have ended.
+
+    Args:
+      start: of the run, on ``time.monotonic``.
+
     Raises:
       AssertionError: a request that was not given up has not all of its tokens.
     """
+    times = []
     for item, generation in zip(workload, generations, strict=True):
         (completion,) = generation.result(timeout=1).completions
-        if completion.finish_reason == "late":
+        timing = generation.timing
+        first = None if timing.first is None else timing.first - start
+        gave_up = completion.finish_reason == "late"
+        times.append(Times(item.arrival, first, timing.last - start, gave_up))
+        if gave_up:
             continue
         if completion.finish_reason != "length" or len(completion.token_ids) != item.num_output:
             raise AssertionError(
                 f"a request got {len(completion.token_ids)} of {item.num_output} tokens: "
                 f"{completion.finish_reason}, {completion.error}"
             )
+    return times
 
 
-def submit(engine: Engine, item: WorkItem, adapter: str | None, times: Times, start: float) -> Generation:
-    """Submits a request, and notes in ``times`` when the engine hands out its first and last delta.
-
-    Args:
-      adapter: its name; the item's own is ignored.
-      start: of the run, on ``time.perf_counter``.
-    """
+def submit(engine: Engine, item: WorkItem, adapter: str | None) -> Generation:
+    """Submits a request on the adapter of this name; the item's own is ignored."""
     sampling = SamplingParams(max_tokens=item.num_output, temperature=0.0, ignore_eos=True)
-    generation = engine.submit(Request(item.prompt, adapter, sampling, priority=item.priority, slo_ms=item.slo_ms))
-    put = generation.put
-
-    def timed_put(delta):
-        if delta.finish_reason == "late":
-            times.gave_up = True
-        elif times.first is None:
-            times.first = time.perf_counter() - start
-        if delta.finish_reason is not None:
-            times.last = time.perf_counter() - start
-        put(delta)
-
-    generation.put = timed_put
-    return generation
+    return engine.submit(Request(item.prompt, adapter, sampling, priority=item.priority, slo_ms=item.slo_ms))
 
 
 @contextlib.contextmanager
@@ -194,6 +184,32 @@ def run_throughput(
         }
     )
     parts = build_parts(config, progress=False)
+    try:
+        yield from run_cases(parts, cases, requests, seed, longest, trace, profile, command)
+    finally:
+        parts.close()
+
+
+def run_cases(
+    parts: EngineParts,
+    cases: Sequence[Case],
+    requests: int,
+    seed: int,
+    longest: int,
+    trace: OpenTrace | None,
+    profile: Path | None,
+    command: str,
+) -> Iterator[dict]:
+    """For each case warms an engine up and times the workload. The parts stay as they are.
+
+    Args:
+      parts: of a model with random weights; with what is compiled of them.
+      longest: prompts and outputs have fewer tokens.
+      trace: when requests come; None for all at once.
+      profile: folder for what ``profile_of`` reads; None for no profile.
+      command: to be noted with the result.
+    """
+    config = parts.config
     part_seconds: Counter[str] = Counter()
     engine = Engine(parts, observe=PartTimer(lambda part, seconds: part_seconds.update({part: seconds})))
     try:
@@ -219,8 +235,8 @@ def run_throughput(
                 **_run_case(engine, case, workload, part_seconds, profile and profile / str(case)),
                 "start_seconds": start_seconds,
                 "start_compiling_seconds": compiling,
-                "model": Path(model).stem,
-                "tp": tp,
+                "model": Path(config.model).stem,
+                "tp": config.mesh.tp,
                 "seed": seed,
                 "scheduler": config.scheduler.model_dump(),
                 "trace": trace and dataclasses.asdict(trace),
@@ -231,7 +247,6 @@ def run_throughput(
             }
     finally:
         engine.close()
-        parts.close()
         gc.unfreeze()
 
 
@@ -281,7 +296,10 @@ def _percentiles(values) -> dict[str, float]:
 
 # Where a step's time goes.
 
+MESSAGES = "messages between devices"
+
 _GROUPS = (
+    (MESSAGES, r"all_?reduce|all_?gather|nccl"),
     ("LoRA", r"shrink|expand|lora"),
     ("attention", r"attention|attend|flash|mosaic|_decode_kernel|_combine_kernel|_tile_kernel"),
     ("rotary, KV write", r"_write_kernel|write_kv|rotary|rope"),
@@ -316,6 +334,16 @@ def profile_table(events: list[KernelEvent], steps: int) -> str:
     for name, duration in sorted(micros.items(), key=lambda item: -item[1]):
         lines.append(f"{duration:10.1f} {counts[name] / steps:8.1f}  {name[:90]} ({kernel_group(name)})")
     return "\n".join(lines)
+
+
+def shares_of(folder: Path) -> dict[str, float]:
+    """Of a step's time on the first GPU, the share of each group of kernels that ``run_loop`` recorded there."""
+    events = gpu_events(read_profile(folder))
+    span = (max(e.end for e in events) - min(e.start for e in events)) if events else 0.0
+    groups: dict[str, float] = defaultdict(float)
+    for event in events:
+        groups[kernel_group(event.name)] += (event.end - event.start) / span
+    return dict(groups)
 
 
 def profile_of(folder: Path) -> str:

@@ -7,8 +7,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16)}
-"""Ranks of the adapters of each setting, in turn; q, k, v and o. S4 is the paper's for the 13B model."""
+SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16), "S5": (32,), "S6": (64,)}
+"""Ranks of the adapters of each of the paper's settings, in turn; q, k, v and o. S1 and S2 are for the 7B model, S4, S5
+and S6 for those of 13B, 30B and 70B."""
 
 WARM_UP_REQUESTS = 64
 _SHORTEST = 8

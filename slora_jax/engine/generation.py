@@ -16,20 +16,23 @@ class Timing:
 
     Attributes:
       first: when the first token came; None while none did.
+      last: when the last delta came, with a token or without; None while none did.
       tokens: how many came.
       gaps: between one token of a sequence and the next.
     """
 
-    __slots__ = ("_last", "first", "gaps", "tokens")
+    __slots__ = ("_last", "first", "gaps", "last", "tokens")
 
     def __init__(self) -> None:
         self.first: float | None = None
+        self.last: float | None = None
         self.tokens = 0
         self.gaps: list[float] = []
         self._last: dict[int, float] = {}
 
     def note(self, delta: Delta, at: float) -> None:
         """Takes in the next delta, which came at this time."""
+        self.last = at
         if not delta.token_ids:
             return
         self.tokens += len(delta.token_ids)

@@ -91,16 +91,27 @@ class StepTables(NamedTuple):
     group: Collectives | None
 
 
-class LoraOps(NamedTuple):
-    """What computes low-rank updates on one device: functions with the contracts of ``plan_lora`` and ``lora_delta``.
+def gathered_ranks(partial_sums: jax.Array, group: Collectives) -> jax.Array:
+    """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
+    gathered = all_gather(partial_sums, partial_sums.ndim, group)
+    return gathered.reshape(*partial_sums.shape[:2], -1)
 
-    What ``plan`` returns is a pytree with a static ``active``, as that of its segments. ``max_rank`` is the
-    largest that it computes, None any.
+
+class LoraOps(NamedTuple):
+    """What computes low-rank updates: functions in place of the model's own, for comparisons.
+
+    On one device those with the contracts of ``plan_lora`` and ``lora_delta``. What ``plan`` returns is a pytree with a
+    static ``active``, as that of its segments. ``max_rank`` is the largest that it computes, None any.
+
+    On several devices those that bring the partial sums of all of them together, with the contracts of
+    ``gathered_ranks`` (for q, k, v, gate and up) and of ``all_reduce`` (for o and down).
     """
 
     plan: Callable
     delta: Callable
     max_rank: int | None = None
+    gather: Callable = gathered_ranks
+    add_up: Callable = all_reduce
 
 
 GATHERED = LoraOps(plan_lora, lora_delta)
@@ -111,7 +122,7 @@ class Llama(nn.Module):
     """The decoder. Parameters are in ``dtype``; norms, rope and softmax compute in float32.
 
     ``config`` is the whole model's; ``backend`` says which kernels it calls, ``lora_ops`` what computes low-rank
-    updates on one device (several have a way of their own).
+    updates.
     """
 
     config: ModelConfig
@@ -261,7 +272,7 @@ class Block(nn.Module):
             """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
             assert step.lora_split is not None, "on several devices there are both plans or none"
             changed = [m for m in modules if m in lora.active]
-            gathered = gathered_ranks(lora_shrink(x, pool, layer, step.lora_split, changed), group)
+            gathered = self.lora_ops.gather(lora_shrink(x, pool, layer, step.lora_split, changed), group)
             if len(changed) == len(modules):
                 return gathered
             places = np.array([modules.index(m) for m in changed])
@@ -284,7 +295,7 @@ class Block(nn.Module):
             y = projection(x)
             lora = plan_for((module,))
             if lora is not None:
-                partial_sums = all_reduce(lora_shrink(x, pool, layer, lora, (module,)), group)
+                partial_sums = self.lora_ops.add_up(lora_shrink(x, pool, layer, lora, (module,)), group)
                 delta = lora_expand(partial_sums, pool, layer, lora, (module,), x.dtype)
                 y = add_to_own_columns(y, delta)
             return all_reduce(y, group)
@@ -374,12 +385,6 @@ def add_to_own_columns(y: jax.Array, delta: jax.Array) -> jax.Array:
     first = jax.lax.axis_index(TP) * delta.shape[1]
     own = jax.lax.dynamic_slice_in_dim(y, first, delta.shape[1], axis=1)
     return jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
-
-
-def gathered_ranks(partial_sums: jax.Array, group: Collectives) -> jax.Array:
-    """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
-    gathered = all_gather(partial_sums, partial_sums.ndim, group)
-    return gathered.reshape(*partial_sums.shape[:2], -1)
 
 
 class Projection(nn.Module):

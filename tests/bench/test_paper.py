@@ -158,8 +158,8 @@ def test_one_engine_serves_many_experiments(toy, tmp_path):
     names = ("table3", "abort", "merged", "ablation")
     arguments = ["paper", *names, "--scale", "toy", "--model", str(toy), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, arguments)
-    # On a CPU nothing is compiled ahead, and that must not pass for a measurement.
-    assert done.exit_code == 1 and "programs were compiled inside the timed parts" in done.output, done.output
+    # What the timed parts need was compiled ahead of them.
+    assert done.exit_code == 0, done.output
     check_results(tmp_path / "out", names, ["slora-jax", "fixed share", "padded products"])
     merged = json.loads((tmp_path / "out/merged.json").read_text())["rows"][1]
     assert merged["series"] == "merged" and merged["switches"] >= 2 and merged["switch_milliseconds"] > 0

@@ -11,6 +11,7 @@ from slora_jax.bench.__main__ import main
 from slora_jax.bench.throughput import kernel_group, profile_table, run_throughput
 from slora_jax.bench.timing import KernelEvent
 from slora_jax.bench.workload import Case, OpenTrace, draw_workload
+from tests.helpers.engine_cases import compiled_fast
 
 SHAPE = """
 model_type: llama
@@ -59,21 +60,27 @@ def shape(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.slow
-def test_throughput_of_a_toy(shape):
-    base, result = run_throughput(
-        model=str(shape),
-        cases=[Case("base", 0), Case("S1", 2)],
-        requests=6,
-        seed=42,
-        longest=12,
-        scheduler={"max_sequences": 4, "max_batch_tokens": 16, "prefix_cache": False},
-        pool={"pages": 64},
-        tp=1,
-        trace=None,
-        profile=None,
-        command="",
+def _throughput_of(shape: Path) -> list[dict]:
+    return list(
+        run_throughput(
+            model=str(shape),
+            cases=[Case("base", 0), Case("S1", 2)],
+            requests=6,
+            seed=42,
+            longest=12,
+            scheduler={"max_sequences": 4, "max_batch_tokens": 16, "prefix_cache": False},
+            pool={"pages": 64},
+            tp=1,
+            trace=None,
+            profile=None,
+            command="",
+        )
     )
+
+
+def test_throughput_of_a_toy(shape):
+    with compiled_fast():
+        base, result = _throughput_of(shape)
     json.dumps(result)
     assert base["n"] == base["adapter_loads"] == 0
     tokens = sum(item.num_output for item in draw_workload(6, 2, 64, seed=42, longest=12))

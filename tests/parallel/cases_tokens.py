@@ -36,7 +36,15 @@ def test_a_mixed_batch_gives_the_oracles_tokens_in_a_pool_too_small_for_it(name,
     needed = [-(-(len(r["prompt"]) + _LENGTH) // 16) + pages.get(r["adapter"], 0) for r in case.requests]
     engine = case.engine(pages=1 + max(needed), **mesh)
     generations = [engine.submit(greedy(r["prompt"], r["adapter"], _LENGTH)) for r in case.requests]
-    for request, result in zip(case.requests, run(engine, *generations), strict=True):
+    # What one device scores as the reference model does; see tests/engine/test_scoring.py.
+    generations.append(engine.submit(greedy(case.requests[0]["prompt"][:5], None, 0, prompt_logprobs=1)))
+    *results, scored = run(engine, *generations)
+    alone = case.engine()
+    (expected,) = run(alone, alone.submit(greedy(case.requests[0]["prompt"][:5], None, 0, prompt_logprobs=1)))
+    for ours, theirs in zip(scored.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
+        assert (ours.token_id, ours.rank) == (theirs.token_id, theirs.rank)
+        assert abs(ours.logprob - theirs.logprob) < 1e-4
+    for request, result in zip(case.requests, results, strict=True):
         assert list(result.completions[0].token_ids) == request["tokens"][:_LENGTH], (request["id"], request["adapter"])
     stats = engine.stats()
     assert stats["preemptions"] > 0

@@ -25,7 +25,7 @@ def run_cases(file: str, marks: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", ["cases_tokens", "cases_programs"])
+@pytest.mark.parametrize("file", ["cases_tokens", "cases_programs", "cases_bench"])
 def test_on_eight_devices(file):
     run_cases(file, "not slow")
 
