@@ -71,9 +71,13 @@ def running(case: "Case", **options):
             engine.close()
 
 
-def make_dummy_engine(shape: Path, tp: int, *ranks: int) -> Engine:
-    """An engine with random weights on ``tp`` devices; for each rank ``r`` an adapter "r<rank>" of all modules."""
-    engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3)
+def make_dummy_engine(shape: Path, tp: int, *ranks: int, **options) -> Engine:
+    """An engine with random weights on ``tp`` devices; for each rank ``r`` an adapter "r<rank>" of all modules.
+
+    Args:
+      options: as for ``make_engine``.
+    """
+    engine = make_engine(shape, dummy=True, mesh={"tp": tp}, seed=3, **options)
     for rank in ranks:
         packed = synthetic_weights(rank, MODULES, engine.pool_layout, engine.dtype, seed=rank)
         engine.register_loaded_adapter(f"r{rank}", dict.fromkeys(MODULES, rank), packed, scale=4.0)

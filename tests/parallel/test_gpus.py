@@ -1,6 +1,8 @@
 """Several real GPUs, their kernels and what they send each other, answer like one."""
 
 import functools
+import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import all_gather, all_reduce, tuning
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TABLE, TP, ModelMesh
+from slora_jax.text.tokenizer import Tokenizer
 from tests.helpers.engine_cases import greedy, make_dummy_engine, run
+from tests.parallel.test_hosts import CASE, ended, post, two_hosts
 
 pytestmark = pytest.mark.gpu
 
@@ -113,22 +117,89 @@ def test_a_thousand_steps_of_devices_that_come_at_different_times():
     np.testing.assert_allclose(np.asarray(x), np.broadcast_to(mean, x.shape), rtol=1e-4, atol=1e-5)
 
 
-def test_two_gpus_give_the_tokens_of_one(tmp_path):
+RANKS = (1, 3, 5, 8, 16, 33)
+SHAPES = {
+    "a KV head for each query head": "hidden_size: 512, num_attention_heads: 4, num_key_value_heads: 4",
+    "two KV heads, fewer than four devices": "hidden_size: 1024, num_attention_heads: 8, num_key_value_heads: 2",
+    "three KV heads, which no number of devices divides": (
+        "hidden_size: 768, num_attention_heads: 6, num_key_value_heads: 3"
+    ),
+}
+
+
+def shape_file(folder, name: str):
+    path = folder / "shape.yaml"
+    path.write_text(
+        f"{{model_type: llama, vocab_size: 96, {SHAPES[name]}, head_dim: 128, intermediate_size: 1536, "
+        "num_hidden_layers: 2, max_position_embeddings: 256}"
+    )
+    return path
+
+
+def answers(engine, rounds: int = 1) -> list[list[int]]:
+    """Of a mixed batch on every adapter and the base, with prompts longer than a step, again and again."""
+    names = [None, *(f"r{rank}" for rank in RANKS)]
+    requests = [greedy(np.arange(1, 20 + 9 * i) * (i + 1) % 96, name, 40) for i, name in enumerate(names)]
+    return [
+        list(result.completions[0].token_ids)
+        for _ in range(rounds)
+        for result in run(engine, *[engine.submit(request) for request in requests])
+    ]
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", SHAPES)
+def test_several_gpus_give_the_tokens_of_one(tmp_path, name, tp):
+    """All seven modules, uneven ranks, and a pool in which sequences are preempted and adapters evicted."""
+    if jax.device_count() < tp:
+        pytest.skip(f"needs {tp} GPUs")
+    shape = shape_file(tmp_path, name)
+    alone = make_dummy_engine(shape, 1, *RANKS)
+    expected = answers(alone)
+    assert len(set(map(tuple, expected))) == len(RANKS) + 1
+    wide = make_dummy_engine(shape, tp, *RANKS)
+    largest = max(info.num_pages for info in wide.adapters().values())
+    engine = make_dummy_engine(shape, tp, *RANKS, pages=largest + 16)
+    # What nobody has written is not a number.
+    pool = engine.device.pool
+    pool.array = jax.jit(lambda x: jnp.full_like(x, jnp.nan), out_shardings=pool.array.sharding)(pool.array)
+    assert answers(engine, rounds=2) == 2 * expected
+    stats = engine.stats()
+    assert stats["preemptions"] > 0 and stats["evictions"] > 0 and stats["adapter_loads"] > len(RANKS)
+    assert len(pool.array.addressable_shards) == tp
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_all_programs_of_a_server_start_and_run_on_several_gpus(tmp_path, tp):
+    """A hundred programs with messages in each: XLA's own all-reduce takes memory for every one, and ran out of it."""
+    if jax.device_count() < tp:
+        pytest.skip(f"needs {tp} GPUs")
+    shape = shape_file(tmp_path, "a KV head for each query head")
+    limits = {"max_sequences": 256, "max_batch_tokens": 1024}
+    engine = make_dummy_engine(shape, tp, *RANKS, few_shapes=False, pages=4000, scheduler=limits)
+    engine.warm_up()
+    assert len(engine.device.runner.programs) > 60
+    alone = make_dummy_engine(shape, 1, *RANKS)
+    compiled = engine.device.runner.programs.num_compiled
+    assert answers(engine) == answers(alone)
+    assert engine.device.runner.programs.num_compiled == compiled
+
+
+def test_two_processes_with_a_gpu_each_serve_one_model_and_end_together():
     if jax.device_count() < 2:
         pytest.skip("needs two GPUs")
-    shape = tmp_path / "shape.yaml"
-    shape.write_text(
-        "{model_type: llama, vocab_size: 97, hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 2, "
-        "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"
-    )
-    tokens = {}
-    for tp in (1, 2):
-        engine = make_dummy_engine(shape, tp, 5, 16)
-        requests = [
-            greedy(np.arange(1, 40) * (i + 1) % 97, adapter, 24) for i, adapter in enumerate((None, "r5", "r16"))
-        ]
-        results = run(engine, *[engine.submit(request) for request in requests])
-        tokens[tp] = [list(result.completions[0].token_ids) for result in results]
-        assert len(engine.device.pool.array.addressable_shards) == tp
-    assert tokens[1] == tokens[2]
-    assert len({tuple(answer) for answer in tokens[1]}) == 3
+    requests = json.loads((CASE / "expected.json").read_text())["requests"][:3]
+    tokenizer = Tokenizer.from_folder(CASE / "model")
+    # This process has most of the GPUs' memory.
+    share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    gpus = tuple({"CUDA_VISIBLE_DEVICES": str(i), **share} for i in range(2))
+    with two_hosts("--tp", "2", "--adapter-dir", str(CASE / "adapters"), environments=gpus) as (url, processes):
+        for request in requests:
+            body = {"model": request["adapter"] or "model", "prompt": request["prompt"], "max_tokens": 16}
+            answer = post(f"{url}/v1/completions", body | {"temperature": 0, "ignore_eos": True})
+            assert answer["choices"][0]["text"] == tokenizer.decode(request["tokens"][:16])
+        before = time.monotonic()
+        processes[1].kill()
+        code, sentence = ended(processes[0])
+        assert (code, sentence) == (70, "Error: host 1 was lost (its process ended); start all hosts again")
+        assert time.monotonic() - before < 30

@@ -46,11 +46,14 @@ serve.main()
 """
 
 
-def start(host: int, *flags: str, program: str | None = None) -> subprocess.Popen:
+CPUS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": DEVICES}
+
+
+def start(host: int, environment: dict[str, str], *flags: str, program: str | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *(["-c", program] if program else ["serve.py"]), "--host-id", str(host), *flags],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": DEVICES},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,17 +78,20 @@ def wait_until_healthy(url: str, processes: list[subprocess.Popen]) -> None:
 
 
 @contextlib.contextmanager
-def two_hosts(*flags: str, second: str | None = None):
+def two_hosts(*flags: str, second: str | None = None, environments: tuple[dict[str, str], ...] = (CPUS, CPUS)):
     """The server's address and the two processes, when they serve.
 
     Args:
+      flags: more of ``serve.py``'s; the last of a flag counts.
       second: what the second one runs in place of ``serve.py``.
+      environments: of each process, beside this one's: which devices it has.
     """
     port = free_port()
     common = ("--model", str(CASE / "model"), "--dtype", "float32", "--tp", "4", "--num-hosts", "2")
     common += ("--coordinator", f"127.0.0.1:{free_port()}", "--port", str(port), "--no-compilation-cache")
     common += ("--pool-pages", "60", "--max-batch-tokens", "32", "--max-sequences", "16")
-    processes = [start(0, *common, *flags), start(1, *common, *flags, program=second)]
+    first, other = environments
+    processes = [start(0, first, *common, *flags), start(1, other, *common, *flags, program=second)]
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", processes)
         yield f"http://127.0.0.1:{port}", processes
