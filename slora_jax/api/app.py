@@ -494,6 +494,9 @@ def _rule(error: Exception) -> _Rule:
 
 def _error_of(error: Exception, rule: _Rule) -> dict[str, Any]:
     message = "internal server error; see the server's log" if rule is _UNEXPECTED else str(error)
+    if rule.error is PromptTooLong:
+        # OpenAI's client makes its exception of the words alone, and LangChain looks for the code there.
+        message += f" ({rule.code})"
     param = getattr(error, "param", None) or ("model" if rule.error is UnknownAdapter else None)
     return _error_body(message, rule.kind, param, error.code if isinstance(error, Forbidden) else rule.code)
 

@@ -187,6 +187,10 @@ class _Generate(_Body):
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        raise NotImplementedError
+
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
 
@@ -317,6 +321,11 @@ class _CompletionBody(_Generate):
     best_of: int | None = None
     add_special_tokens: bool = True
 
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        """The field that says how many tokens the answer may have at most, and what it says."""
+        return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
+
 
 class _ChatBody(_Generate):
     messages: Any
@@ -330,6 +339,12 @@ class _ChatBody(_Generate):
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        """As of a completion; OpenAI's newer name of the field comes first."""
+        limits = (("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens))
+        return next(((name, limit) for name, limit in limits if limit is not None), None)
 
 
 def parse_completion(body: Any, engine: "Engine") -> Call:
@@ -357,6 +372,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt", _least_room(fields))
+        _check_limit(fields, room, engine)
         is_short = fields.max_tokens is None and room < sampling.max_tokens
         requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
@@ -376,9 +392,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
         if limit is not None:
             check_number(name, limit, BOUNDS["max_tokens"]._replace(least=1))
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    limit = next((limit for limit in limits if limit is not None), None)
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
-    sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
+    sampling = fields.sampling(most if fields.limit is None else fields.limit[1], logprobs, engine)
     messages = read_messages(fields.messages)
     tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
     tokenizer = _tokenizer(engine, "messages", adapter)
@@ -397,7 +412,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     ids = _encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
     prompt = _checked_ids(_truncated(ids, fields, engine), engine, "messages")
     room = _room(prompt, engine, "messages")
-    if limit is None:
+    _check_limit(fields, room, engine)
+    if fields.limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
     call = _call(fields, (fields.request(prompt, adapter, sampling),))
     return dataclasses.replace(call, tools=tools, call_format=call_format)
@@ -656,12 +672,13 @@ def _most_read(fields: _Generate, engine: "Engine") -> int | None:
 
 
 def _truncated(ids: Sequence[int], fields: _Generate, engine: "Engine") -> Sequence[int]:
-    """The last ``truncate_prompt_tokens`` of a prompt; -1 stands for as many as leave room for a token."""
+    """The last ``truncate_prompt_tokens`` of a prompt; -1 stands for as many as leave room for the answer."""
     most = fields.truncate_prompt_tokens
     if most is None:
         return ids
     if most == -1:
-        most = engine.max_model_len - 1
+        asked = 1 if fields.limit is None else fields.limit[1]
+        most = max(1, engine.max_model_len - asked)
     if not 0 < most <= engine.max_model_len:
         message = f"truncate_prompt_tokens must be -1 or from 1 to {engine.max_model_len}, got {shown(most)}"
         raise InvalidRequest(message, "truncate_prompt_tokens")
@@ -701,6 +718,19 @@ def _room(prompt: Sequence[int], engine: "Engine", param: str, least: int = 1) -
             param,
         )
     return room
+
+
+def _check_limit(fields: _Generate, room: int, engine: "Engine") -> None:
+    """Raises PromptTooLong if more tokens are asked for than the prompt leaves ``room`` for."""
+    if fields.limit is None or fields.limit[1] <= room:
+        return
+    name, limit = fields.limit
+    context, prompt = engine.max_model_len, engine.max_model_len - room
+    raise PromptTooLong(
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + limit} tokens "
+        f"({prompt} in the prompt, {limit} for the answer). Please reduce the length of the prompt, or {name}.",
+        name,
+    )
 
 
 class Reply:
