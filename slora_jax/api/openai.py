@@ -286,7 +286,7 @@ def _of_response_format(sent: Any) -> Grammar | None:
 def _of_structured_outputs(sent: Any) -> Grammar | None:
     if not isinstance(sent, Mapping):
         raise InvalidRequest(f"structured_outputs must be an object, got {shown(sent)}", "structured_outputs")
-    _refuse_unknown(sent, _GUIDED, "structured_outputs.")
+    refuse_unknown(sent, _GUIDED, "structured_outputs.")
     asked = {name: value for name, value in sent.items() if value is not None and value is not False}
     if len(asked) != 1:
         message = f"structured_outputs must have one of {', '.join(_GUIDED)}, got {shown(sent)}"
@@ -576,20 +576,10 @@ def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...
 
 
 def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
-    """Drops what changes nothing, refuses what cannot be done, and checks the types of the rest."""
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
-    _refuse_unknown(body, {*kind.model_fields, *defaults, *_LABELS})
-    fields = {}
-    for name, value in body.items():
-        if value is None or name in _LABELS:
-            continue
-        if name not in defaults:
-            fields[name] = value
-        elif not _is_one_of(value, defaults[name]):
-            raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
+    """What ``meant_fields`` leaves of the body, with the types of the fields checked."""
+    fields = meant_fields(body, kind.model_fields, defaults)
     if isinstance(options := fields.get("stream_options"), dict):
-        _refuse_unknown(options, _StreamOptions.model_fields, "stream_options.")
+        refuse_unknown(options, _StreamOptions.model_fields, "stream_options.")
     try:
         valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
@@ -602,8 +592,35 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     return valid
 
 
-def _refuse_unknown(fields: Mapping[str, Any], known: Container[str], prefix: str = "") -> None:
-    """Here and not by pydantic, which would make an error for each of a million; here the first few are enough."""
+def meant_fields(body: Any, computed: Iterable[str], defaults: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields of a body that say something: not those that are null, describe the caller, or change nothing.
+
+    Args:
+      computed: names of the fields that the server does something with.
+      defaults: of other fields, each with the values (besides null) that change nothing.
+
+    Raises:
+      InvalidRequest: there is a field that nobody knows, or one of ``defaults`` at another value.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    refuse_unknown(body, {*computed, *defaults, *_LABELS})
+    fields = {}
+    for name, value in body.items():
+        if value is None or name in _LABELS:
+            continue
+        if name not in defaults:
+            fields[name] = value
+        elif not _is_one_of(value, defaults[name]):
+            raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
+    return fields
+
+
+def refuse_unknown(fields: Mapping[str, Any], known: Container[str], prefix: str = "") -> None:
+    """Raises InvalidRequest, with the first few names, if a client's object has fields other than those known.
+
+    Here and not by pydantic, which would make an error for each of a million.
+    """
     found = itertools.islice((name for name in fields if name not in known), _MOST_NAMED + 1)
     unknown = [prefix + name[:80] for name in found]
     if unknown:
@@ -734,8 +751,13 @@ def _check_limit(fields: _Generate, room: int, engine: "Engine") -> None:
 
 
 class Reply:
-    """Writes one answer in OpenAI's shape: ``whole``, or chunks for a stream in the order ``opening``,
-    ``chunk`` for each delta, ``usage_chunk``.
+    """Writes one answer in OpenAI's shape: ``whole``, or the events of a stream in the order ``opening``,
+    ``events`` for each delta, ``closing``; or ``failure``, where it ends too early.
+
+    Attributes:
+      id: of the answer.
+      last_words: what a stream ends with, behind its events.
+      depth: of its longest lists: how many lists and objects are around them.
 
     Choices are numbered over prompts, then completions: ``prompt_index * n + completion_index``.
     """
@@ -743,6 +765,8 @@ class Reply:
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    last_words: ClassVar[bytes] = b"data: [DONE]\n\n"
+    depth: ClassVar[int] = 4  # choices, choice, logprobs, tokens
 
     def __init__(self, call: Call, tokenizer: Tokenizer | None):
         self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
@@ -769,6 +793,21 @@ class Reply:
         """What every choice begins with, before its first token."""
         return []
 
+    def events(self, prompt_index: int, delta: Delta) -> list[dict[str, Any]]:
+        """What a delta of one choice adds; nothing if there is nothing to say yet."""
+        chunk = self.chunk(prompt_index, delta)
+        return [] if chunk is None else [chunk]
+
+    def closing(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> list[dict[str, Any]]:
+        """What comes behind every choice's last piece."""
+        if not self._call.include_usage:
+            return []
+        return [self._chunk([]) | self.usage(prompt_tokens, completion_tokens, cached_tokens)]
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        """The last event of a stream that fails; ``error`` is the body that a request without a stream would get."""
+        return error
+
     def chunk(self, prompt_index: int, delta: Delta) -> dict[str, Any] | None:
         """One piece of one choice; None if there is nothing to say yet."""
         silent = not delta.text and not delta.logprobs and delta.finish_reason is None
@@ -778,9 +817,6 @@ class Reply:
         if self._call.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
         return self._chunk([choice])
-
-    def usage_chunk(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-        return self._chunk([]) | self.usage(prompt_tokens, completion_tokens, cached_tokens)
 
     def usage(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
         """The field that tells of tokens used."""
