@@ -112,11 +112,8 @@ class Client:
     def hang_up(self) -> None:
         """Goes away in the middle of a stream, or before the answer of a request without."""
         path, body = self._legal()
-        body |= {
-            "max_output_tokens" if path == RESPONSES else "max_tokens": 50,
-            "stream": self._choose.random() < 0.7,
-            "ignore_eos": True,
-        }
+        most = "max_output_tokens" if path == RESPONSES else "max_tokens"
+        body |= {most: 50, "stream": self._choose.random() < 0.7, "ignore_eos": True}
         looks = iter(range(self._choose.randint(0, 3)))
         environ = EnvironBuilder(path, method="POST", json=body).get_environ()
         environ["waitress.client_disconnected"] = lambda: next(looks, None) is None
@@ -184,9 +181,8 @@ class Client:
     def _legal(self) -> tuple[str, dict]:
         path, body = self._base()
         body["model"] = self._choose.choice(["model", "qv-r8", "model:mlp-r3"])
-        for name in self._choose.sample(
-            [name for name in LEGAL if path != RESPONSES or name not in NOT_OF_RESPONSES], 4
-        ):
+        allowed = [name for name in LEGAL if path != RESPONSES or name not in NOT_OF_RESPONSES]
+        for name in self._choose.sample(allowed, 4):
             body[name] = self._choose.choice(LEGAL[name])
         return path, body
 
@@ -199,7 +195,7 @@ class Client:
         status, text = response.status_code, response.get_data(as_text=True)
         self.statuses[status] = self.statuses.get(status, 0) + 1
         if response.content_type.startswith("text/event-stream"):
-            payloads = [event.rpartition("data: ")[2] for event in text.split("\n\n")[:-1]]
+            payloads = [event.split("\n")[-1].removeprefix("data: ") for event in text.split("\n\n")[:-1]]
             is_response = text.startswith("event: response.created\n")
             values = [json.loads(payload, parse_constant=refuse) for payload in payloads if payload != "[DONE]"]
             ends = ("response.completed", "response.incomplete")
