@@ -42,6 +42,8 @@ def chats(**kind) -> None:
         sum(piece.usage_metadata["total_tokens"] for piece in pieces if piece.usage_metadata)
         == (whole.usage_metadata["total_tokens"])
     )
+    conversation = [HumanMessage(QUESTION), whole, HumanMessage("And of Spain?")]
+    assert "Madrid" in chat(**kind).invoke(conversation).text
     assert [answer.text for answer in chat(**kind).batch([QUESTION, QUESTION])] == [ANSWER, ANSWER]
 
 

@@ -69,6 +69,8 @@ def responses() -> None:
     events = list(litellm.responses(**fields, stream=True))
     assert events[-1].type == "response.completed"
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
+    refused(litellm.ContextWindowExceededError, litellm.responses, **fields | {"input": LONG})
+    refused(litellm.NotFoundError, litellm.responses, **fields | {"model": "openai/nobody"})
 
 
 def refusals(provider: str) -> None:
