@@ -595,7 +595,7 @@ def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:
     }
 
 
-def _json(value: Any, status: int = 200, depth: int = 4) -> flask.Response:
+def _json(value: Any, status: int = 200, depth: int = Reply.depth) -> flask.Response:
     body = "".join(_pieces(value, depth)).encode("utf-8", "replace")
     return flask.Response(body, status, mimetype="application/json")
 

@@ -189,6 +189,7 @@ class _Generate(_Body):
 
     @property
     def limit(self) -> tuple[str, int] | None:
+        """The field that says how many tokens the answer may have at most, and what it says; None if none does."""
         raise NotImplementedError
 
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
@@ -323,7 +324,6 @@ class _CompletionBody(_Generate):
 
     @property
     def limit(self) -> tuple[str, int] | None:
-        """The field that says how many tokens the answer may have at most, and what it says."""
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
@@ -342,7 +342,6 @@ class _ChatBody(_Generate):
 
     @property
     def limit(self) -> tuple[str, int] | None:
-        """As of a completion; OpenAI's newer name of the field comes first."""
         limits = (("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens))
         return next(((name, limit) for name, limit in limits if limit is not None), None)
 
