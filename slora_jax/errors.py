@@ -53,7 +53,7 @@ class InvalidRequest(SLoRAError, ValueError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt leaves no room for an answer in the model's context."""
+    """The prompt leaves no room in the model's context for the answer that was asked for, or for any."""
 
 
 class UnknownAdapter(SLoRAError, LookupError):

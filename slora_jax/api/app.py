@@ -41,6 +41,7 @@ from slora_jax.api.openai import (
     resolve_model,
 )
 from slora_jax.api.page_routes import add_page
+from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.tokens import detokenized, tokenized
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
@@ -243,6 +244,10 @@ def create_app(
     def chat_completions():
         return _generate(engine, slots, traffic, parse_chat, ChatReply)
 
+    @app.post("/v1/responses")
+    def responses():
+        return _generate(engine, slots, traffic, parse_response, ResponseReply)
+
     @app.get("/v1/models")
     def models():
         cards = [_base_card(engine, started), *(_adapter_card(engine, a) for a in engine.adapters().values())]
@@ -407,7 +412,8 @@ def _generate(
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not call.stream:
             try:
-                return _json(reply.whole(wait_all(generations, gone, noting(followed, slots.pause))))
+                outputs = wait_all(generations, gone, noting(followed, slots.pause))
+                return _json(reply.whole(outputs), depth=reply.depth)
             except ClientGone:
                 return flask.Response(status=499)  # nobody reads it
         pieces = watch(generations, gone)
@@ -453,29 +459,30 @@ def _events(
     """The server-sent events of one stream. Errors cannot change the status any more, so they are events."""
     completion_tokens = 0
     try:
-        for chunk in reply.opening():
-            yield _event(chunk)
+        for event in reply.opening():
+            yield _event(event)
         for index, deltas in pieces:
             new_tokens = sum(len(delta.token_ids) for delta in deltas)
             completion_tokens += new_tokens
             bill.pay(new_tokens)
             followed[index].note()
-            chunks = [said for delta in deltas if (said := reply.chunk(index, without_failure(delta))) is not None]
+            events = [said for delta in deltas for said in reply.events(index, without_failure(delta))]
             if call.usage_in_every_chunk:
                 usage = reply.usage(*_used(generations, completion_tokens))
-                chunks = [chunk | usage for chunk in chunks]
-            if chunks:
-                yield b"".join(map(_event, chunks))
+                events = [event | usage for event in events]
+            if events:
+                yield b"".join(map(_event, events))
             for delta in deltas:
                 raise_failure(delta)
             time.sleep(slots.pause())
-        if call.include_usage:
-            yield _event(reply.usage_chunk(*_used(generations, completion_tokens)))
-        yield b"data: [DONE]\n\n"
+        for event in reply.closing(*_used(generations, completion_tokens)):
+            yield _event(event)
+        if reply.last_words:
+            yield reply.last_words
     except ClientGone:
         return
     except Exception as error:
-        yield _event(_error_of(error, _rule(error)))
+        yield _event(reply.failure(_error_of(error, _rule(error))))
 
 
 def _used(generations: Sequence["Generation"], completion_tokens: int) -> tuple[int, int, int]:
@@ -494,6 +501,9 @@ def _rule(error: Exception) -> _Rule:
 
 def _error_of(error: Exception, rule: _Rule) -> dict[str, Any]:
     message = "internal server error; see the server's log" if rule is _UNEXPECTED else str(error)
+    if rule.error is PromptTooLong:
+        # OpenAI's client makes its exception of the words alone, and LangChain looks for the code there.
+        message += f" ({rule.code})"
     param = getattr(error, "param", None) or ("model" if rule.error is UnknownAdapter else None)
     return _error_body(message, rule.kind, param, error.code if isinstance(error, Forbidden) else rule.code)
 
@@ -585,12 +595,18 @@ def _card(engine: "Engine", name: str, created: int) -> dict[str, Any]:
     }
 
 
-def _json(value: Any, status: int = 200) -> flask.Response:
-    return flask.Response("".join(_pieces(value)).encode("utf-8", "replace"), status, mimetype="application/json")
+def _json(value: Any, status: int = 200, depth: int = Reply.depth) -> flask.Response:
+    body = "".join(_pieces(value, depth)).encode("utf-8", "replace")
+    return flask.Response(body, status, mimetype="application/json")
 
 
-def _event(value: Any) -> bytes:
-    return b"data: " + _dumps(value) + b"\n\n"
+def _event(value: dict[str, Any]) -> bytes:
+    """One event of a stream. One that has a type has it ahead of its data too, as OpenAI's newer streams do."""
+    if "type" not in value:
+        return b"data: " + _dumps(value) + b"\n\n"
+    # The last ones repeat the whole answer, one object deeper than it is without a stream.
+    data = "".join(_pieces(value, ResponseReply.depth + 1)).encode("utf-8", "replace")
+    return f"event: {value['type']}\n".encode() + b"data: " + data + b"\n\n"
 
 
 def _dumps(value: Any) -> bytes:
@@ -601,10 +617,10 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 """Raises ValueError for a NaN or an infinity, which JSON cannot hold."""
 
 
-def _pieces(value: Any, depth: int = 4) -> Iterator[str]:
+def _pieces(value: Any, depth: int) -> Iterator[str]:
     """JSON, each piece of little work: encoding a reply of many choices at once would keep everybody waiting.
 
-    ``depth`` is how deep an answer's long lists are (choices, choice, logprobs, tokens).
+    ``depth`` is how deep an answer's long lists are; see ``Reply``.
     """
     if isinstance(value, dict) and depth:
         comma = ""

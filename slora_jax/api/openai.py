@@ -187,6 +187,11 @@ class _Generate(_Body):
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        """The field that says how many tokens the answer may have at most, and what it says; None if none does."""
+        raise NotImplementedError
+
     def request(self, prompt: tuple[int, ...], adapter: str | None, sampling: SamplingParams) -> Request:
         return Request(prompt, adapter, sampling, priority=self.priority, slo_ms=self.slo_ms)
 
@@ -282,7 +287,7 @@ def _of_response_format(sent: Any) -> Grammar | None:
 def _of_structured_outputs(sent: Any) -> Grammar | None:
     if not isinstance(sent, Mapping):
         raise InvalidRequest(f"structured_outputs must be an object, got {shown(sent)}", "structured_outputs")
-    _refuse_unknown(sent, _GUIDED, "structured_outputs.")
+    refuse_unknown(sent, _GUIDED, "structured_outputs.")
     asked = {name: value for name, value in sent.items() if value is not None and value is not False}
     if len(asked) != 1:
         message = f"structured_outputs must have one of {', '.join(_GUIDED)}, got {shown(sent)}"
@@ -317,6 +322,10 @@ class _CompletionBody(_Generate):
     best_of: int | None = None
     add_special_tokens: bool = True
 
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
+
 
 class _ChatBody(_Generate):
     messages: Any
@@ -330,6 +339,11 @@ class _ChatBody(_Generate):
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        limits = (("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens))
+        return next(((name, limit) for name, limit in limits if limit is not None), None)
 
 
 def parse_completion(body: Any, engine: "Engine") -> Call:
@@ -357,6 +371,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt", _least_room(fields))
+        _check_limit(fields, room, engine)
         is_short = fields.max_tokens is None and room < sampling.max_tokens
         requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
@@ -376,9 +391,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
         if limit is not None:
             check_number(name, limit, BOUNDS["max_tokens"]._replace(least=1))
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    limit = next((limit for limit in limits if limit is not None), None)
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
-    sampling = fields.sampling(most if limit is None else limit, logprobs, engine)
+    sampling = fields.sampling(most if fields.limit is None else fields.limit[1], logprobs, engine)
     messages = read_messages(fields.messages)
     tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
     tokenizer = _tokenizer(engine, "messages", adapter)
@@ -397,7 +411,8 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     ids = _encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
     prompt = _checked_ids(_truncated(ids, fields, engine), engine, "messages")
     room = _room(prompt, engine, "messages")
-    if limit is None:
+    _check_limit(fields, room, engine)
+    if fields.limit is None:
         sampling = sampling.replace(max_tokens=min(room, most))
     call = _call(fields, (fields.request(prompt, adapter, sampling),))
     return dataclasses.replace(call, tools=tools, call_format=call_format)
@@ -560,20 +575,10 @@ def _call(fields: _Generate, requests: tuple[Request, ...], echo: tuple[str, ...
 
 
 def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tuple]) -> B:
-    """Drops what changes nothing, refuses what cannot be done, and checks the types of the rest."""
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
-    _refuse_unknown(body, {*kind.model_fields, *defaults, *_LABELS})
-    fields = {}
-    for name, value in body.items():
-        if value is None or name in _LABELS:
-            continue
-        if name not in defaults:
-            fields[name] = value
-        elif not _is_one_of(value, defaults[name]):
-            raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
+    """What ``meant_fields`` leaves of the body, with the types of the fields checked."""
+    fields = meant_fields(body, kind.model_fields, defaults)
     if isinstance(options := fields.get("stream_options"), dict):
-        _refuse_unknown(options, _StreamOptions.model_fields, "stream_options.")
+        refuse_unknown(options, _StreamOptions.model_fields, "stream_options.")
     try:
         valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
@@ -586,8 +591,35 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     return valid
 
 
-def _refuse_unknown(fields: Mapping[str, Any], known: Container[str], prefix: str = "") -> None:
-    """Here and not by pydantic, which would make an error for each of a million; here the first few are enough."""
+def meant_fields(body: Any, computed: Iterable[str], defaults: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields of a body that say something: not those that are null, describe the caller, or change nothing.
+
+    Args:
+      computed: names of the fields that the server does something with.
+      defaults: of other fields, each with the values (besides null) that change nothing.
+
+    Raises:
+      InvalidRequest: there is a field that nobody knows, or one of ``defaults`` at another value.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    refuse_unknown(body, {*computed, *defaults, *_LABELS})
+    fields = {}
+    for name, value in body.items():
+        if value is None or name in _LABELS:
+            continue
+        if name not in defaults:
+            fields[name] = value
+        elif not _is_one_of(value, defaults[name]):
+            raise InvalidRequest(f"{name}={shown(value)} is not supported by this server; leave it out", name)
+    return fields
+
+
+def refuse_unknown(fields: Mapping[str, Any], known: Container[str], prefix: str = "") -> None:
+    """Raises InvalidRequest, with the first few names, if a client's object has fields other than those known.
+
+    Here and not by pydantic, which would make an error for each of a million.
+    """
     found = itertools.islice((name for name in fields if name not in known), _MOST_NAMED + 1)
     unknown = [prefix + name[:80] for name in found]
     if unknown:
@@ -656,12 +688,13 @@ def _most_read(fields: _Generate, engine: "Engine") -> int | None:
 
 
 def _truncated(ids: Sequence[int], fields: _Generate, engine: "Engine") -> Sequence[int]:
-    """The last ``truncate_prompt_tokens`` of a prompt; -1 stands for as many as leave room for a token."""
+    """The last ``truncate_prompt_tokens`` of a prompt; -1 stands for as many as leave room for the answer."""
     most = fields.truncate_prompt_tokens
     if most is None:
         return ids
     if most == -1:
-        most = engine.max_model_len - 1
+        asked = 1 if fields.limit is None else fields.limit[1]
+        most = max(1, engine.max_model_len - asked)
     if not 0 < most <= engine.max_model_len:
         message = f"truncate_prompt_tokens must be -1 or from 1 to {engine.max_model_len}, got {shown(most)}"
         raise InvalidRequest(message, "truncate_prompt_tokens")
@@ -703,9 +736,27 @@ def _room(prompt: Sequence[int], engine: "Engine", param: str, least: int = 1) -
     return room
 
 
+def _check_limit(fields: _Generate, room: int, engine: "Engine") -> None:
+    """Raises PromptTooLong if more tokens are asked for than the prompt leaves ``room`` for."""
+    if fields.limit is None or fields.limit[1] <= room:
+        return
+    name, limit = fields.limit
+    context, prompt = engine.max_model_len, engine.max_model_len - room
+    raise PromptTooLong(
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + limit} tokens "
+        f"({prompt} in the prompt, {limit} for the answer). Please reduce the length of the prompt, or {name}.",
+        name,
+    )
+
+
 class Reply:
-    """Writes one answer in OpenAI's shape: ``whole``, or chunks for a stream in the order ``opening``,
-    ``chunk`` for each delta, ``usage_chunk``.
+    """Writes one answer in OpenAI's shape: ``whole``, or the events of a stream in the order ``opening``,
+    ``events`` for each delta, ``closing``; or ``failure``, where it ends too early.
+
+    Attributes:
+      id: of the answer.
+      last_words: what a stream ends with, behind its events.
+      depth: of its longest lists: how many lists and objects are around them.
 
     Choices are numbered over prompts, then completions: ``prompt_index * n + completion_index``.
     """
@@ -713,6 +764,8 @@ class Reply:
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    last_words: ClassVar[bytes] = b"data: [DONE]\n\n"
+    depth: ClassVar[int] = 4  # choices, choice, logprobs, tokens
 
     def __init__(self, call: Call, tokenizer: Tokenizer | None):
         self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
@@ -739,6 +792,21 @@ class Reply:
         """What every choice begins with, before its first token."""
         return []
 
+    def events(self, prompt_index: int, delta: Delta) -> list[dict[str, Any]]:
+        """What a delta of one choice adds; nothing if there is nothing to say yet."""
+        chunk = self.chunk(prompt_index, delta)
+        return [] if chunk is None else [chunk]
+
+    def closing(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> list[dict[str, Any]]:
+        """What comes behind every choice's last piece."""
+        if not self._call.include_usage:
+            return []
+        return [self._chunk([]) | self.usage(prompt_tokens, completion_tokens, cached_tokens)]
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        """The last event of a stream that fails; ``error`` is the body that a request without a stream would get."""
+        return error
+
     def chunk(self, prompt_index: int, delta: Delta) -> dict[str, Any] | None:
         """One piece of one choice; None if there is nothing to say yet."""
         silent = not delta.text and not delta.logprobs and delta.finish_reason is None
@@ -748,9 +816,6 @@ class Reply:
         if self._call.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
         return self._chunk([choice])
-
-    def usage_chunk(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-        return self._chunk([]) | self.usage(prompt_tokens, completion_tokens, cached_tokens)
 
     def usage(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
         """The field that tells of tokens used."""

@@ -353,7 +353,6 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
-        ({"max_tokens": 300}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -482,6 +481,21 @@ def test_too_long_a_prompt(client):
     assert "300" in message
     long = [{"role": "user", "content": "x" * 300}]
     error(chat(client, messages=long), 400, "context_length_exceeded", "messages")
+
+
+def test_a_longer_answer_than_the_context_has_room_for(client, engine):
+    exact = engine.max_model_len - len(engine.tokenizer.encode("hello"))
+    assert complete(client, max_tokens=exact).get_json()["usage"]["total_tokens"] == engine.max_model_len
+    message = error(complete(client, max_tokens=exact + 1), 400, "context_length_exceeded", "max_tokens")
+    # LiteLLM looks for the first, LangChain for the second.
+    assert message.startswith("This model's maximum context length is 300 tokens.")
+    assert message.endswith("(context_length_exceeded)") and f"{exact + 1} for the answer" in message
+    for name in ("max_tokens", "max_completion_tokens"):
+        error(chat(client, **{name: 2**31 - 1}), 400, "context_length_exceeded", name)
+    # What generation_config.json says is a wish, and no client's.
+    engine.default_sampling = {"max_tokens": 5000}
+    assert complete(client, max_tokens=None).get_json()["usage"]["total_tokens"] == engine.max_model_len
+    assert chat(client, max_tokens=None).get_json()["usage"]["total_tokens"] == engine.max_model_len
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}"])

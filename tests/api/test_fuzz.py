@@ -19,10 +19,10 @@ from tests.helpers.engine_cases import FIXTURES, Case, compiled_fast
 
 REQUESTS = 10_000
 CLIENTS = 4
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PIN, UNPIN = "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter"
-ROUTES = [COMPLETIONS, CHAT, LOAD, UNLOAD, PIN, UNPIN, "/tokenize", "/detokenize"]
+ROUTES = [COMPLETIONS, CHAT, RESPONSES, LOAD, UNLOAD, PIN, UNPIN, "/tokenize", "/detokenize"]
 
 HOSTILE = [
     None, True, False, 0, 1, 2, 5, 40, -1, 128, 129, 2**31 - 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, -0.0,
@@ -31,7 +31,9 @@ HOSTILE = [
     ["e", "o", "\x00"], [0] * 300, ["a"] * 3000, {"a": 1}, {"include_usage": True}, {"type": "text"}, {"type":
     "json_object"}, [{"role": "user"}], [{"role": "user", "content": "hi"}], [{"role": "user", "content": [{"type":
     "text", "text": "a"}]}], [{"role": [], "content": {}}], [{"role": "system", "content": "\ud800"}], "auto", "none",
-    "base", "qv-r8",
+    "base", "qv-r8", {"format": {"type": "json_object"}}, [{"type": "function", "name": "f"}], {"type": "function",
+    "name": "f"}, [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}], [{"type": []}], [{"type":
+    "function_call_output", "call_id": "c", "output": "x"}], ["message.output_text.logprobs"],
 ]  # fmt: skip
 LEGAL = {
     "max_tokens": (1, 2, 7, 20), "temperature": (0, 1e-46, 1e-4, 0.7, 1, 100), "top_k": (-1, 0, 1, 5, 2**31 - 1),
@@ -41,7 +43,9 @@ LEGAL = {
     (True,), "min_tokens": (0, 1), "logit_bias": ({"5": 2}, {}), "response_format": ({"type": "json_object"}, {"type":
     "text"}), "skip_special_tokens": (True, False), "include_stop_str_in_output": (True, False),
 }  # fmt: skip
+NOT_OF_RESPONSES = {"max_tokens", "n", "return_token_ids", "response_format"}
 OTHERS = [
+    "input", "instructions", "max_output_tokens", "text", "include", "metadata", "reasoning", "previous_response_id",
     "model", "prompt", "messages", "max_completion_tokens", "stream", "stream_options", "priority", "slo_ms",
     "logprobs", "prompt_logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "store", "user", "nobody",
     "guided_grammar", "guided_regex", "guided_json", "guided_choice", "structured_outputs", "allowed_token_ids",
@@ -108,7 +112,8 @@ class Client:
     def hang_up(self) -> None:
         """Goes away in the middle of a stream, or before the answer of a request without."""
         path, body = self._legal()
-        body |= {"max_tokens": 50, "stream": self._choose.random() < 0.7, "ignore_eos": True}
+        most = "max_output_tokens" if path == RESPONSES else "max_tokens"
+        body |= {most: 50, "stream": self._choose.random() < 0.7, "ignore_eos": True}
         looks = iter(range(self._choose.randint(0, 3)))
         environ = EnvironBuilder(path, method="POST", json=body).get_environ()
         environ["waitress.client_disconnected"] = lambda: next(looks, None) is None
@@ -165,7 +170,10 @@ class Client:
         self._check(self._http.get(path), path)
 
     def _base(self) -> tuple[str, dict]:
-        body = {"model": self._choose.choice(["model", "qv-r8", "mlp-r3", "model:qv-r8", self._own]), "max_tokens": 4}
+        body = {"model": self._choose.choice(["model", "qv-r8", "mlp-r3", "model:qv-r8", self._own])}
+        if self._choose.random() < 0.2:
+            return RESPONSES, body | {"input": "hello", "max_output_tokens": 4}
+        body["max_tokens"] = 4
         if self._choose.random() < 0.6:
             return COMPLETIONS, body | {"prompt": "hello world"[: self._choose.randint(1, 11)]}
         return CHAT, body | {"messages": [{"role": "user", "content": "hello"}]}
@@ -173,7 +181,8 @@ class Client:
     def _legal(self) -> tuple[str, dict]:
         path, body = self._base()
         body["model"] = self._choose.choice(["model", "qv-r8", "model:mlp-r3"])
-        for name in self._choose.sample(list(LEGAL), 4):
+        allowed = [name for name in LEGAL if path != RESPONSES or name not in NOT_OF_RESPONSES]
+        for name in self._choose.sample(allowed, 4):
             body[name] = self._choose.choice(LEGAL[name])
         return path, body
 
@@ -186,9 +195,11 @@ class Client:
         status, text = response.status_code, response.get_data(as_text=True)
         self.statuses[status] = self.statuses.get(status, 0) + 1
         if response.content_type.startswith("text/event-stream"):
-            payloads = [event.removeprefix("data: ") for event in text.split("\n\n")[:-1]]
-            good = payloads[-1] == "[DONE]"
-            values = [json.loads(payload, parse_constant=refuse) for payload in payloads[:-1]]
+            payloads = [event.split("\n")[-1].removeprefix("data: ") for event in text.split("\n\n")[:-1]]
+            is_response = text.startswith("event: response.created\n")
+            values = [json.loads(payload, parse_constant=refuse) for payload in payloads if payload != "[DONE]"]
+            ends = ("response.completed", "response.incomplete")
+            good = values[-1]["type"] in ends if is_response else payloads[-1] == "[DONE]"
         else:
             values = [json.loads(text, parse_constant=refuse)]
             good = status == 200 or (400 <= status < 500 and values[0]["error"]["message"])

@@ -80,6 +80,8 @@ def test_the_end_of_a_prompt_is_kept(client, engine):
         whole = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if kept == -1:
             assert sent == (5,) * (engine.max_model_len - 1)
+            assert client.post("/v1/completions", json=body | {"max_tokens": 40}).status_code == 200
+            assert engine.generations[-1].request.prompt == (5,) * (engine.max_model_len - 40)
         else:
             assert sent == tuple(whole[-kept:])
     for wrong in (0, -2, 10**6, 1.5, True):

@@ -7,9 +7,8 @@ import pytest
 from slora_jax.api.app import create_app
 from slora_jax.api.tools import CallReader, Tools, format_of_template, read_tools
 from slora_jax.errors import InvalidRequest
-from slora_jax.text.tokenizer import Tokenizer
 from tests.helpers.fake_engine import FakeEngine
-from tests.helpers.small_tokenizers import byte_level_folder
+from tests.helpers.tool_engine import TAGGED, TEMPLATE, running_tool_engine
 
 WEATHER = {
     "type": "function",
@@ -20,31 +19,12 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
-TEMPLATE = """{%- if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}
-{% endif %}{%- for message in messages %}{{ message.role }}: {{ message.content }}
-{%- for call in message.tool_calls or [] %} calls {{ call.function.name }}({{ call.function.arguments | tojson }})
-{%- endfor %}
-{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
-TAGGED = TEMPLATE.replace("Tools:", "Call in <tool_call> tags. Tools:")
-
-
-class ToolEngine(FakeEngine):
-    """Answers with ``says``, whatever it is asked, in tokens of a byte each."""
-
-    says = ""
-
-    def answer(self, request):
-        return self._backend.encode(self.says)
 
 
 @pytest.fixture
 def engine(tmp_path):
-    engine = ToolEngine(tmp_path)
-    (tmp_path / "with tools").mkdir()
-    engine.tokenizer = Tokenizer.from_folder(byte_level_folder(tmp_path / "with tools", chat_template=TEMPLATE))
-    engine.start()
-    yield engine
-    engine.close()
+    with running_tool_engine(tmp_path) as engine:
+        yield engine
 
 
 def reads(tools: Tools, form, text: str, size: int):
