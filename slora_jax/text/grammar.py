@@ -18,7 +18,7 @@ from slora_jax.request import Grammar
 from slora_jax.text.tokenizer import Tokenizer
 
 _MAX_CHOICES = 1000
-_JSON_SPACE = r"[ \n]{0,16}"
+_JSON_SPACE = r"\n? {0,16}"
 """Between the parts of JSON: an indented line, and no more, or some models write nothing else for ever."""
 
 

@@ -75,11 +75,14 @@ def test_a_model_that_was_never_trained_answers_in_the_form(engine, kind, temper
 
 def test_json_has_no_endless_space_between_its_parts(engine):
     schema = {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "minItems": 3, "maxItems": 3}
-    space = engine.tokenizer.encode(" ")[-1]
-    wish = {"logit_bias": ((space, 100.0),), "grammar": Grammar("json_schema", json.dumps(schema))}
-    (completion,) = answer(engine, greedy(PROMPT, None, 200, **wish))
-    assert completion.finish_reason == "stop" and len(json.loads(completion.text)) == 3
-    assert "  " in completion.text and max(map(len, re.findall(r"\s+", completion.text))) <= 16
+    for space, longest in ((" ", 16), ("\n", 1)):
+        wish = {"logit_bias": ((engine.tokenizer.encode(space)[-1], 100.0),)}
+        (completion,) = answer(
+            engine, greedy(PROMPT, None, 200, **wish, grammar=Grammar("json_schema", json.dumps(schema)))
+        )
+        assert completion.finish_reason == "stop" and len(json.loads(completion.text)) == 3
+        runs = [len(run) for run in re.findall(f"{space}+", completion.text)]
+        assert runs and max(runs) <= longest
 
 
 def test_others_in_the_batch_answer_as_they_would_alone(engine):
