@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from slora_jax.adapters.store import AdapterVersion
 from slora_jax.engine.batch import AdapterSlice
 from slora_jax.engine.core import Step, StepResult
@@ -86,12 +88,13 @@ class ModelDevice:
     def launch(self, batch: LaidOut) -> Step:
         waits = any(entry.sequence.constraint is not None for entry in batch.entries if entry.samples)
         with self.followers.explained():
-            self.followers.run(batch.arguments)
+            self.followers.run(batch.arguments, draws=not waits)
             step = self.runner.start(batch)
 
             def finish() -> None:
                 if waits:
                     allow_by_constraints(batch.arguments.inputs, batch.batch.entries)
+                    self.followers.draw(np.asarray(batch.arguments.inputs.allowed))
                 self.runner.draw(step)
 
             if not waits:

@@ -420,8 +420,6 @@ class Engine:
             return [None] * sampling.n
         if self._grammars is None:
             raise InvalidRequest("a grammar is about text, and this model has no tokenizer", "grammar")
-        if self.config.mesh.num_hosts > 1:
-            raise InvalidRequest("a grammar cannot be had where several hosts serve one model", "grammar")
         first = self._grammars.constraint(grammar)
         return [first, *(first.copy() for _ in range(sampling.n - 1))]
 

@@ -25,7 +25,7 @@ import numpy as np
 from slora_jax.adapters.peft import HostAdapter, load_adapter, read_header
 from slora_jax.engine.batch import BatchShape
 from slora_jax.engine.meeting import Meeting
-from slora_jax.engine.runner import LaunchArguments, Runner
+from slora_jax.engine.runner import LaunchArguments, Runner, Started
 from slora_jax.engine.sampling import SamplerInputs, SamplerShape
 from slora_jax.engine.scoring import ScorerArguments, ScorerShape
 from slora_jax.errors import BadAdapter
@@ -67,8 +67,8 @@ class Followers:
         if meeting is not None:
             meeting.on_answer(self._take_answer)
 
-    def run(self, arguments: LaunchArguments) -> None:
-        """They start a step, with the arguments of ``Runner.launch``.
+    def run(self, arguments: LaunchArguments, draws: bool = True) -> None:
+        """They start a step, with the arguments of ``Runner.launch``; without ``draws`` its layers, ahead of ``draw``.
 
         Returns at once, unless a program of it is not compiled: then when it is, on every host.
         """
@@ -86,10 +86,15 @@ class Followers:
             inputs={field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)},
             scorer=None if scorer is None else scorer._asdict() | {"shape": dataclasses.asdict(scorer.shape)},
             meet=place,
+            draws=draws,
         )
         if place is not None:
             self._runner.prepare(arguments)
             self._meeting.exchange(place, None)
+
+    def draw(self, allowed: np.ndarray) -> None:
+        """They draw the tokens of the step that ``run`` has started, with ``allowed`` among the sampler's inputs."""
+        self._tell("draw", allowed=allowed)
 
     def warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
         """They compile what ``Runner.all_shapes`` gives; and run it when this host has come to ``compiled``."""
@@ -193,6 +198,8 @@ class Follower:
         self._loader = ThreadPoolExecutor(2, thread_name_prefix="slora-adapter")
         self._copies: deque[AdapterCopy] = deque()
         self._loaded: dict[int, Future[StagedAdapter]] = {}
+        # The step whose tokens are not drawn, while there is one.
+        self._started: tuple[Started, LaunchArguments]
 
     def follow(self) -> None:
         """Does as told until told to stop."""
@@ -214,6 +221,7 @@ class Follower:
         inputs: dict,
         scorer: dict | None,
         meet: str | None,
+        draws: bool,
     ) -> None:
         batch_shape = BatchShape(**shape | {"active": tuple(shape["active"])})
         packed, _ = batch_shape.zeros()
@@ -228,7 +236,16 @@ class Follower:
         if meet is not None:
             self._runner.prepare(arguments)
             self._meeting.exchange(meet, None)
-        self._runner.launch(arguments)
+        if draws:
+            self._runner.launch(arguments)
+        else:
+            self._started = self._runner.launch_layers(arguments), arguments
+
+    def _draw(self, allowed: np.ndarray) -> None:
+        started, arguments = self._started
+        self._runner.launch_sampler(
+            started, arguments._replace(inputs=dataclasses.replace(arguments.inputs, allowed=allowed))
+        )
 
     def _warm_up(self, active: Sequence[int], max_rank: int, pages: int) -> None:
         shapes = self._runner.all_shapes(tuple(active), max_rank, pages)

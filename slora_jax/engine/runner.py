@@ -291,14 +291,14 @@ class Runner:
     def start(self, step: LaidOut) -> StepInFlight:
         """Starts a step's layers and returns at once. It must be the one that was laid out last."""
         batch = step.batch
-        started = self._start_layers(step.arguments)
+        started = self.launch_layers(step.arguments)
         self._room = batch.room
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
         return StepInFlight(step, started)
 
     def draw(self, running: StepInFlight) -> None:
         """Starts the drawing of a step's tokens, ahead of the next step's start, and returns at once."""
-        running.sampled = self._start_sampler(running.started.last_hidden, running.step.arguments)
+        running.sampled = self.launch_sampler(running.started, running.step.arguments)
         for array in jax.tree.leaves((running.sampled, running.started.scores)):
             array.copy_to_host_async()
 
@@ -309,9 +309,10 @@ class Runner:
 
     def launch(self, arguments: LaunchArguments) -> Sampled:
         """Starts the programs of a step that is laid out."""
-        return self._start_sampler(self._start_layers(arguments).last_hidden, arguments)
+        return self.launch_sampler(self.launch_layers(arguments), arguments)
 
-    def _start_layers(self, arguments: LaunchArguments) -> Started:
+    def launch_layers(self, arguments: LaunchArguments) -> Started:
+        """Starts those for which the step's ``inputs`` need not be known."""
         # All now: nobody should find out between two of them that one has to be compiled.
         self.prepare(arguments)
         hidden, self._pool.array = self._forward.start(
@@ -326,9 +327,10 @@ class Runner:
         runs = zip(scorer.rows, scorer.targets, strict=True)
         return [program(table_of(self._mesh), self._head, hidden.all, rows, targets) for rows, targets in runs]
 
-    def _start_sampler(self, hidden: jax.Array, arguments: LaunchArguments) -> Sampled:
+    def launch_sampler(self, started: Started, arguments: LaunchArguments) -> Sampled:
+        """Starts the one that draws the step's tokens."""
         program = self.programs.get(arguments.sampler)
-        sampled = program(table_of(self._mesh), self._head, hidden, arguments.inputs, self._tokens)
+        sampled = program(table_of(self._mesh), self._head, started.last_hidden, arguments.inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
 

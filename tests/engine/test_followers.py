@@ -49,6 +49,15 @@ class RunnerStub:
         assert self.is_compiled(arguments)
         self.calls.append(arguments)
 
+    def launch_layers(self, arguments):
+        assert self.is_compiled(arguments)
+        self.calls.append("layers")
+        return arguments
+
+    def launch_sampler(self, started, arguments):
+        assert started.shape == arguments.shape
+        self.calls.append(arguments)
+
     def all_shapes(self, active, max_rank, pages):
         return [(active, max_rank, pages)]
 
@@ -123,6 +132,18 @@ def test_steps_arrive_as_they_were(pair):
     for array, sent in arrays:
         assert array.dtype == sent.dtype
         np.testing.assert_array_equal(array, sent)
+
+
+def test_tokens_are_drawn_when_it_is_known_which_may_come(pair):
+    step = a_step()
+    pair.followers.run(step, draws=False)
+    wait_for(lambda: pair.there.calls)
+    assert pair.there.calls == ["layers"]
+    allowed = np.arange(16, dtype=np.int32).reshape(4, 4)
+    pair.followers.draw(allowed)
+    wait_for(lambda: len(pair.there.calls) == 2)
+    np.testing.assert_array_equal(pair.there.calls[1].inputs.allowed, allowed)
+    np.testing.assert_array_equal(pair.there.calls[1].inputs.temperature, step.inputs.temperature)
 
 
 def wait_for(condition) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -123,6 +124,8 @@ def test_two_processes_answer_mixed_adapters_like_the_oracle_and_stop_by_a_signa
             texts = list(clients.map(ask, requests))
         assert texts == [tokenizer.decode(request["tokens"][:32]) for request in requests]
         assert len({request["adapter"] for request in requests}) > 2
+        body = {"model": "model", "prompt": "a", "max_tokens": 40, "temperature": 0, "guided_regex": "[xyz]{6}"}
+        assert re.fullmatch("[xyz]{6}", post(f"{url}/v1/completions", body)["choices"][0]["text"])
         processes[host].send_signal(number)  # the second asks the first, which stops as by Ctrl-C and tells it to
         assert [ended(process) for process in processes] == [(0, "Stopped.")] * 2
 
