@@ -17,6 +17,7 @@ from werkzeug.exceptions import HTTPException
 
 import slora_jax
 from slora_jax.api.access import Access, Caller, Forbidden, RateLimited, Unauthorized
+from slora_jax.api.adapter_bodies import LoadAdapter, PinAdapter, UnloadAdapter
 from slora_jax.api.body import BodyTooLarge, UnsupportedBody, inflated, read_json
 from slora_jax.api.bounds import check_parts, useful_body_bytes
 from slora_jax.api.deltas import (
@@ -38,8 +39,10 @@ from slora_jax.api.openai import (
     Reply,
     parse_chat,
     parse_completion,
+    read_body,
     resolve_model,
 )
+from slora_jax.api.openapi import add_openapi
 from slora_jax.api.page_routes import add_page
 from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.tokens import detokenized, tokenized
@@ -196,6 +199,7 @@ def create_app(
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
     add_metrics(app, engine, traffic, onlooker)
     add_page(app, engine, traffic, onlooker, _json)
+    add_openapi(app, engine.model_name, {rule.status for rule in _ERRORS}, _json)
 
     @app.before_request
     def come_in():
@@ -308,18 +312,14 @@ def create_app(
 
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter():
-        body = _adapter_fields(
-            ("lora_name", "lora_path"),
-            ("pinned", "load_inplace", "lora_int_id", "base_model_name", "is_3d_lora_weight"),
-        )
-        pinned, replace = (_truth(body, name) for name in ("pinned", "load_inplace"))
-        if _truth(body, "is_3d_lora_weight"):
+        body = read_body(LoadAdapter, _json_body())
+        if body.is_3d_lora_weight:
             raise InvalidRequest("is_3d_lora_weight is for mixtures of experts; leave it out", "is_3d_lora_weight")
-        name = body["lora_name"]
+        name = body.lora_name
         with slots.one():  # a slow disk must not keep the threads that are left for /health and refusals
-            path = folders.checked(body["lora_path"])
+            path = folders.checked(body.lora_path)
             try:
-                adapter = engine.register_adapter(name, path, pinned, replace)
+                adapter = engine.register_adapter(name, path, body.pinned, body.load_inplace)
             except AdapterExists:
                 raise AdapterExists(
                     f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
@@ -329,25 +329,25 @@ def create_app(
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
-        name = _registered(_adapter_fields(("lora_name",), ("lora_int_id",)))
+        name = _registered(read_body(UnloadAdapter, _json_body()))
         with slots.one():
             engine.unregister_adapter(name)
         return _json({"id": name, "object": "model", "deleted": True} | _success(name, "removed"))
 
     @app.post("/v1/pin_lora_adapter")
     def pin_lora_adapter():
-        name = _registered(_adapter_fields(("lora_name",)))
+        name = _registered(read_body(PinAdapter, _json_body()))
         return _json(_adapter_card(engine, engine.pin_adapter(name)) | _success(name, "pinned"))
 
     @app.post("/v1/unpin_lora_adapter")
     def unpin_lora_adapter():
-        name = _registered(_adapter_fields(("lora_name",)))
+        name = _registered(read_body(PinAdapter, _json_body()))
         return _json(_adapter_card(engine, engine.unpin_adapter(name)) | _success(name, "unpinned"))
 
-    def _registered(body: dict[str, Any]) -> str:
-        name = resolve_model(body["lora_name"], engine)
+    def _registered(body: PinAdapter) -> str:
+        name = resolve_model(body.lora_name, engine)
         if name is None:
-            raise InvalidRequest(f"{body['lora_name']!r} is the base model, which stays; name an adapter", "lora_name")
+            raise InvalidRequest(f"{body.lora_name!r} is the base model, which stays; name an adapter", "lora_name")
         return name
 
     @app.errorhandler(HTTPException)
@@ -524,26 +524,6 @@ def _json_body() -> Any:
     body, encoding = inflated(flask.request.get_data(), headers.get("Content-Encoding"), most_bytes)
     check_parts(body)
     return read_json(body, headers.get("Content-Type"), encoding)
-
-
-def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The body's fields, less those that are null; ``names`` are strings that must be there."""
-    body = _json_body()
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
-    if unknown := [name for name in body if name not in (*names, *optional)]:
-        raise InvalidRequest(f"unknown field: {shown(unknown[0])}; leave it out", unknown[0][:80])
-    for name in names:
-        if not isinstance(body.get(name), str) or not body[name]:
-            raise InvalidRequest(f"{name} must be a non-empty string, got {shown(body.get(name))}", name)
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _truth(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, got {shown(value)}", name)
-    return value
 
 
 def _success(name: str, done: str) -> dict[str, str]:

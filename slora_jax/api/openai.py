@@ -15,16 +15,18 @@ import time
 import uuid
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import pydantic
 
 from slora_jax.api.deltas import GenerationFailed
-from slora_jax.api.tools import CallFormat, CallReader, ToolCall, Tools, format_of_template, read_tools
+from slora_jax.api.tools import MAX_TOOLS, CallFormat, CallReader, ToolCall, Tools, format_of_template, read_tools
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
+    MAX_STOP_LENGTH,
     MAX_STOPS,
+    Bounds,
     Completion,
     Delta,
     Grammar,
@@ -139,20 +141,64 @@ class Call:
         return self.requests[0].sampling.logprobs
 
 
-class _Body(pydantic.BaseModel):
+class Body(pydantic.BaseModel):
+    """What a client sends. Types are those of JSON, and nothing is converted."""
+
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 type _Stops[T] = Annotated[list[T], pydantic.Field(max_length=MAX_STOPS), pydantic.FailFast()]
 
 
-class _StreamOptions(_Body):
+class Form:
+    """What a field looks like that is read by code of its own rather than by pydantic, for the API's schema.
+
+    The fuzzer holds it to that: what does not look so must be refused.
+    """
+
+    def __init__(self, kind: Any):
+        self._kind = kind
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(pydantic.TypeAdapter(self._kind).core_schema)
+
+
+type _StopText = Annotated[str, pydantic.Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class _StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class _Generate(_Body):
+class _Text(pydantic.BaseModel):
+    type: Literal["text"]
+
+
+class _JsonObject(pydantic.BaseModel):
+    type: Literal["json_object"]
+
+
+class _NamedSchema(pydantic.BaseModel):
+    name: Any = None
+    schema_: Annotated[dict[str, Any], pydantic.Field(alias="schema")]
+
+
+class _JsonSchema(pydantic.BaseModel):
+    type: Literal["json_schema"]
+    json_schema: _NamedSchema
+
+
+class _StructuredOutputs(Body):
+    json_: Annotated[str | dict[str, Any] | None, pydantic.Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: str | list[str] | None = None
+    grammar: str | None = None
+
+
+class _Generate(Body):
     """Fields of both endpoints. Ranges are checked by ``SamplingParams`` and ``Request``, by ``BOUNDS``."""
 
     model: str
@@ -164,7 +210,11 @@ class _Generate(_Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: Annotated[_Stops[str], pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
+    stop: Annotated[
+        _Stops[str],
+        pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v),
+        Form(_StopText | _Stops[_StopText]),
+    ] = []
     stop_token_ids: _Stops[int] = []
     ignore_eos: bool = False
     n: int = 1
@@ -174,14 +224,14 @@ class _Generate(_Body):
     priority: int = 0
     slo_ms: float | None = None
     min_tokens: int = 0
-    logit_bias: Any = None
+    logit_bias: Annotated[Any, Form(dict[str, float])] = None
     allowed_token_ids: list[int] | None = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    response_format: Annotated[Any, Form(_Text | _JsonObject | _JsonSchema)] = None
+    structured_outputs: Annotated[Any, Form(_StructuredOutputs)] = None
+    guided_json: Annotated[Any, Form(str | dict[str, Any])] = None
+    guided_regex: Annotated[Any, Form(str)] = None
+    guided_choice: Annotated[Any, Form(str | list[str])] = None
+    guided_grammar: Annotated[Any, Form(str)] = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
@@ -314,8 +364,51 @@ def _grammar(name: str, value: Any, param: str) -> Grammar:
         raise InvalidRequest(f"{param}: {e}", param) from None
 
 
+class _TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class _CalledFunction(pydantic.BaseModel):
+    name: str
+    arguments: str | None = None
+
+
+class _MadeCall(pydantic.BaseModel):
+    id: str = ""
+    function: _CalledFunction
+
+
+class _Message(pydantic.BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[_TextPart], pydantic.Field(max_length=MAX_MESSAGES)] | None = None
+    name: str | None = None
+    tool_calls: list[_MadeCall] | None = None
+    tool_call_id: str | None = None
+
+
+class _Function(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(min_length=1, max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(pydantic.BaseModel):
+    type: Literal["function"]
+    function: _Function
+
+
+class _FunctionName(pydantic.BaseModel):
+    name: str
+
+
+class _NamedTool(pydantic.BaseModel):
+    type: Literal["function"]
+    function: _FunctionName
+
+
 class _CompletionBody(_Generate):
-    prompt: Any
+    prompt: Annotated[Any, Form(str | list[str] | list[int] | list[list[int]])]
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool = False
@@ -327,18 +420,23 @@ class _CompletionBody(_Generate):
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
-class _ChatBody(_Generate):
-    messages: Any
+class ChatTemplating(Body):
+    """How a chat becomes a prompt."""
+
+    messages: Annotated[Any, Form(Annotated[list[_Message], pydantic.Field(min_length=1, max_length=MAX_MESSAGES)])]
+    tools: Annotated[Any, Form(Annotated[list[_Tool], pydantic.Field(max_length=MAX_TOOLS)])] = None
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class _ChatBody(ChatTemplating, _Generate):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    tool_choice: Annotated[Any, Form(Literal["none", "auto", "required"] | _NamedTool)] = None
+    parallel_tool_calls: Annotated[Any, Form(bool)] = None
 
     @property
     def limit(self) -> tuple[str, int] | None:
@@ -398,17 +496,13 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     tokenizer = _tokenizer(engine, "messages", adapter)
     call_format: CallFormat = "llama3_json"
     if tools is not None:
-        source = tokenizer.template_source(with_tools=True)
-        if "tools" not in source:
-            message = f"the chat template of {fields.model!r} has no place for tools, so its model would not know them"
-            raise InvalidRequest(message, "tools")
-        call_format = format_of_template(source)
+        call_format = format_of_template(source_for_tools(tokenizer))
         if (grammar := tools.grammar(call_format)) is not None:
             if sampling.grammar is not None:
                 message = "a tool that must be called and another form of the answer exclude each other; send one"
                 raise InvalidRequest(message, "tool_choice")
             sampling = sampling.replace(grammar=grammar)
-    ids = _encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
+    ids = encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
     prompt = _checked_ids(_truncated(ids, fields, engine), engine, "messages")
     room = _room(prompt, engine, "messages")
     _check_limit(fields, room, engine)
@@ -422,16 +516,53 @@ _TEMPLATES_OWN = ("messages", "tools", "documents", "add_generation_prompt", "bo
 _TO_GO_ON = "\N{OBJECT REPLACEMENT CHARACTER}goes on here\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-def _encode_chat(
-    fields: _ChatBody, messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer, most: int | None
+def source_for_tools(tokenizer: Tokenizer) -> str:
+    """The chat template that shows tools to the model.
+
+    Raises:
+      InvalidRequest: there is none.
+    """
+    source = tokenizer.template_source(with_tools=True)
+    if "tools" not in source:
+        message = "the chat template of this model has no place for tools, so the model would not know them"
+        raise InvalidRequest(message, "tools")
+    return source
+
+
+def encode_chat(
+    fields: ChatTemplating,
+    messages: list[dict[str, Any]],
+    tools: Tools | None,
+    tokenizer: Tokenizer,
+    most: int | None = None,
+    add_special_tokens: bool = False,
 ) -> list[int]:
-    """The chat as token ids, rendered by its template."""
+    """The chat as token ids, rendered by its template.
+
+    Args:
+      fields: of the body.
+      messages, tools: as ``read_messages`` and ``read_tools`` give them.
+      most: tokens above which it is refused, if not None.
+      add_special_tokens: add what the tokenizer puts around a text, although templates write their own.
+
+    Raises:
+      InvalidRequest: the template cannot render it, or not as ``fields`` ask; ``param`` names the field.
+    """
+    text = _rendered(fields, messages, tools, tokenizer)
+    try:
+        return tokenizer.encode(text, add_special_tokens, max_tokens=most)
+    except InvalidRequest as e:
+        e.param = "messages"
+        raise
+
+
+def _rendered(fields: ChatTemplating, messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer) -> str:
     if own := next((name for name in fields.chat_template_kwargs if name in _TEMPLATES_OWN), None):
         message = f"chat_template_kwargs.{own} is not for clients to set; leave it out"
         raise InvalidRequest(message, f"chat_template_kwargs.{own}")
     options = {**fields.chat_template_kwargs, "tools": None if tools is None else list(tools.tools)}
     if not fields.continue_final_message:
-        return tokenizer.encode_chat(messages, fields.add_generation_prompt, max_tokens=most, **options)
+        return tokenizer.apply_chat_template(messages, fields.add_generation_prompt, **options)
     last = messages[-1]
     if last["role"] != "assistant" or not isinstance(last["content"], str):
         message = "continue_final_message needs a last message of the assistant, with text to go on from"
@@ -442,7 +573,59 @@ def _encode_chat(
     if not found:
         message = "continue_final_message: this model's chat template does not show the last message as it is"
         raise InvalidRequest(message, "continue_final_message")
-    return tokenizer.encode(text, add_special_tokens=False, max_tokens=most)
+    return text
+
+
+def completion_schema() -> dict[str, Any]:
+    """JSON schema of the body of ``POST /v1/completions``."""
+    return _body_schema(_CompletionBody, _COMPLETION_DEFAULTS, BOUNDS)
+
+
+def chat_schema() -> dict[str, Any]:
+    """JSON schema of the body of ``POST /v1/chat/completions``."""
+    an_answer = BOUNDS["max_tokens"]._replace(least=1)
+    limits = {"max_tokens": an_answer, "max_completion_tokens": an_answer, "top_logprobs": BOUNDS["logprobs"]}
+    return _body_schema(_ChatBody, _CHAT_DEFAULTS, {**BOUNDS, "logprobs": None, **limits})
+
+
+def small_schema(kind: type[Body]) -> dict[str, Any]:
+    """JSON schema of a body that ``read_body`` takes."""
+    return _body_schema(kind, {}, {}, ())
+
+
+def _body_schema(
+    kind: type[Body],
+    defaults: Mapping[str, tuple[Any, ...]],
+    bounds: Mapping[str, Bounds | None],
+    labels: Iterable[str] = frozenset(_LABELS),
+) -> dict[str, Any]:
+    """Of what ``_validated`` takes: each field that need not be there may be null, and so may those not computed."""
+    schema = kind.model_json_schema()
+    fields = schema["properties"]
+    for name, field in fields.items():
+        if (bound := bounds.get(name)) is not None:
+            _bound(field, bound._replace(least=-1) if name == "top_k" else bound)
+        if name not in schema.get("required", ()):
+            fields[name] = _or_null(field)
+    fields |= {name: {"enum": [None, *values]} for name, values in defaults.items()}
+    fields |= {name: {} for name in sorted(labels)}
+    return schema
+
+
+def _bound(field: dict[str, Any], bound: Bounds) -> None:
+    """Adds the bounds of a number, or of those in a list."""
+    for part in (field, *field.get("anyOf", ()), field.get("items", {})):
+        if part.get("type") in ("integer", "number"):
+            part["exclusiveMinimum" if bound.above_least else "minimum"] = bound.least
+            part["maximum"] = bound.most
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    told = {name: field.pop(name) for name in ("title", "default", "description") if name in field}
+    if told.get("default", ...) is None:
+        del told["default"]
+    choices = field.pop("anyOf", None) or [field]
+    return told | {"anyOf": choices if {"type": "null"} in choices else [*choices, {"type": "null"}]}
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:
@@ -582,13 +765,28 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     try:
         valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
-        raise _first_problem(e) from None
+        raise first_problem(e) from None
     if valid.stream_options is not None and not valid.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
     if valid.prompt_logprobs is not None and valid.stream:
         message = "prompt_logprobs cannot be streamed: they are known when all of the prompt is read"
         raise InvalidRequest(f"{message}; send stream: false", "prompt_logprobs")
     return valid
+
+
+def read_body[B: Body](kind: type[B], body: Any) -> B:
+    """The fields of a small body: those that are null are as if left out.
+
+    Raises:
+      InvalidRequest: it is no object, or has a field that is missing, unknown or of another type; ``param`` names it.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    refuse_unknown(body, kind.model_fields)
+    try:
+        return kind.model_validate({name: value for name, value in body.items() if value is not None})
+    except pydantic.ValidationError as e:
+        raise first_problem(e) from None
 
 
 def meant_fields(body: Any, computed: Iterable[str], defaults: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
@@ -633,7 +831,7 @@ def _is_one_of(value: Any, choices: Iterable[Any]) -> bool:
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
-def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
+def first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     problem = error.errors(include_url=False, include_context=False)[0]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in problem["loc"])[1:]
     if problem["type"] == "missing":
