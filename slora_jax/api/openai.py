@@ -3,7 +3,7 @@
 A field that would change the answer and is not computed here is refused by name; so is a field nobody knows.
 Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``,
 ``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective), and
-vLLM's ``min_tokens``, ``allowed_token_ids``, ``structured_outputs`` and ``guided_json``, ``guided_regex``,
+vLLM's ``min_tokens``, ``allowed_token_ids``, ``bad_words``, ``structured_outputs``, ``guided_json``, ``guided_regex``,
 ``guided_choice`` and ``guided_grammar``.
 """
 
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import pydantic
 
@@ -24,6 +24,7 @@ from slora_jax.api.tools import MAX_TOOLS, CallFormat, CallReader, ToolCall, Too
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
+    MAX_BAD_WORDS,
     MAX_STOP_LENGTH,
     MAX_STOPS,
     Bounds,
@@ -55,7 +56,6 @@ _MOST_NAMED = 5
 """Unknown fields named in one error."""
 
 _VLLM_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "bad_words": ([],),
     "beam_search": (False,),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
@@ -108,6 +108,13 @@ _MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Best(NamedTuple):
+    """Of each prompt's completions the ``n`` that the model finds likeliest, shown with so many ``logprobs``."""
+
+    n: int
+    logprobs: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One HTTP request, understood.
@@ -117,6 +124,7 @@ class Call:
       requests: one per prompt.
       echo: the prompts' texts, to be put before the answers; empty if not asked for.
       tools: which the answers may call, in the form ``call_format``; None for none.
+      best: which completions are sent back; None for all of them.
       prompt_logprobs: how many of the most likely tokens to show beside each of the prompts', as vLLM has it; None for
         no such list.
     """
@@ -131,14 +139,15 @@ class Call:
     tools: Tools | None = None
     call_format: CallFormat = "llama3_json"
     prompt_logprobs: int | None = None
+    best: Best | None = None
 
     @property
     def n(self) -> int:
-        return self.requests[0].sampling.n
+        return self.requests[0].sampling.n if self.best is None else self.best.n
 
     @property
     def logprobs(self) -> int | None:
-        return self.requests[0].sampling.logprobs
+        return self.requests[0].sampling.logprobs if self.best is None else self.best.logprobs
 
 
 class Body(pydantic.BaseModel):
@@ -226,6 +235,7 @@ class _Generate(Body):
     min_tokens: int = 0
     logit_bias: Annotated[Any, Form(dict[str, float])] = None
     allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[_StopText], pydantic.Field(max_length=MAX_BAD_WORDS), pydantic.FailFast()] = []
     response_format: Annotated[Any, Form(_Text | _JsonObject | _JsonSchema)] = None
     structured_outputs: Annotated[Any, Form(_StructuredOutputs)] = None
     guided_json: Annotated[Any, Form(str | dict[str, Any])] = None
@@ -266,6 +276,7 @@ class _Generate(Body):
             min_tokens=self.min_tokens,
             logit_bias=_read_logit_bias(self.logit_bias),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words=tuple(self.bad_words),
             grammar=_read_grammar(self),
             skip_special_tokens=self.skip_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
@@ -454,9 +465,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     fields = _validated(_CompletionBody, body, _COMPLETION_DEFAULTS)
     adapter = resolve_model(fields.model, engine)
     check_number("n", fields.n)
-    if fields.best_of is not None and fields.best_of != fields.n:
-        message = f"best_of ({shown(fields.best_of)}) must equal n ({fields.n}): nothing is ranked here"
-        raise InvalidRequest(message, "best_of")
+    best = _read_best_of(fields)
     default = engine.default_sampling.get("max_tokens", 16)
     sampling = fields.sampling(default if fields.max_tokens is None else fields.max_tokens, fields.logprobs, engine)
     if fields.echo and fields.logprobs is not None:
@@ -465,7 +474,10 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
             raise InvalidRequest(f"{message}; send stream: false", "echo")
         most = max(fields.logprobs, sampling.prompt_logprobs or 0)
         sampling = sampling.replace(prompt_logprobs=most)
-    prompts = _completion_prompts(fields, engine)
+    if best is not None:
+        # What is shown of the log-probabilities is another matter: see ``Best``.
+        sampling = sampling.replace(n=fields.best_of, logprobs=fields.logprobs or 0)
+    prompts = _completion_prompts(fields, sampling.n, engine)
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt", _least_room(fields))
@@ -473,7 +485,22 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
         is_short = fields.max_tokens is None and room < sampling.max_tokens
         requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
-    return _call(fields, tuple(requests), echo)
+    return dataclasses.replace(_call(fields, tuple(requests), echo), best=best)
+
+
+def _read_best_of(fields: _CompletionBody) -> Best | None:
+    """None where there is nothing to choose from."""
+    if fields.best_of is None:
+        return None
+    check_number("best_of", fields.best_of, BOUNDS["n"])
+    if fields.best_of < fields.n:
+        raise InvalidRequest(f"best_of ({fields.best_of}) must be at least n ({fields.n})", "best_of")
+    if fields.best_of == fields.n:
+        return None
+    if fields.stream:
+        message = "best_of above n cannot be streamed: the best are known when all are complete; send stream: false"
+        raise InvalidRequest(message, "best_of")
+    return Best(fields.n, fields.logprobs)
 
 
 def parse_chat(body: Any, engine: "Engine") -> Call:
@@ -578,7 +605,7 @@ def _rendered(fields: ChatTemplating, messages: list[dict[str, Any]], tools: Too
 
 def completion_schema() -> dict[str, Any]:
     """JSON schema of the body of ``POST /v1/completions``."""
-    return _body_schema(_CompletionBody, _COMPLETION_DEFAULTS, BOUNDS)
+    return _body_schema(_CompletionBody, _COMPLETION_DEFAULTS, {**BOUNDS, "best_of": BOUNDS["n"]})
 
 
 def chat_schema() -> dict[str, Any]:
@@ -839,9 +866,9 @@ def first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field}: {problem['msg']}, got {shown(problem['input'])}", field)
 
 
-def _completion_prompts(fields: _CompletionBody, engine: "Engine") -> list[tuple[int, ...]]:
-    """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
-    prompt, n = fields.prompt, fields.n
+def _completion_prompts(fields: _CompletionBody, n: int, engine: "Engine") -> list[tuple[int, ...]]:
+    """Token ids of each prompt, whichever of OpenAI's four forms was sent; ``n`` completions are made of each."""
+    prompt = fields.prompt
     if isinstance(prompt, str):
         return [_text_prompt(prompt, fields, engine)]
     if isinstance(prompt, list) and prompt:
@@ -977,7 +1004,7 @@ class Reply:
         choices = [
             self._whole_choice(i * n + completion.index, i, completion, output)
             for i, output in enumerate(outputs)
-            for completion in output.completions
+            for completion in self._sent_back(output)
         ]
         usage = _usage(
             sum(len(o.prompt_token_ids) for o in outputs),
@@ -985,6 +1012,16 @@ class Reply:
             sum(o.cached_tokens for o in outputs),
         )
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def _sent_back(self, output: RequestOutput) -> Sequence[Completion]:
+        if (best := self._call.best) is None:
+            return output.completions
+        likeliest = sorted(output.completions, key=_mean_logprob, reverse=True)[: best.n]
+        shows = best.logprobs is not None
+        return [
+            dataclasses.replace(completion, index=place, logprobs=completion.logprobs if shows else None)
+            for place, completion in enumerate(likeliest)
+        ]
 
     def opening(self) -> list[dict[str, Any]]:
         """What every choice begins with, before its first token."""
@@ -1242,6 +1279,12 @@ class ChatReply(Reply):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
         return {"token": self._text(token_id), "logprob": self._finite(logprob), "bytes": data}
+
+
+def _mean_logprob(completion: Completion) -> float:
+    """Log-probability per token; 0 of none."""
+    assert completion.logprobs is not None, "completions that are ranked have log-probabilities"
+    return sum(token.logprob for token in completion.logprobs) / max(1, len(completion.logprobs))
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
