@@ -196,6 +196,12 @@ FLAGS = {
             metavar="ORG",
             multiple=True,
         ),
+        _flag(
+            "--resolve-adapters/--no-resolve-adapters",
+            "Register an adapter when a request names a folder within a root, or a repository of such an organisation.",
+            field="server.resolve_adapters",
+            default="no-resolve-adapters",
+        ),
     ],
     "Memory": [
         _flag(
@@ -767,6 +773,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 max_body_bytes=max_body_bytes,
                 access=access,
                 folders=folders,
+                resolve_adapters=server_config.resolve_adapters,
                 drain=drain,
             )
             run_server(

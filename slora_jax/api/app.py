@@ -45,6 +45,7 @@ from slora_jax.api.openai import (
 from slora_jax.api.openapi import add_openapi
 from slora_jax.api.page_routes import add_page
 from slora_jax.api.responses import ResponseReply, parse_response
+from slora_jax.api.resolving import AdapterResolver
 from slora_jax.api.tokens import detokenized, tokenized
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
@@ -174,6 +175,7 @@ def create_app(
     max_body_bytes: int | None = None,
     access: Access | None = None,
     folders: AdapterFolders | None = None,
+    resolve_adapters: bool = False,
     drain: Drain | None = None,
 ) -> flask.Flask:
     """Builds the WSGI application around a running engine.
@@ -186,6 +188,7 @@ def create_app(
         model's context if None.
       access: who may do what; everybody everything if None, but for registering adapters.
       folders: where those may be; anywhere on this machine if None.
+      resolve_adapters: register an adapter when a request names one that is in ``folders``.
       drain: once it has begun, new requests get 503.
     """
     app = flask.Flask("slora_jax")
@@ -194,6 +197,7 @@ def create_app(
     access = access or Access(allow_adapter_loading=allow_adapter_loading)
     folders = folders or AdapterFolders()
     drain = drain or Drain()
+    resolver = AdapterResolver(engine, folders) if resolve_adapters else None
     slots = _Slots(max_streams, drain)
     started = int(time.time())
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
@@ -240,17 +244,27 @@ def create_app(
         _check_model(name, engine)
         return resolve_model(name, engine)
 
+    def use(name: str) -> None:
+        """Raises Forbidden if the caller may not use a model; else sees to it that an adapter is registered."""
+        _check_model(name, engine)
+        if resolver is not None:
+            resolver.look_for(name.removeprefix(f"{engine.model_name}:"))
+
+    def resolve_or_load(name: str) -> str | None:
+        use(name)
+        return resolve_model(name, engine)
+
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, traffic, parse_completion, CompletionReply)
+        return _generate(engine, slots, traffic, use, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, traffic, parse_chat, ChatReply)
+        return _generate(engine, slots, traffic, use, parse_chat, ChatReply)
 
     @app.post("/v1/responses")
     def responses():
-        return _generate(engine, slots, traffic, parse_response, ResponseReply)
+        return _generate(engine, slots, traffic, use, parse_response, ResponseReply)
 
     @app.get("/v1/models")
     def models():
@@ -302,13 +316,13 @@ def create_app(
     def tokenize():
         with slots.one():
             flask.g.caller.admit()
-            return _json(tokenized(_json_body(), engine, resolve))
+            return _json(tokenized(_json_body(), engine, resolve_or_load))
 
     @app.post("/detokenize")
     def detokenize():
         with slots.one():
             flask.g.caller.admit()
-            return _json(detokenized(_json_body(), engine, resolve))
+            return _json(detokenized(_json_body(), engine, resolve_or_load))
 
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter():
@@ -389,6 +403,7 @@ def _generate(
     engine: "Engine",
     slots: "_Slots",
     traffic: Traffic,
+    use: Callable[[str], None],
     parse: Callable[[Any, "Engine"], Call],
     reply_type: type[Reply],
 ) -> flask.Response:
@@ -398,7 +413,7 @@ def _generate(
         caller.admit()
         body = _json_body()
         if isinstance(body, dict) and isinstance(body.get("model"), str):
-            _check_model(body["model"], engine)  # before anything tells whether there is such a model
+            use(body["model"])  # before anything tells whether there is such a model
         call = _of_caller(parse(body, engine), caller, engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
