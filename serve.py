@@ -170,6 +170,13 @@ FLAGS = {
             multiple=True,
         ),
         _flag(
+            "--max-lora-rank",
+            "Adapters of a larger rank are refused, before their weights are read or downloaded.",
+            default="256",
+            type=int,
+            metavar="RANK",
+        ),
+        _flag(
             "--pin",
             "An adapter that is brought to the pool at the start and stays there; may be repeated.",
             field="pinned",

@@ -236,7 +236,7 @@ class Engine:
         self.check_process()
         is_replaced = name in self._store
         try:
-            folder = resolve_adapter_path(path)
+            folder = resolve_adapter_path(path, self._store.limits)
             own = self._own_tokenizer(folder)
             info = self._store.register(name, folder, pinned, replace)
         except BadAdapter as refusal:
