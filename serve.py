@@ -414,6 +414,13 @@ FLAGS = {
             default="no-log-json",
         ),
         _flag(
+            "--otlp-traces-endpoint",
+            "OpenTelemetry collector that gets a span of each request, such as http://localhost:4318/v1/traces (OTLP "
+            "over HTTP); needs the extra otel.",
+            field="server.otlp_traces_endpoint",
+            metavar="URL",
+        ),
+        _flag(
             "--slow-step-s",
             "Steps that take longer than that many seconds are logged.",
             default="5.0",
@@ -746,6 +753,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.drain import Drain
     from slora_jax.api.server import run_server
+    from slora_jax.api.tracing import tracing_to
     from slora_jax.demo import with_demo
     from slora_jax.engine.meeting import together
 
@@ -757,6 +765,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
         together(engine_config.mesh) as meeting,
         contextlib.closing(listen_on(server_config)) as sock,
         access.reloaded_by_sighup(),
+        tracing_to(server_config.otlp_traces_endpoint) as tracing,
     ):
         click.echo(f"Loading {engine_config.model} ...", err=True)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
@@ -782,6 +791,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 folders=folders,
                 resolve_adapters=server_config.resolve_adapters,
                 drain=drain,
+                tracing=tracing,
             )
             run_server(
                 app,

@@ -47,6 +47,7 @@ from slora_jax.api.page_routes import add_page
 from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.resolving import AdapterResolver
 from slora_jax.api.tokens import detokenized, tokenized
+from slora_jax.api.tracing import Tracing
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
     AdapterExists,
@@ -177,6 +178,7 @@ def create_app(
     folders: AdapterFolders | None = None,
     resolve_adapters: bool = False,
     drain: Drain | None = None,
+    tracing: Tracing | None = None,
 ) -> flask.Flask:
     """Builds the WSGI application around a running engine.
 
@@ -190,6 +192,7 @@ def create_app(
       folders: where those may be; anywhere on this machine if None.
       resolve_adapters: register an adapter when a request names one that is in ``folders``.
       drain: once it has begun, new requests get 503.
+      tracing: makes a span of each request; None for none.
     """
     app = flask.Flask("slora_jax")
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
@@ -256,11 +259,11 @@ def create_app(
 
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, traffic, use, parse_completion, CompletionReply)
+        return _generate(engine, slots, traffic, tracing, use, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, traffic, use, parse_chat, ChatReply)
+        return _generate(engine, slots, traffic, tracing, use, parse_chat, ChatReply)
 
     @app.post("/v1/responses")
     def responses():
@@ -403,6 +406,7 @@ def _generate(
     engine: "Engine",
     slots: "_Slots",
     traffic: Traffic,
+    tracing: Tracing | None,
     use: Callable[[str], None],
     parse: Callable[[Any, "Engine"], Call],
     reply_type: type[Reply],
@@ -417,6 +421,9 @@ def _generate(
         call = _of_caller(parse(body, engine), caller, engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
+        if tracing is not None:
+            route = str(flask.request.url_rule)
+            cleanup.callback(tracing.begin(dict(flask.request.headers), route, call, reply.id, generations))
         bill = _Bill(caller, generations)
         caller.spend(sum(len(request.prompt) for request in call.requests))
         cleanup.callback(bill.settle)

@@ -75,6 +75,7 @@ class ServerConfig(Section):
       grace_s: seconds that running requests may take to end after SIGTERM.
       log_level: of this program's log on stderr.
       log_json: write the log as one JSON object a line.
+      otlp_traces_endpoint: URL of the OpenTelemetry collector that gets a span of each request; None for none.
     """
 
     host: Text = "127.0.0.1"
@@ -93,6 +94,7 @@ class ServerConfig(Section):
     grace_s: float = pydantic.Field(30.0, ge=0, le=86_400, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     log_json: bool = False
+    otlp_traces_endpoint: Text | None = None
 
     @pydantic.model_validator(mode="after")
     def _adapters_are_somewhere(self):
