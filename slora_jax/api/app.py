@@ -44,8 +44,8 @@ from slora_jax.api.openai import (
 )
 from slora_jax.api.openapi import add_openapi
 from slora_jax.api.page_routes import add_page
-from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.resolving import AdapterResolver
+from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.tokens import detokenized, tokenized
 from slora_jax.api.tracing import Tracing
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
@@ -267,7 +267,7 @@ def create_app(
 
     @app.post("/v1/responses")
     def responses():
-        return _generate(engine, slots, traffic, use, parse_response, ResponseReply)
+        return _generate(engine, slots, traffic, tracing, use, parse_response, ResponseReply)
 
     @app.get("/v1/models")
     def models():

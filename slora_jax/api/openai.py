@@ -634,9 +634,16 @@ def _body_schema(
             _bound(field, bound._replace(least=-1) if name == "top_k" else bound)
         if name not in schema.get("required", ()):
             fields[name] = _or_null(field)
-    fields |= {name: {"enum": [None, *values]} for name, values in defaults.items()}
-    fields |= {name: {} for name in sorted(labels)}
+    fields |= schema_of_rest(defaults, labels)
     return schema
+
+
+def schema_of_rest(
+    defaults: Mapping[str, tuple[Any, ...]], labels: Iterable[str] = frozenset(_LABELS)
+) -> dict[str, dict[str, Any]]:
+    """Schemas of the fields that ``meant_fields`` drops."""
+    values = {name: {"enum": [None, *values]} for name, values in defaults.items()}
+    return values | {name: {} for name in sorted(labels)}
 
 
 def _bound(field: dict[str, Any], bound: Bounds) -> None:

@@ -6,7 +6,7 @@ for answers are put together by plain code; the tests hold every answer to it.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flask
 import pydantic
@@ -15,6 +15,7 @@ import slora_jax
 from slora_jax.api.access import ADMIN_PATHS, OPEN_PATHS
 from slora_jax.api.adapter_bodies import LoadAdapter, PinAdapter, UnloadAdapter
 from slora_jax.api.openai import chat_schema, completion_schema, small_schema
+from slora_jax.api.responses import response_schema
 from slora_jax.api.tokens import ChatToTokens, TextToTokens, TokensToText
 
 PATH = "/openapi.json"
@@ -123,6 +124,79 @@ class _Chat(_Answer):
     choices: list[_ChatChoice]
     usage: _Usage
     prompt_logprobs: _PromptLogprobs = []
+
+
+class _OutputText(_Answer):
+    type: Literal["output_text"]
+    text: str
+    annotations: Annotated[list[Any], pydantic.Field(max_length=0)]
+    logprobs: list[_ChatToken]
+
+
+class _OutputMessage(_Answer):
+    id: str
+    type: Literal["message"]
+    status: Literal["completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[_OutputText]
+
+
+class _FunctionCall(_Answer):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["completed"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class _InputDetails(_Answer):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class _OutputDetails(_Answer):
+    reasoning_tokens: int
+
+
+class _ResponseUsage(_Answer):
+    input_tokens: int
+    input_tokens_details: _InputDetails
+    output_tokens: int
+    output_tokens_details: _OutputDetails
+    total_tokens: int
+
+
+class _Response(_Answer):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[_OutputMessage | _FunctionCall]
+    usage: _ResponseUsage
+    error: None
+    incomplete_details: dict[str, str] | None
+    temperature: float
+    top_p: float
+    instructions: str | None
+    max_output_tokens: int | None
+    text: dict[str, Any]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    top_logprobs: int
+    metadata: dict[str, Any]
+    user: str | None
+    safety_identifier: str | None
+    prompt_cache_key: str | None
+    background: Literal[False]
+    previous_response_id: None
+    reasoning: dict[str, None]
+    service_tier: Literal["default"]
+    store: Literal[False]
+    truncation: Literal["disabled"]
 
 
 class _Card(_Answer):
@@ -275,6 +349,7 @@ def _count(name: str) -> dict[str, Any]:
 _OPERATIONS = {
     ("post", "/v1/completions"): _Operation("Continues a text.", _Completion, (completion_schema,), streams=True),
     ("post", "/v1/chat/completions"): _Operation("Answers a chat.", _Chat, (chat_schema,), streams=True),
+    ("post", "/v1/responses"): _Operation("Answers, in items.", _Response, (response_schema,), streams=True),
     ("get", "/v1/models"): _Operation("Lists the base model and its adapters.", _Cards),
     ("get", "/v1/models/{name}"): _Operation(
         "Shows one of them.",

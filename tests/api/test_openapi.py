@@ -122,6 +122,13 @@ def test_answers_are_as_it_says(client, document, tmp_path):
         {"n": 0},
     ):
         answered(document, "post", "/v1/chat/completions", chat(client, **fields))
+    asked = {"model": "pirate", "input": "hi", "max_output_tokens": 4}
+    logprobs = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "metadata": {"a": "b"}, "user": "u"}
+    for fields in ({}, logprobs, {"text": {"format": {"type": "text"}}, "instructions": "x"}, {"input": 5}):
+        valid_body = fields != {"input": 5}
+        response = post(client, "/v1/responses", **asked | fields)
+        assert response.status_code == (200 if valid_body else 400), response.text
+        answered(document, "post", "/v1/responses", response)
     for path in ("/v1/models", "/health", "/ping", "/ready", "/version"):
         answered(document, "get", path, client.get(path))
     for name in ("base", "pirate", "org/haiku", "nobody"):
