@@ -206,7 +206,7 @@ def create_app(
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
     add_metrics(app, engine, traffic, onlooker)
     add_page(app, engine, traffic, onlooker, _json)
-    add_openapi(app, engine.model_name, {rule.status for rule in _ERRORS}, _json)
+    add_openapi(app, {rule.status for rule in _ERRORS}, _json)
 
     @app.before_request
     def come_in():

@@ -394,13 +394,10 @@ _OPERATIONS = {
 }
 
 
-def add_openapi(
-    app: flask.Flask, model_name: str, statuses: Collection[int], as_json: Callable[[Any], flask.Response]
-) -> None:
+def add_openapi(app: flask.Flask, statuses: Collection[int], as_json: Callable[[Any], flask.Response]) -> None:
     """Adds the route to an application.
 
     Args:
-      model_name: the base model's, as an example of a model that there is.
       statuses: with which errors are answered.
       as_json: makes an answer of a value.
     """
@@ -409,11 +406,11 @@ def add_openapi(
     @app.get(PATH)
     def openapi():
         if not document:
-            document.update(_document(model_name, statuses))
+            document.update(_document(statuses))
         return as_json(document)
 
 
-def _document(model_name: str, statuses: Collection[int]) -> dict[str, Any]:
+def _document(statuses: Collection[int]) -> dict[str, Any]:
     components = _Components()
     error = {"description": "Why not.", "content": _json_of(components.add(_Error.model_json_schema(), "Error"))}
     paths: dict[str, dict[str, Any]] = {}
@@ -432,9 +429,6 @@ def _document(model_name: str, statuses: Collection[int]) -> dict[str, Any]:
             described["parameters"] = list(operation.parameters)
         if operation.bodies:
             bodies = [components.add(schema(), None) for schema in operation.bodies]
-            for body in bodies:
-                if "model" in body["properties"]:
-                    body["properties"]["model"]["examples"] = [model_name]
             described["requestBody"] = {
                 "required": True,
                 "content": _json_of(bodies[0] if len(bodies) == 1 else {"anyOf": bodies}),
@@ -477,12 +471,14 @@ class _Components:
 
 
 def _renamed(value: Any, parts: dict[str, str]) -> Any:
-    """The same schema, with references to where the parts are."""
+    """The same schema, with references to where the parts are, and public names."""
     if isinstance(value, list):
         return [_renamed(item, parts) for item in value]
     if not isinstance(value, dict):
         return value
     renamed = {key: _renamed(item, parts) for key, item in value.items()}
+    if isinstance(title := value.get("title"), str):
+        renamed["title"] = title.removeprefix("_")
     if isinstance(reference := value.get("$ref"), str):
         renamed["$ref"] = f"#/components/schemas/{parts[reference.removeprefix('#/$defs/')]}"
     return renamed

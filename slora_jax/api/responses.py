@@ -38,6 +38,7 @@ _AS_IN_CHATS = (
     "min_tokens",
     "logit_bias",
     "allowed_token_ids",
+    "bad_words",
     "structured_outputs",
     "skip_special_tokens",
     "include_stop_str_in_output",
