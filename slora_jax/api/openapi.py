@@ -418,7 +418,7 @@ def _document(statuses: Collection[int]) -> dict[str, Any]:
         name = operation.answer.__name__.removeprefix("_")
         content = _json_of(components.add(operation.answer.model_json_schema(), name))
         if operation.streams:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {}  # as OpenAI's clients know them
         described: dict[str, Any] = {
             "summary": operation.summary,
             "operationId": f"{method}{path}".translate(str.maketrans("/", "_", "{}")),

@@ -19,13 +19,40 @@ from slora_jax.api.server import Server, listen
 from slora_jax.config import EngineConfig, PoolConfig
 from slora_jax.demo import with_demo
 from slora_jax.engine.engine import Engine
+from slora_jax.text.grammar import Grammars
 from tests.api.test_app import chat, complete, post
 from tests.api.test_fuzz import LEGAL
 from tests.helpers.engine_cases import FIXTURES, Case
+from tests.helpers.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 NO_JSON = {"/", "/page/<name>", "/metrics", "/static/<path:filename>", PATH}
+SAMPLES = [
+    None, True, False, 0, 1, -1, 2, 129, 2**31, 2**65, 0.5, -2.5, 1e300, "", "a", "auto", [], [1], [-1], [2**31], ["a"],
+    [""], [None], [{}], [[1]], [True], {}, {"a": 1}, {"1": 1}, {"1": "a"}, {"type": "text"}, {"type": "json_schema"},
+    {"type": "function"}, {"include_usage": True}, {"json_object": True}, {"regex": 5}, [{"role": "user"}],
+    [{"role": "user", "content": 5}], [{"type": "function", "function": {"name": "f"}}], ["a"] * 200, [1] * 200,
+]  # fmt: skip
 TAKEN = LEGAL | {"stop_token_ids": ([1], [])}
+
+
+class Plain(FakeEngine):
+    """Answers every prompt, those too that have a meaning for other tests, and checks grammars as the real one does."""
+
+    def submit(self, request):
+        if request.sampling.grammar is not None:
+            Grammars(self._backend, self._backend.vocab_size, ()).constraint(request.sampling.grammar)
+        generation = super().submit(request)
+        generation.prompt_text = ""
+        return generation
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = Plain(tmp_path / "model")
+    engine.start()
+    yield engine
+    engine.close()
 
 
 @pytest.fixture
@@ -103,6 +130,30 @@ def test_fields_that_are_taken_are_in_the_schema_of_the_body(client, document, a
         response = ask(client, **fields)
         assert response.status_code == 200, (fields, response.text)
         valid(document, body, usual | fields)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_what_the_schema_of_a_body_forbids_is_refused(client, document, path):
+    """Of every field, and so what is read by code of its own is described as it is read."""
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    known = set().union(*(part["properties"] for part in schema.get("anyOf", [schema])))
+    usual: dict = {
+        "/v1/completions": {"model": "base", "prompt": "x", "max_tokens": 1},
+        "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
+        "/v1/responses": {"model": "base", "input": "x", "max_output_tokens": 1},
+        "/tokenize": {"prompt": "x"},
+    }[path]
+    whole = jsonschema_rs.validator_for(schema | {"components": document["components"]})
+    num_forbidden = 0
+    for name in sorted(known):
+        for value in SAMPLES:
+            body = usual | {name: value}
+            is_valid = whole.is_valid(body)
+            num_forbidden += not is_valid
+            response = client.post(path, json=body)
+            assert response.status_code < 500, body
+            assert is_valid or response.status_code == 400, f"taken, and against the schema: {body}"
+    assert num_forbidden > len(known)
 
 
 def test_answers_are_as_it_says(client, document, tmp_path):
@@ -194,10 +245,11 @@ def fuzzed(url: str, models: str, seconds: int, tmp_path: Path, *options: str) -
     assert int(re.search(r"(\d+) generated", run.stdout)[1]) > 10 * seconds
 
 
-def test_a_fuzzer_finds_nothing(app, tmp_path):
+def test_a_fuzzer_finds_nothing(app, engine, tmp_path):
     with serving(app) as url:
         # Which the fake engine does not have.
         fuzzed(url, "base pirate", 20, tmp_path, "--exclude-path", "/v1/pool")
+    assert len(engine.generations) > 50, "many of its requests are good ones"
 
 
 @pytest.mark.slow
