@@ -375,7 +375,7 @@ def _grammar(name: str, value: Any, param: str) -> Grammar:
         raise InvalidRequest(f"{param}: {e}", param) from None
 
 
-class _TextPart(Body):
+class _TextPart(pydantic.BaseModel):
     type: Literal["text"]
     text: str
 
