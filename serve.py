@@ -170,6 +170,13 @@ FLAGS = {
             multiple=True,
         ),
         _flag(
+            "--max-lora-rank",
+            "Adapters of a larger rank are refused, before their weights are read or downloaded.",
+            default="256",
+            type=int,
+            metavar="RANK",
+        ),
+        _flag(
             "--pin",
             "An adapter that is brought to the pool at the start and stays there; may be repeated.",
             field="pinned",
@@ -195,6 +202,12 @@ FLAGS = {
             field="server.adapter_hubs",
             metavar="ORG",
             multiple=True,
+        ),
+        _flag(
+            "--resolve-adapters/--no-resolve-adapters",
+            "Register an adapter when a request names a folder within a root, or a repository of such an organisation.",
+            field="server.resolve_adapters",
+            default="no-resolve-adapters",
         ),
     ],
     "Memory": [
@@ -399,6 +412,13 @@ FLAGS = {
             "Log one JSON object a line.",
             field="server.log_json",
             default="no-log-json",
+        ),
+        _flag(
+            "--otlp-traces-endpoint",
+            "OpenTelemetry collector that gets a span of each request, such as http://localhost:4318/v1/traces (OTLP "
+            "over HTTP); needs the extra otel.",
+            field="server.otlp_traces_endpoint",
+            metavar="URL",
         ),
         _flag(
             "--slow-step-s",
@@ -733,6 +753,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.drain import Drain
     from slora_jax.api.server import run_server
+    from slora_jax.api.tracing import tracing_to
     from slora_jax.demo import with_demo
     from slora_jax.engine.meeting import together
 
@@ -744,6 +765,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
         together(engine_config.mesh) as meeting,
         contextlib.closing(listen_on(server_config)) as sock,
         access.reloaded_by_sighup(),
+        tracing_to(server_config.otlp_traces_endpoint) as tracing,
     ):
         click.echo(f"Loading {engine_config.model} ...", err=True)
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
@@ -767,7 +789,9 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
                 max_body_bytes=max_body_bytes,
                 access=access,
                 folders=folders,
+                resolve_adapters=server_config.resolve_adapters,
                 drain=drain,
+                tracing=tracing,
             )
             run_server(
                 app,

@@ -190,6 +190,7 @@ class EngineConfig(Section):
       pinned: names of adapters that are brought to the pool at the start and stay there; in all at most half of it.
       host_adapter_gigabytes: host memory, page-locked on a GPU, in which adapters wait between disk and pool, in GiB;
         None takes half of what is free after the pool was made. On several hosts, of each.
+      max_lora_rank: largest rank of an adapter; one with a larger is refused before its weights are read or downloaded.
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
       generation_config: requests that do not say how to sample do as the model's ``generation_config.json`` says.
@@ -211,6 +212,7 @@ class EngineConfig(Section):
     adapter_dirs: tuple[Text, ...] = ()
     pinned: tuple[Text, ...] = ()
     host_adapter_gigabytes: Gigabytes | None = None
+    max_lora_rank: int = pydantic.Field(256, ge=1, le=256)
     gpu_memory_fraction: Share | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = pydantic.Field(None, ge=1)

@@ -32,6 +32,9 @@ FinishReason = Literal["stop", "length", "abort", "error", "late"]
 MAX_GRAMMAR_BYTES = 64 * 2**10
 """Most bytes of a grammar as UTF-8. Schemas of this size compile in a tenth of a second."""
 
+MAX_BAD_WORDS = 100
+"""Most words that one request may forbid."""
+
 MAX_BIASED_TOKENS = 300
 """Most tokens whose logits one request may change (OpenAI's limit)."""
 
@@ -166,6 +169,8 @@ class SamplingParams:
       logit_bias: pairs of a token id and what is added to its logit, after the penalties; at most
         ``MAX_BIASED_TOKENS``.
       allowed_token_ids: only these can come; None for all.
+      bad_words: at most ``MAX_BAD_WORDS`` texts that must not come, spelt as the tokenizer spells them, at the answer's
+        beginning or after a space.
       grammar: what the text must look like. The completion ends where it is complete and nothing can follow.
       skip_special_tokens: leave the tokens out of the text that mark structure (roles of a chat, say).
       include_stop_str_in_output: the text ends with the stop string that was found, not ahead of it.
@@ -189,6 +194,7 @@ class SamplingParams:
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -196,6 +202,7 @@ class SamplingParams:
     def __post_init__(self):
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "bad_words", _as_tuple("bad_words", self.bad_words, MAX_BAD_WORDS))
         object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids, None))
@@ -206,7 +213,9 @@ class SamplingParams:
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
         for text in self.stop:
-            _check_stop(text)
+            _check_text("stop", text)
+        for text in self.bad_words:
+            _check_text("bad_words", text)
         for token in self.stop_token_ids:
             check_number("stop_token_ids", token)
         self._check_choice_of_tokens()
@@ -234,11 +243,16 @@ class SamplingParams:
         if self.grammar is not None and self.allowed_token_ids is not None:
             message = "allowed_token_ids and a grammar can leave no token that may come; send one of them"
             raise InvalidRequest(message, "allowed_token_ids")
+        if self.bad_words and (self.grammar is not None or self.allowed_token_ids is not None):
+            other = "a grammar" if self.grammar is not None else "allowed_token_ids"
+            message = f"bad_words and {other} can leave no token that may come; send one of them"
+            raise InvalidRequest(message, "bad_words")
 
     @property
     def limits_tokens(self) -> bool:
         """Whether some tokens cannot come, at least at first."""
-        return self.grammar is not None or self.allowed_token_ids is not None or self.min_tokens > 0
+        is_limited = self.grammar is not None or self.allowed_token_ids is not None
+        return is_limited or bool(self.bad_words) or self.min_tokens > 0
 
     @property
     def uses_penalties(self) -> bool:
@@ -273,11 +287,12 @@ def _as_tuple(name: str, value: Any, most: int | None = MAX_STOPS) -> tuple:
     return values
 
 
-def _check_stop(text: Any) -> None:
+def _check_text(name: str, text: Any) -> None:
+    """Raises InvalidRequest unless it can be a part of an answer."""
     if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-        raise InvalidRequest(f"stop must be texts of 1 to {MAX_STOP_LENGTH} characters, got {shown(text)}", "stop")
+        raise InvalidRequest(f"{name} must be texts of 1 to {MAX_STOP_LENGTH} characters, got {shown(text)}", name)
     if has_lone_surrogate(text):
-        raise InvalidRequest(f"stop: {shown(text)} is not valid Unicode, so no answer can contain it", "stop")
+        raise InvalidRequest(f"{name}: {shown(text)} is not valid Unicode, so no answer can contain it", name)
 
 
 def has_lone_surrogate(text: str) -> bool:

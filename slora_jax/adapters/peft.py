@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from slora_jax.adapters.lora_config import LoraConfig, parse_lora_config
-from slora_jax.adapters.tensor_file import TensorEntry, parse_table, read_table, read_tensor
+from slora_jax.adapters.tensor_file import DTYPES, MAX_TABLE_BYTES, TensorEntry, parse_table, read_table, read_tensor
 from slora_jax.errors import BadAdapter, shown
 from slora_jax.memory.layout import AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -190,14 +190,47 @@ def load_adapter(header: AdapterHeader, dtype: np.dtype) -> HostAdapter:
     return HostAdapter(header, packed, weights.content_hash())
 
 
-def resolve_adapter_path(spec: str) -> Path:
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """What an adapter may be, as far as an operator says so.
+
+    Attributes:
+      rank: the largest.
+      file_bytes: of its weights' file; no adapter of that rank has more.
+    """
+
+    rank: int
+    file_bytes: int
+
+    @classmethod
+    def of_rank(cls, rank: int, pool: PoolLayout) -> "AdapterLimits":
+        """With the size that an adapter has which changes every projection at this rank, in the widest element type."""
+        widths = sum(shape.d_in + shape.d_out for shape in pool.shapes.values())
+        widest = max(dtype.itemsize for dtype in DTYPES.values())
+        return cls(rank, rank * widths * pool.num_layers * widest + MAX_TABLE_BYTES)
+
+    def check_rank(self, rank: int) -> None:
+        """
+        Raises:
+          BadAdapter: it is above the limit.
+        """
+        if rank > self.rank:
+            raise BadAdapter(
+                f"its rank is {rank}, and this server takes at most {self.rank} (--max-lora-rank); train with a lower "
+                "rank, or start the server with a higher limit"
+            )
+
+
+def resolve_adapter_path(spec: str, limits: AdapterLimits | None = None) -> Path:
     """Finds the folder of an adapter, downloading its two files if ``spec`` is a Hugging Face id.
 
     Args:
       spec: a local folder (``~`` is the home folder) or a Hugging Face id, ``owner/name``. A folder goes first.
+      limits: of what is downloaded; None for none.
 
     Raises:
-      BadAdapter: neither a folder nor an id, or the id cannot be downloaded.
+      BadAdapter: neither a folder nor an id, the id cannot be downloaded, or it exceeds the limits: then at most its
+        config was.
     """
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):
@@ -205,11 +238,12 @@ def resolve_adapter_path(spec: str) -> Path:
     if not _HUB_ID.fullmatch(spec):
         raise BadAdapter(f"adapter {spec[:200]!r} is neither an existing folder nor a Hugging Face id (owner/name)")
     # Imported late: it is slow to import and most adapters are local.
-    import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(spec, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return _download(spec, limits)
+    except BadAdapter as e:
+        raise BadAdapter(f"adapter {spec!r}: {e}") from None
     except errors.GatedRepoError:
         raise BadAdapter(
             f"adapter {spec!r}: access to this Hugging Face repository is restricted; ask for it and log in"
@@ -223,6 +257,34 @@ def resolve_adapter_path(spec: str) -> Path:
         ) from None
     except (OSError, ValueError, errors.EntryNotFoundError, errors.HTTPError) as e:
         raise BadAdapter(f"adapter {spec!r}: the download failed: {type(e).__name__}: {e}") from None
+
+
+def _download(spec: str, limits: AdapterLimits | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    revision = None
+    if limits is not None:
+        try:
+            planned = huggingface_hub.snapshot_download(spec, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], dry_run=True)
+        except errors.DryRunError:
+            planned = []  # the hub cannot be reached: what it has may lie here from before
+        for file in planned:
+            revision = file.commit_hash
+            most = limits.file_bytes if file.filename == WEIGHTS_FILE else _MAX_CONFIG_BYTES
+            if file.file_size is not None and file.file_size > most:
+                raise BadAdapter(
+                    f"{file.filename} has {file.file_size} bytes, and no adapter of this model of rank {limits.rank} "
+                    f"(--max-lora-rank) has more than {most}; it was not downloaded"
+                )
+        if any(file.filename == WEIGHTS_FILE and file.will_download for file in planned):
+            config_only = huggingface_hub.snapshot_download(spec, revision=revision, allow_patterns=[CONFIG_FILE])
+            with _open(Path(config_only), CONFIG_FILE, "save it with PEFT's save_pretrained") as opened:
+                config = parse_lora_config(opened.read(_MAX_CONFIG_BYTES + 1))
+            if not config.rank_patterns.items:  # which may all name lower ones; the table of tensors tells
+                limits.check_rank(config.rank)
+    # What was looked at is what is downloaded, whatever is uploaded meanwhile.
+    return Path(huggingface_hub.snapshot_download(spec, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
 
 
 @contextmanager

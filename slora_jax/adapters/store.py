@@ -34,7 +34,9 @@ import numpy as np
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.peft import (
     CONFIG_FILE,
+    MAX_RANK,
     AdapterHeader,
+    AdapterLimits,
     AdapterShape,
     HostAdapter,
     load_adapter,
@@ -164,6 +166,7 @@ class AdapterStore:
     Attributes:
       num_loads: reads of an adapter's weights from disk.
       load_seconds: how long those took that succeeded, checks and staging included.
+      limits: of adapters that are registered.
       pinned: the versions that are to stay in the pool; another tuple whenever they change.
     """
 
@@ -180,6 +183,7 @@ class AdapterStore:
         max_pinned_pages: int | None = None,
         base_name: str | None = None,
         confirm: Callable[[HostAdapter], None] | None = None,
+        max_rank: int = MAX_RANK,
     ):
         """
         Args:
@@ -195,6 +199,7 @@ class AdapterStore:
           max_pinned_pages: pool pages that pinned adapters may take together; None for no bound.
           base_name: the base model's, which no adapter may have, nor begin with it and a colon.
           host_bytes: bytes that ``stage`` keeps of an adapter of so many pages; by default those of its pages.
+          max_rank: the largest rank that an adapter may have which is registered.
           confirm: asked about each adapter read from disk after it was staged, by the thread that loaded it, which it
             may keep waiting: raises BadAdapter if the adapter cannot be served after all.
         """
@@ -205,6 +210,7 @@ class AdapterStore:
         self._on_change = on_change
         self._stage = stage or (lambda packed: packed)
         self._confirm = confirm or (lambda host: None)
+        self.limits = AdapterLimits.of_rank(max_rank, pool_layout)
         self._versions: dict[str, AdapterVersion] = {}
         # Checks done before: adapters trained alike share theirs.
         self._known_shapes: dict[bytes, AdapterShape] = {}
@@ -246,6 +252,10 @@ class AdapterStore:
         if not replace:
             self._check_is_new(name)
         header = read_header(Path(path), self._model, self._pool_layout, self._known_shapes)
+        try:
+            self.limits.check_rank(header.max_rank)
+        except BadAdapter as e:
+            raise BadAdapter(f"adapter {header.path}: {e}") from None
         too_large = self._too_large(header)
         if too_large:
             raise BadAdapter(too_large)

@@ -26,7 +26,7 @@ DTYPES = {
 
 # Parsing holds the interpreter's lock: so much takes at most some 15 ms. The table of the largest Llama's adapter takes
 # 270 kB.
-_MAX_TABLE_BYTES = 512 * 2**10
+MAX_TABLE_BYTES = 512 * 2**10
 _MAX_DIMS = 8
 _LENGTH_BYTES = 8
 _REMEDY = "save or copy the adapter again"
@@ -59,8 +59,8 @@ def read_table(file: BufferedIOBase) -> tuple[bytes, int]:
             f"truncated or not a safetensors file: its table should take {length} bytes, "
             f"but {file_bytes - _LENGTH_BYTES} follow; {_REMEDY}"
         )
-    if length > _MAX_TABLE_BYTES:
-        raise BadAdapter(f"its table of tensors takes {length} bytes, more than the {_MAX_TABLE_BYTES} allowed")
+    if length > MAX_TABLE_BYTES:
+        raise BadAdapter(f"its table of tensors takes {length} bytes, more than the {MAX_TABLE_BYTES} allowed")
     return file.read(length), file_bytes
 
 

@@ -28,8 +28,9 @@ from slora_jax.config import Section, Text, checked, read_yaml
 from slora_jax.errors import InvalidRequest, SLoRAError, shown
 from slora_jax.request import MAX_PRIORITY
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/ready", "/", "/page/<name>"})
-"""Paths, as routes are written, that need no key: what probes ask, and a page's own files, which hold no secrets."""
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/ready", "/openapi.json", "/", "/page/<name>"})
+"""Paths, as routes are written, that need no key: what probes ask, the API's description, and a page's own files. None
+of it is secret."""
 
 WATCH_PATHS = frozenset({"/metrics", "/v1/pool"})
 """Paths that show what all tenants do. They need the admin key where there is one, else a key where there are some."""

@@ -17,6 +17,7 @@ from werkzeug.exceptions import HTTPException
 
 import slora_jax
 from slora_jax.api.access import Access, Caller, Forbidden, RateLimited, Unauthorized
+from slora_jax.api.adapter_bodies import LoadAdapter, PinAdapter, UnloadAdapter
 from slora_jax.api.body import BodyTooLarge, UnsupportedBody, inflated, read_json
 from slora_jax.api.bounds import check_parts, useful_body_bytes
 from slora_jax.api.deltas import (
@@ -38,11 +39,15 @@ from slora_jax.api.openai import (
     Reply,
     parse_chat,
     parse_completion,
+    read_body,
     resolve_model,
 )
+from slora_jax.api.openapi import add_openapi
 from slora_jax.api.page_routes import add_page
+from slora_jax.api.resolving import AdapterResolver
 from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.tokens import detokenized, tokenized
+from slora_jax.api.tracing import Tracing
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
 from slora_jax.errors import (
     AdapterExists,
@@ -171,7 +176,9 @@ def create_app(
     max_body_bytes: int | None = None,
     access: Access | None = None,
     folders: AdapterFolders | None = None,
+    resolve_adapters: bool = False,
     drain: Drain | None = None,
+    tracing: Tracing | None = None,
 ) -> flask.Flask:
     """Builds the WSGI application around a running engine.
 
@@ -183,7 +190,9 @@ def create_app(
         model's context if None.
       access: who may do what; everybody everything if None, but for registering adapters.
       folders: where those may be; anywhere on this machine if None.
+      resolve_adapters: register an adapter when a request names one that is in ``folders``.
       drain: once it has begun, new requests get 503.
+      tracing: makes a span of each request; None for none.
     """
     app = flask.Flask("slora_jax")
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes or useful_body_bytes(engine.max_model_len)
@@ -191,11 +200,13 @@ def create_app(
     access = access or Access(allow_adapter_loading=allow_adapter_loading)
     folders = folders or AdapterFolders()
     drain = drain or Drain()
+    resolver = AdapterResolver(engine, folders) if resolve_adapters else None
     slots = _Slots(max_streams, drain)
     started = int(time.time())
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
     add_metrics(app, engine, traffic, onlooker)
     add_page(app, engine, traffic, onlooker, _json)
+    add_openapi(app, {rule.status for rule in _ERRORS}, _json)
 
     @app.before_request
     def come_in():
@@ -236,17 +247,27 @@ def create_app(
         _check_model(name, engine)
         return resolve_model(name, engine)
 
+    def use(name: str) -> None:
+        """Raises Forbidden if the caller may not use a model; else sees to it that an adapter is registered."""
+        _check_model(name, engine)
+        if resolver is not None:
+            resolver.look_for(name.removeprefix(f"{engine.model_name}:"))
+
+    def resolve_or_load(name: str) -> str | None:
+        use(name)
+        return resolve_model(name, engine)
+
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, traffic, parse_completion, CompletionReply)
+        return _generate(engine, slots, traffic, tracing, use, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, traffic, parse_chat, ChatReply)
+        return _generate(engine, slots, traffic, tracing, use, parse_chat, ChatReply)
 
     @app.post("/v1/responses")
     def responses():
-        return _generate(engine, slots, traffic, parse_response, ResponseReply)
+        return _generate(engine, slots, traffic, tracing, use, parse_response, ResponseReply)
 
     @app.get("/v1/models")
     def models():
@@ -298,28 +319,24 @@ def create_app(
     def tokenize():
         with slots.one():
             flask.g.caller.admit()
-            return _json(tokenized(_json_body(), engine, resolve))
+            return _json(tokenized(_json_body(), engine, resolve_or_load))
 
     @app.post("/detokenize")
     def detokenize():
         with slots.one():
             flask.g.caller.admit()
-            return _json(detokenized(_json_body(), engine, resolve))
+            return _json(detokenized(_json_body(), engine, resolve_or_load))
 
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter():
-        body = _adapter_fields(
-            ("lora_name", "lora_path"),
-            ("pinned", "load_inplace", "lora_int_id", "base_model_name", "is_3d_lora_weight"),
-        )
-        pinned, replace = (_truth(body, name) for name in ("pinned", "load_inplace"))
-        if _truth(body, "is_3d_lora_weight"):
+        body = read_body(LoadAdapter, _json_body())
+        if body.is_3d_lora_weight:
             raise InvalidRequest("is_3d_lora_weight is for mixtures of experts; leave it out", "is_3d_lora_weight")
-        name = body["lora_name"]
+        name = body.lora_name
         with slots.one():  # a slow disk must not keep the threads that are left for /health and refusals
-            path = folders.checked(body["lora_path"])
+            path = folders.checked(body.lora_path)
             try:
-                adapter = engine.register_adapter(name, path, pinned, replace)
+                adapter = engine.register_adapter(name, path, body.pinned, body.load_inplace)
             except AdapterExists:
                 raise AdapterExists(
                     f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
@@ -329,25 +346,25 @@ def create_app(
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter():
-        name = _registered(_adapter_fields(("lora_name",), ("lora_int_id",)))
+        name = _registered(read_body(UnloadAdapter, _json_body()))
         with slots.one():
             engine.unregister_adapter(name)
         return _json({"id": name, "object": "model", "deleted": True} | _success(name, "removed"))
 
     @app.post("/v1/pin_lora_adapter")
     def pin_lora_adapter():
-        name = _registered(_adapter_fields(("lora_name",)))
+        name = _registered(read_body(PinAdapter, _json_body()))
         return _json(_adapter_card(engine, engine.pin_adapter(name)) | _success(name, "pinned"))
 
     @app.post("/v1/unpin_lora_adapter")
     def unpin_lora_adapter():
-        name = _registered(_adapter_fields(("lora_name",)))
+        name = _registered(read_body(PinAdapter, _json_body()))
         return _json(_adapter_card(engine, engine.unpin_adapter(name)) | _success(name, "unpinned"))
 
-    def _registered(body: dict[str, Any]) -> str:
-        name = resolve_model(body["lora_name"], engine)
+    def _registered(body: PinAdapter) -> str:
+        name = resolve_model(body.lora_name, engine)
         if name is None:
-            raise InvalidRequest(f"{body['lora_name']!r} is the base model, which stays; name an adapter", "lora_name")
+            raise InvalidRequest(f"{body.lora_name!r} is the base model, which stays; name an adapter", "lora_name")
         return name
 
     @app.errorhandler(HTTPException)
@@ -389,6 +406,8 @@ def _generate(
     engine: "Engine",
     slots: "_Slots",
     traffic: Traffic,
+    tracing: Tracing | None,
+    use: Callable[[str], None],
     parse: Callable[[Any, "Engine"], Call],
     reply_type: type[Reply],
 ) -> flask.Response:
@@ -398,10 +417,13 @@ def _generate(
         caller.admit()
         body = _json_body()
         if isinstance(body, dict) and isinstance(body.get("model"), str):
-            _check_model(body["model"], engine)  # before anything tells whether there is such a model
+            use(body["model"])  # before anything tells whether there is such a model
         call = _of_caller(parse(body, engine), caller, engine)
         reply = reply_type(call, engine.tokenizer)
         generations = submit_all(engine, call.requests)
+        if tracing is not None:
+            route = str(flask.request.url_rule)
+            cleanup.callback(tracing.begin(dict(flask.request.headers), route, call, reply.id, generations))
         bill = _Bill(caller, generations)
         caller.spend(sum(len(request.prompt) for request in call.requests))
         cleanup.callback(bill.settle)
@@ -524,26 +546,6 @@ def _json_body() -> Any:
     body, encoding = inflated(flask.request.get_data(), headers.get("Content-Encoding"), most_bytes)
     check_parts(body)
     return read_json(body, headers.get("Content-Type"), encoding)
-
-
-def _adapter_fields(names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The body's fields, less those that are null; ``names`` are strings that must be there."""
-    body = _json_body()
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
-    if unknown := [name for name in body if name not in (*names, *optional)]:
-        raise InvalidRequest(f"unknown field: {shown(unknown[0])}; leave it out", unknown[0][:80])
-    for name in names:
-        if not isinstance(body.get(name), str) or not body[name]:
-            raise InvalidRequest(f"{name} must be a non-empty string, got {shown(body.get(name))}", name)
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _truth(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, got {shown(value)}", name)
-    return value
 
 
 def _success(name: str, done: str) -> dict[str, str]:

@@ -4,11 +4,23 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from slora_jax.errors import BadAdapter, SLoRAError, shown
 
 _MOST_FILES = 1000
 _HUB_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,95})/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+=-]*(/[A-Za-z0-9_][A-Za-z0-9._@+=-]*)*")
+_LONGEST_NAME = 200
+
+
+class Place(NamedTuple):
+    """Where an adapter is: in the folder ``path``, or in the hub's repository of that id."""
+
+    path: str
+    is_hub: bool
 
 
 class NoSuchFolder(SLoRAError, LookupError):
@@ -52,6 +64,29 @@ class AdapterFolders:
         if not is_folder and hub_id is not None and hub_id[1] in self._hubs:
             return path
         raise self._refusal(path)
+
+    def find(self, name: str) -> Place | None:
+        """Where the adapter of this name is: in the folder ``ROOT/NAME``, or in the hub's repository ``NAME``.
+
+        None where there is no such folder, nor one that may be loaded; whether the hub has it is not asked.
+
+        Raises:
+          BadAdapter: a folder of more than 1000 files, which is no adapter.
+        """
+        if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+            return None
+        for root in self._roots or ():
+            folder = root / name
+            try:
+                if (folder / "adapter_config.json").is_file():
+                    return Place(self.checked(str(folder)), is_hub=False)
+            except (OSError, NoSuchFolder):  # it cannot be looked into, or leads out of the root
+                continue
+        hub_id = _HUB_ID.fullmatch(name)
+        # A folder of that name goes first when it is loaded, and this one may not be.
+        if hub_id is not None and hub_id[1] in self._hubs and not Path(name).exists():
+            return Place(name, is_hub=True)
+        return None
 
     def _check_links(self, path: str, folder: Path) -> None:
         seen = 0

@@ -5,6 +5,7 @@ configuration; the others are this server's own. Everything is read at the time 
 anyway, so a server that nobody scrapes does nothing for it.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,10 @@ FRESH_SECONDS = 0.5
 """However many look on, the engine is looked at no more often."""
 
 MAX_LISTED = 300
-"""Adapters that are listed one by one, of those in the pool; pinned ones first."""
+"""Adapters that are listed one by one: of those in the pool, pinned ones first, and then those in host memory."""
+
+_LEVELS = {"pool": "gpu", "host": "cpu"}
+"""Gateways' names for where an adapter is, or was brought to."""
 
 _COUNTERS = {
     "steps": "Steps that the device was given.",
@@ -128,13 +132,20 @@ class _EngineCollector(Collector):
         yield _gauge("vllm:max_gpu_lora_adapters", "Adapters that the pool could hold beside what runs.", max_lora)
         family = GaugeMetricFamily(
             "vllm:lora_adapter_loaded",
-            f"1 for each adapter in the pool; of more than {MAX_LISTED}, for so many.",
+            f"1 for each adapter in the pool or in host memory; of more than {MAX_LISTED}, for so many.",
             labels=["adapter_name", "level", "pinned", "rank"],
         )
-        for adapter in listed:
-            info = adapter.info
-            family.add_metric([info.name, "gpu", str(info.pinned).lower(), str(info.rank)], 1)
+        in_host_memory = (adapter for adapter in seen.adapters if adapter.tier == "host")
+        for adapter in itertools.islice(itertools.chain(listed, in_host_memory), MAX_LISTED):
+            info, level = adapter.info, _LEVELS[adapter.tier]
+            family.add_metric([info.name, level, str(info.pinned).lower(), str(info.rank)], 1)
         yield family
+        took = HistogramMetricFamily(
+            "vllm:lora_adapter_load_seconds", "How long adapters took to the pool and to host memory.", labels=["level"]
+        )
+        for tier, counted in self._engine.load_seconds().items():
+            _add(took, [_LEVELS[tier]], counted)
+        yield took
 
     def _pool(self, stats, seen: "Observation") -> Iterator[Metric]:
         family = GaugeMetricFamily(

@@ -3,7 +3,7 @@
 A field that would change the answer and is not computed here is refused by name; so is a field nobody knows.
 Beside OpenAI's fields both endpoints take ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``,
 ``ignore_eos``, ``return_token_ids``, ``priority`` (higher goes first) and ``slo_ms`` (first-token objective), and
-vLLM's ``min_tokens``, ``allowed_token_ids``, ``structured_outputs`` and ``guided_json``, ``guided_regex``,
+vLLM's ``min_tokens``, ``allowed_token_ids``, ``bad_words``, ``structured_outputs``, ``guided_json``, ``guided_regex``,
 ``guided_choice`` and ``guided_grammar``.
 """
 
@@ -15,16 +15,19 @@ import time
 import uuid
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import pydantic
 
 from slora_jax.api.deltas import GenerationFailed
-from slora_jax.api.tools import CallFormat, CallReader, ToolCall, Tools, format_of_template, read_tools
+from slora_jax.api.tools import MAX_TOOLS, CallFormat, CallReader, ToolCall, Tools, format_of_template, read_tools
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
     BOUNDS,
+    MAX_BAD_WORDS,
+    MAX_STOP_LENGTH,
     MAX_STOPS,
+    Bounds,
     Completion,
     Delta,
     Grammar,
@@ -53,7 +56,6 @@ _MOST_NAMED = 5
 """Unknown fields named in one error."""
 
 _VLLM_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "bad_words": ([],),
     "beam_search": (False,),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
@@ -106,6 +108,13 @@ _MESSAGE_DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Best(NamedTuple):
+    """Of each prompt's completions the ``n`` that the model finds likeliest, shown with so many ``logprobs``."""
+
+    n: int
+    logprobs: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One HTTP request, understood.
@@ -115,6 +124,7 @@ class Call:
       requests: one per prompt.
       echo: the prompts' texts, to be put before the answers; empty if not asked for.
       tools: which the answers may call, in the form ``call_format``; None for none.
+      best: which completions are sent back; None for all of them.
       prompt_logprobs: how many of the most likely tokens to show beside each of the prompts', as vLLM has it; None for
         no such list.
     """
@@ -129,30 +139,75 @@ class Call:
     tools: Tools | None = None
     call_format: CallFormat = "llama3_json"
     prompt_logprobs: int | None = None
+    best: Best | None = None
 
     @property
     def n(self) -> int:
-        return self.requests[0].sampling.n
+        return self.requests[0].sampling.n if self.best is None else self.best.n
 
     @property
     def logprobs(self) -> int | None:
-        return self.requests[0].sampling.logprobs
+        return self.requests[0].sampling.logprobs if self.best is None else self.best.logprobs
 
 
-class _Body(pydantic.BaseModel):
+class Body(pydantic.BaseModel):
+    """What a client sends. Types are those of JSON, and nothing is converted."""
+
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 type _Stops[T] = Annotated[list[T], pydantic.Field(max_length=MAX_STOPS), pydantic.FailFast()]
 
 
-class _StreamOptions(_Body):
+class Form:
+    """What a field looks like that is read by code of its own rather than by pydantic, for the API's schema.
+
+    The fuzzer holds it to that: what does not look so must be refused.
+    """
+
+    def __init__(self, kind: Any):
+        self._kind = kind
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(pydantic.TypeAdapter(self._kind).core_schema)
+
+
+type _StopText = Annotated[str, pydantic.Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class _StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class _Generate(_Body):
+class _Text(pydantic.BaseModel):
+    type: Literal["text"]
+
+
+class _JsonObject(pydantic.BaseModel):
+    type: Literal["json_object"]
+
+
+class _NamedSchema(pydantic.BaseModel):
+    name: Any = None
+    schema_: Annotated[dict[str, Any], pydantic.Field(alias="schema")]
+
+
+class _JsonSchema(pydantic.BaseModel):
+    type: Literal["json_schema"]
+    json_schema: _NamedSchema
+
+
+class _StructuredOutputs(Body):
+    json_: Annotated[str | dict[str, Any] | None, pydantic.Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: str | list[str] | None = None
+    grammar: str | None = None
+
+
+class _Generate(Body):
     """Fields of both endpoints. Ranges are checked by ``SamplingParams`` and ``Request``, by ``BOUNDS``."""
 
     model: str
@@ -164,7 +219,11 @@ class _Generate(_Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: Annotated[_Stops[str], pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
+    stop: Annotated[
+        _Stops[str],
+        pydantic.BeforeValidator(lambda v: [v] if isinstance(v, str) else v),
+        Form(_StopText | _Stops[_StopText]),
+    ] = []
     stop_token_ids: _Stops[int] = []
     ignore_eos: bool = False
     n: int = 1
@@ -174,14 +233,15 @@ class _Generate(_Body):
     priority: int = 0
     slo_ms: float | None = None
     min_tokens: int = 0
-    logit_bias: Any = None
+    logit_bias: Annotated[Any, Form(dict[str, float])] = None
     allowed_token_ids: list[int] | None = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    bad_words: Annotated[list[_StopText], pydantic.Field(max_length=MAX_BAD_WORDS), pydantic.FailFast()] = []
+    response_format: Annotated[Any, Form(_Text | _JsonObject | _JsonSchema)] = None
+    structured_outputs: Annotated[Any, Form(_StructuredOutputs)] = None
+    guided_json: Annotated[Any, Form(str | dict[str, Any])] = None
+    guided_regex: Annotated[Any, Form(str)] = None
+    guided_choice: Annotated[Any, Form(str | list[str])] = None
+    guided_grammar: Annotated[Any, Form(str)] = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
@@ -216,6 +276,7 @@ class _Generate(_Body):
             min_tokens=self.min_tokens,
             logit_bias=_read_logit_bias(self.logit_bias),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words=tuple(self.bad_words),
             grammar=_read_grammar(self),
             skip_special_tokens=self.skip_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
@@ -314,8 +375,51 @@ def _grammar(name: str, value: Any, param: str) -> Grammar:
         raise InvalidRequest(f"{param}: {e}", param) from None
 
 
+class _TextPart(pydantic.BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _CalledFunction(pydantic.BaseModel):
+    name: str
+    arguments: str | None = None
+
+
+class _MadeCall(pydantic.BaseModel):
+    id: str = ""
+    function: _CalledFunction
+
+
+class _Message(pydantic.BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[_TextPart], pydantic.Field(max_length=MAX_MESSAGES)] | None = None
+    name: str | None = None
+    tool_calls: list[_MadeCall] | None = None
+    tool_call_id: str | None = None
+
+
+class _Function(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(min_length=1, max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(pydantic.BaseModel):
+    type: Literal["function"]
+    function: _Function
+
+
+class _FunctionName(pydantic.BaseModel):
+    name: str
+
+
+class _NamedTool(pydantic.BaseModel):
+    type: Literal["function"]
+    function: _FunctionName
+
+
 class _CompletionBody(_Generate):
-    prompt: Any
+    prompt: Annotated[Any, Form(str | list[str] | list[int] | list[list[int]])]
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool = False
@@ -327,18 +431,23 @@ class _CompletionBody(_Generate):
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
-class _ChatBody(_Generate):
-    messages: Any
+class ChatTemplating(Body):
+    """How a chat becomes a prompt."""
+
+    messages: Annotated[Any, Form(Annotated[list[_Message], pydantic.Field(min_length=1, max_length=MAX_MESSAGES)])]
+    tools: Annotated[Any, Form(Annotated[list[_Tool], pydantic.Field(max_length=MAX_TOOLS)])] = None
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class _ChatBody(ChatTemplating, _Generate):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    tool_choice: Annotated[Any, Form(Literal["none", "auto", "required"] | _NamedTool)] = None
+    parallel_tool_calls: Annotated[Any, Form(bool)] = None
 
     @property
     def limit(self) -> tuple[str, int] | None:
@@ -356,9 +465,7 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
     fields = _validated(_CompletionBody, body, _COMPLETION_DEFAULTS)
     adapter = resolve_model(fields.model, engine)
     check_number("n", fields.n)
-    if fields.best_of is not None and fields.best_of != fields.n:
-        message = f"best_of ({shown(fields.best_of)}) must equal n ({fields.n}): nothing is ranked here"
-        raise InvalidRequest(message, "best_of")
+    best = _read_best_of(fields)
     default = engine.default_sampling.get("max_tokens", 16)
     sampling = fields.sampling(default if fields.max_tokens is None else fields.max_tokens, fields.logprobs, engine)
     if fields.echo and fields.logprobs is not None:
@@ -367,7 +474,10 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
             raise InvalidRequest(f"{message}; send stream: false", "echo")
         most = max(fields.logprobs, sampling.prompt_logprobs or 0)
         sampling = sampling.replace(prompt_logprobs=most)
-    prompts = _completion_prompts(fields, engine)
+    if best is not None:
+        # What is shown of the log-probabilities is another matter: see ``Best``.
+        sampling = sampling.replace(n=fields.best_of, logprobs=fields.logprobs or 0)
+    prompts = _completion_prompts(fields, sampling.n, engine)
     requests = []
     for prompt in prompts:
         room = _room(prompt, engine, "prompt", _least_room(fields))
@@ -375,7 +485,22 @@ def parse_completion(body: Any, engine: "Engine") -> Call:
         is_short = fields.max_tokens is None and room < sampling.max_tokens
         requests.append(fields.request(prompt, adapter, sampling.replace(max_tokens=room) if is_short else sampling))
     echo = _prompt_texts(fields.prompt, prompts, engine) if fields.echo else ()
-    return _call(fields, tuple(requests), echo)
+    return dataclasses.replace(_call(fields, tuple(requests), echo), best=best)
+
+
+def _read_best_of(fields: _CompletionBody) -> Best | None:
+    """None where there is nothing to choose from."""
+    if fields.best_of is None:
+        return None
+    check_number("best_of", fields.best_of, BOUNDS["n"])
+    if fields.best_of < fields.n:
+        raise InvalidRequest(f"best_of ({fields.best_of}) must be at least n ({fields.n})", "best_of")
+    if fields.best_of == fields.n:
+        return None
+    if fields.stream:
+        message = "best_of above n cannot be streamed: the best are known when all are complete; send stream: false"
+        raise InvalidRequest(message, "best_of")
+    return Best(fields.n, fields.logprobs)
 
 
 def parse_chat(body: Any, engine: "Engine") -> Call:
@@ -398,17 +523,13 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     tokenizer = _tokenizer(engine, "messages", adapter)
     call_format: CallFormat = "llama3_json"
     if tools is not None:
-        source = tokenizer.template_source(with_tools=True)
-        if "tools" not in source:
-            message = f"the chat template of {fields.model!r} has no place for tools, so its model would not know them"
-            raise InvalidRequest(message, "tools")
-        call_format = format_of_template(source)
+        call_format = format_of_template(source_for_tools(tokenizer))
         if (grammar := tools.grammar(call_format)) is not None:
             if sampling.grammar is not None:
                 message = "a tool that must be called and another form of the answer exclude each other; send one"
                 raise InvalidRequest(message, "tool_choice")
             sampling = sampling.replace(grammar=grammar)
-    ids = _encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
+    ids = encode_chat(fields, messages, tools, tokenizer, _most_read(fields, engine))
     prompt = _checked_ids(_truncated(ids, fields, engine), engine, "messages")
     room = _room(prompt, engine, "messages")
     _check_limit(fields, room, engine)
@@ -422,16 +543,53 @@ _TEMPLATES_OWN = ("messages", "tools", "documents", "add_generation_prompt", "bo
 _TO_GO_ON = "\N{OBJECT REPLACEMENT CHARACTER}goes on here\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-def _encode_chat(
-    fields: _ChatBody, messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer, most: int | None
+def source_for_tools(tokenizer: Tokenizer) -> str:
+    """The chat template that shows tools to the model.
+
+    Raises:
+      InvalidRequest: there is none.
+    """
+    source = tokenizer.template_source(with_tools=True)
+    if "tools" not in source:
+        message = "the chat template of this model has no place for tools, so the model would not know them"
+        raise InvalidRequest(message, "tools")
+    return source
+
+
+def encode_chat(
+    fields: ChatTemplating,
+    messages: list[dict[str, Any]],
+    tools: Tools | None,
+    tokenizer: Tokenizer,
+    most: int | None = None,
+    add_special_tokens: bool = False,
 ) -> list[int]:
-    """The chat as token ids, rendered by its template."""
+    """The chat as token ids, rendered by its template.
+
+    Args:
+      fields: of the body.
+      messages, tools: as ``read_messages`` and ``read_tools`` give them.
+      most: tokens above which it is refused, if not None.
+      add_special_tokens: add what the tokenizer puts around a text, although templates write their own.
+
+    Raises:
+      InvalidRequest: the template cannot render it, or not as ``fields`` ask; ``param`` names the field.
+    """
+    text = _rendered(fields, messages, tools, tokenizer)
+    try:
+        return tokenizer.encode(text, add_special_tokens, max_tokens=most)
+    except InvalidRequest as e:
+        e.param = "messages"
+        raise
+
+
+def _rendered(fields: ChatTemplating, messages: list[dict[str, Any]], tools: Tools | None, tokenizer: Tokenizer) -> str:
     if own := next((name for name in fields.chat_template_kwargs if name in _TEMPLATES_OWN), None):
         message = f"chat_template_kwargs.{own} is not for clients to set; leave it out"
         raise InvalidRequest(message, f"chat_template_kwargs.{own}")
     options = {**fields.chat_template_kwargs, "tools": None if tools is None else list(tools.tools)}
     if not fields.continue_final_message:
-        return tokenizer.encode_chat(messages, fields.add_generation_prompt, max_tokens=most, **options)
+        return tokenizer.apply_chat_template(messages, fields.add_generation_prompt, **options)
     last = messages[-1]
     if last["role"] != "assistant" or not isinstance(last["content"], str):
         message = "continue_final_message needs a last message of the assistant, with text to go on from"
@@ -442,7 +600,66 @@ def _encode_chat(
     if not found:
         message = "continue_final_message: this model's chat template does not show the last message as it is"
         raise InvalidRequest(message, "continue_final_message")
-    return tokenizer.encode(text, add_special_tokens=False, max_tokens=most)
+    return text
+
+
+def completion_schema() -> dict[str, Any]:
+    """JSON schema of the body of ``POST /v1/completions``."""
+    return _body_schema(_CompletionBody, _COMPLETION_DEFAULTS, {**BOUNDS, "best_of": BOUNDS["n"]})
+
+
+def chat_schema() -> dict[str, Any]:
+    """JSON schema of the body of ``POST /v1/chat/completions``."""
+    an_answer = BOUNDS["max_tokens"]._replace(least=1)
+    limits = {"max_tokens": an_answer, "max_completion_tokens": an_answer, "top_logprobs": BOUNDS["logprobs"]}
+    return _body_schema(_ChatBody, _CHAT_DEFAULTS, {**BOUNDS, "logprobs": None, **limits})
+
+
+def small_schema(kind: type[Body]) -> dict[str, Any]:
+    """JSON schema of a body that ``read_body`` takes."""
+    return _body_schema(kind, {}, {}, ())
+
+
+def _body_schema(
+    kind: type[Body],
+    defaults: Mapping[str, tuple[Any, ...]],
+    bounds: Mapping[str, Bounds | None],
+    labels: Iterable[str] = frozenset(_LABELS),
+) -> dict[str, Any]:
+    """Of what ``_validated`` takes: each field that need not be there may be null, and so may those not computed."""
+    schema = kind.model_json_schema()
+    fields = schema["properties"]
+    for name, field in fields.items():
+        if (bound := bounds.get(name)) is not None:
+            _bound(field, bound._replace(least=-1) if name == "top_k" else bound)
+        if name not in schema.get("required", ()):
+            fields[name] = _or_null(field)
+    fields |= schema_of_rest(defaults, labels)
+    return schema
+
+
+def schema_of_rest(
+    defaults: Mapping[str, tuple[Any, ...]], labels: Iterable[str] = frozenset(_LABELS)
+) -> dict[str, dict[str, Any]]:
+    """Schemas of the fields that ``meant_fields`` drops."""
+    values = {name: {"enum": [None, *values]} for name, values in defaults.items()}
+    return values | {name: {} for name in sorted(labels)}
+
+
+def _bound(field: dict[str, Any], bound: Bounds) -> None:
+    """Adds the bounds of a number, or of those in a list."""
+    for part in (field, *field.get("anyOf", ()), field.get("items", {})):
+        if part.get("type") in ("integer", "number"):
+            part["exclusiveMinimum" if bound.above_least else "minimum"] = bound.least
+            part["maximum"] = bound.most
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    told = {name: field.pop(name) for name in ("title", "default", "description") if name in field}
+    if told.get("default", ...) is None:
+        del told["default"]
+    choices = field.pop("anyOf", None) or [field]
+    return told | {"anyOf": choices if {"type": "null"} in choices else [*choices, {"type": "null"}]}
 
 
 def resolve_model(name: str, engine: "Engine") -> str | None:
@@ -582,13 +799,28 @@ def _validated[B: _Generate](kind: type[B], body: Any, defaults: Mapping[str, tu
     try:
         valid = kind.model_validate(fields)
     except pydantic.ValidationError as e:
-        raise _first_problem(e) from None
+        raise first_problem(e) from None
     if valid.stream_options is not None and not valid.stream:
         raise InvalidRequest("stream_options needs stream: true", "stream_options")
     if valid.prompt_logprobs is not None and valid.stream:
         message = "prompt_logprobs cannot be streamed: they are known when all of the prompt is read"
         raise InvalidRequest(f"{message}; send stream: false", "prompt_logprobs")
     return valid
+
+
+def read_body[B: Body](kind: type[B], body: Any) -> B:
+    """The fields of a small body: those that are null are as if left out.
+
+    Raises:
+      InvalidRequest: it is no object, or has a field that is missing, unknown or of another type; ``param`` names it.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
+    refuse_unknown(body, kind.model_fields)
+    try:
+        return kind.model_validate({name: value for name, value in body.items() if value is not None})
+    except pydantic.ValidationError as e:
+        raise first_problem(e) from None
 
 
 def meant_fields(body: Any, computed: Iterable[str], defaults: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
@@ -633,7 +865,7 @@ def _is_one_of(value: Any, choices: Iterable[Any]) -> bool:
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
-def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
+def first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     problem = error.errors(include_url=False, include_context=False)[0]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in problem["loc"])[1:]
     if problem["type"] == "missing":
@@ -641,9 +873,9 @@ def _first_problem(error: pydantic.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field}: {problem['msg']}, got {shown(problem['input'])}", field)
 
 
-def _completion_prompts(fields: _CompletionBody, engine: "Engine") -> list[tuple[int, ...]]:
-    """Token ids of each prompt, whichever of OpenAI's four forms was sent."""
-    prompt, n = fields.prompt, fields.n
+def _completion_prompts(fields: _CompletionBody, n: int, engine: "Engine") -> list[tuple[int, ...]]:
+    """Token ids of each prompt, whichever of OpenAI's four forms was sent; ``n`` completions are made of each."""
+    prompt = fields.prompt
     if isinstance(prompt, str):
         return [_text_prompt(prompt, fields, engine)]
     if isinstance(prompt, list) and prompt:
@@ -779,7 +1011,7 @@ class Reply:
         choices = [
             self._whole_choice(i * n + completion.index, i, completion, output)
             for i, output in enumerate(outputs)
-            for completion in output.completions
+            for completion in self._sent_back(output)
         ]
         usage = _usage(
             sum(len(o.prompt_token_ids) for o in outputs),
@@ -787,6 +1019,16 @@ class Reply:
             sum(o.cached_tokens for o in outputs),
         )
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def _sent_back(self, output: RequestOutput) -> Sequence[Completion]:
+        if (best := self._call.best) is None:
+            return output.completions
+        likeliest = sorted(output.completions, key=_mean_logprob, reverse=True)[: best.n]
+        shows = best.logprobs is not None
+        return [
+            dataclasses.replace(completion, index=place, logprobs=completion.logprobs if shows else None)
+            for place, completion in enumerate(likeliest)
+        ]
 
     def opening(self) -> list[dict[str, Any]]:
         """What every choice begins with, before its first token."""
@@ -1044,6 +1286,12 @@ class ChatReply(Reply):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
         return {"token": self._text(token_id), "logprob": self._finite(logprob), "bytes": data}
+
+
+def _mean_logprob(completion: Completion) -> float:
+    """Log-probability per token; 0 of none."""
+    assert completion.logprobs is not None, "completions that are ranked have log-probabilities"
+    return sum(token.logprob for token in completion.logprobs) / max(1, len(completion.logprobs))
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

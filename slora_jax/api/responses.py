@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from slora_jax.api.openai import Call, ChatReply, meant_fields, parse_chat, refuse_unknown
+from slora_jax.api.openai import Call, ChatReply, chat_schema, meant_fields, parse_chat, refuse_unknown, schema_of_rest
 from slora_jax.errors import InvalidRequest, shown
 from slora_jax.request import Delta, RequestOutput
 from slora_jax.text.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ _AS_IN_CHATS = (
     "min_tokens",
     "logit_bias",
     "allowed_token_ids",
+    "bad_words",
     "structured_outputs",
     "skip_special_tokens",
     "include_stop_str_in_output",
@@ -140,6 +141,31 @@ def parse_response(body: Any, engine: "Engine") -> ResponseCall:
         call = parse_chat(chat, engine)
     understood = {each.name: getattr(call, each.name) for each in dataclasses.fields(Call)}
     return ResponseCall(**understood, asked=_labels(body) | {name: sent[name] for name in _OWN if name in sent})
+
+
+def response_schema() -> dict[str, Any]:
+    """JSON schema of the body of ``POST /v1/responses``."""
+    schema = chat_schema()
+    chat = schema["properties"]
+    own: dict[str, Any] = {
+        "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}, "minItems": 1}]},
+        "instructions": {"type": ["string", "null"]},
+        "max_output_tokens": chat["max_completion_tokens"],
+        "include": {"anyOf": [{"type": "array", "items": {"enum": list(_INCLUDABLE)}}, {"type": "null"}]},
+        "text": {"type": ["object", "null"]},
+        "tools": {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
+        "tool_choice": {"type": ["string", "object", "null"]},
+        "top_logprobs": chat["top_logprobs"],
+        "stream_options": {"type": ["object", "null"]},
+    }
+    assert own.keys() == set(_OWN), "every field is described"
+    as_in_chats = {name: chat[name] for name in _AS_IN_CHATS}
+    rest = schema_of_rest(_DEFAULTS) | {name: {} for name in _WITHOUT_MEANING}
+    return schema | {
+        "title": "ResponseBody",
+        "properties": as_in_chats | own | rest,
+        "required": ["model", "input"],
+    }
 
 
 def _labels(body: Mapping[str, Any]) -> dict[str, Any]:

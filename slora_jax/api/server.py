@@ -67,12 +67,15 @@ class ServerConfig(Section):
       adapter_roots: folders within which the adapters must be that are registered so; with none, anywhere on this
         machine if only its own programs reach the server, and else nowhere.
       adapter_hubs: organisations of the Hugging Face hub whose adapters may be registered so.
+      resolve_adapters: register an adapter when a request asks for it whose name is that of a folder within an
+        ``adapter_root``, or of a repository of an ``adapter_hub``.
       api_keys, api_keys_file: what requests must bring; see ``access``.
       admin_key: what those must bring that change what is served.
       allowed_hosts, allowed_origins: see ``access.Access``.
       grace_s: seconds that running requests may take to end after SIGTERM.
       log_level: of this program's log on stderr.
       log_json: write the log as one JSON object a line.
+      otlp_traces_endpoint: URL of the OpenTelemetry collector that gets a span of each request; None for none.
     """
 
     host: Text = "127.0.0.1"
@@ -82,6 +85,7 @@ class ServerConfig(Section):
     allow_adapter_loading: bool = False
     adapter_roots: tuple[Text, ...] = ()
     adapter_hubs: tuple[Text, ...] = ()
+    resolve_adapters: bool = False
     api_keys: tuple[Secret, ...] = ()
     api_keys_file: Text | None = None
     admin_key: Secret | None = None
@@ -90,6 +94,13 @@ class ServerConfig(Section):
     grace_s: float = pydantic.Field(30.0, ge=0, le=86_400, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     log_json: bool = False
+    otlp_traces_endpoint: Text | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _adapters_are_somewhere(self):
+        if self.resolve_adapters and not (self.adapter_roots or self.adapter_hubs):
+            raise ValueError("resolve_adapters needs an adapter_root or an adapter_hub in which they are looked for")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _strangers_do_not_administer(self):

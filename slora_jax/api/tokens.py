@@ -1,47 +1,72 @@
 """Text to tokens and back over HTTP, with vLLM's bodies: ``/tokenize`` and ``/detokenize``."""
 
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
-from slora_jax.api.openai import read_messages
+import pydantic
+
+from slora_jax.api.openai import Body, ChatTemplating, encode_chat, read_body, read_messages, source_for_tools
+from slora_jax.api.tools import read_tools
 from slora_jax.errors import InvalidRequest, shown
 from slora_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine
 
-_OF_TEXT = {"model", "prompt", "add_special_tokens", "return_token_strs"}
-_OF_CHAT = {"model", "messages", "add_generation_prompt", "add_special_tokens", "return_token_strs"}
 _MOST_IDS = 2**20
 
 type Resolve = Callable[[str], str | None]
 """The adapter that a model's name asks for, or None for the base model; raises for what is not there or not allowed."""
 
 
+class TextToTokens(Body):
+    """Body of ``/tokenize`` with a text."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class ChatToTokens(ChatTemplating):
+    """Body of ``/tokenize`` with a chat."""
+
+    model: str | None = None
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+
+
+class TokensToText(Body):
+    """Body of ``/detokenize``."""
+
+    tokens: Annotated[list[int], pydantic.Field(max_length=_MOST_IDS), pydantic.FailFast()]
+    model: str | None = None
+
+
 def tokenized(body: Any, engine: "Engine", resolve: Resolve) -> dict[str, Any]:
     """The answer to ``/tokenize``: ``tokens``, ``count``, ``max_model_len`` and ``token_strs``.
 
-    The body has ``prompt``, or ``messages`` for the chat template of the model that it names, the base model if none.
-    A text gets what the tokenizer adds to it unless ``add_special_tokens`` is false; of a chat, the
+    The body has ``prompt``, or ``messages`` (and ``tools``) for the chat template of the model that it names, the base
+    model if none. A text gets what the tokenizer adds to it unless ``add_special_tokens`` is false; of a chat, the
     template writes all. With ``return_token_strs`` the tokens come as the vocabulary writes them, else null does.
 
     Raises:
       InvalidRequest: with the field at fault in ``param``.
     """
-    fields = _fields(body, _OF_CHAT if isinstance(body, dict) and "messages" in body else _OF_TEXT)
-    adapter = _adapter(fields, resolve)
-    if "messages" in fields:
-        tokenizer = _tokenizer(engine, adapter, "messages")
-        opened = _truth(fields, "add_generation_prompt", True)
-        text = tokenizer.apply_chat_template(read_messages(fields["messages"]), opened)
-        tokens = tokenizer.encode(text, add_special_tokens=_truth(fields, "add_special_tokens", False))
+    if isinstance(body, dict) and "messages" in body:
+        chat = read_body(ChatToTokens, body)
+        tokenizer = _tokenizer(engine, chat.model, resolve, "messages")
+        tools = read_tools(chat.tools, None, None)
+        if tools is not None:
+            source_for_tools(tokenizer)
+        messages = read_messages(chat.messages)
+        tokens = encode_chat(chat, messages, tools, tokenizer, add_special_tokens=chat.add_special_tokens)
+        wants_texts = chat.return_token_strs
     else:
-        prompt = fields.get("prompt")
-        if not isinstance(prompt, str):
-            raise InvalidRequest(f"prompt must be a string, got {shown(prompt)}; or send messages", "prompt")
-        tokenizer = _tokenizer(engine, adapter, "prompt")
-        tokens = tokenizer.encode(prompt, add_special_tokens=_truth(fields, "add_special_tokens", True))
-    wants_texts = _truth(fields, "return_token_strs", False)
+        text = read_body(TextToTokens, body)
+        tokenizer = _tokenizer(engine, text.model, resolve, "prompt")
+        tokens = tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
+        wants_texts = text.return_token_strs
     return {
         "count": len(tokens),
         "max_model_len": engine.max_model_len,
@@ -56,45 +81,16 @@ def detokenized(body: Any, engine: "Engine", resolve: Resolve) -> dict[str, Any]
     Raises:
       InvalidRequest: with the field at fault in ``param``.
     """
-    fields = _fields(body, {"model", "tokens"})
-    tokenizer = _tokenizer(engine, _adapter(fields, resolve), "tokens")
-    tokens = fields.get("tokens")
-    if not isinstance(tokens, list) or len(tokens) > _MOST_IDS:
-        raise InvalidRequest(f"tokens must be a list of at most {_MOST_IDS} token ids, got {shown(tokens)}", "tokens")
+    fields = read_body(TokensToText, body)
+    tokenizer = _tokenizer(engine, fields.model, resolve, "tokens")
     vocabulary = engine.model_config.vocab_size
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < vocabulary:
-            raise InvalidRequest(f"tokens must be ids in [0, {vocabulary}), got {shown(token)}", "tokens")
-    return {"prompt": tokenizer.decode(tokens, skip_special_tokens=False)}
+    if (bad := next((token for token in fields.tokens if not 0 <= token < vocabulary), None)) is not None:
+        raise InvalidRequest(f"tokens must be ids in [0, {vocabulary}), got {shown(bad)}", "tokens")
+    return {"prompt": tokenizer.decode(fields.tokens, skip_special_tokens=False)}
 
 
-def _fields(body: Any, known: Container[str]) -> dict[str, Any]:
-    """The body's fields, less those that are null."""
-    if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {shown(body)}")
-    if unknown := next((name for name in body if name not in known), None):
-        raise InvalidRequest(f"unknown field: {shown(unknown)}; leave it out", unknown[:80])
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _adapter(fields: dict[str, Any], resolve: Resolve) -> str | None:
-    model = fields.get("model")
-    if model is None:
-        return None
-    if not isinstance(model, str):
-        raise InvalidRequest(f"model must be a string, got {shown(model)}", "model")
-    return resolve(model)
-
-
-def _truth(fields: dict[str, Any], name: str, default: bool) -> bool:
-    value = fields.get(name, default)
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, got {shown(value)}", name)
-    return value
-
-
-def _tokenizer(engine: "Engine", adapter: str | None, param: str) -> Tokenizer:
-    tokenizer = engine.tokenizer_of(adapter)
+def _tokenizer(engine: "Engine", model: str | None, resolve: Resolve, param: str) -> Tokenizer:
+    tokenizer = engine.tokenizer_of(None if model is None else resolve(model))
     if tokenizer is None:
         raise InvalidRequest("this model has no tokenizer (dummy weights), so it has no text", param)
     return tokenizer

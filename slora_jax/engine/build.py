@@ -199,6 +199,7 @@ def make_parts(
         host_bytes=pool.staged_bytes,
         base_name=base.name,
         confirm=lambda host: followers.confirm(host),
+        max_rank=config.max_lora_rank,
     )
     runner = Runner(
         make_model(base, lora_ops),

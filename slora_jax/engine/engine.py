@@ -33,10 +33,11 @@ from slora_jax.process import OwnProcess
 from slora_jax.request import Delta, FinishReason, Request, TokenLogprob
 from slora_jax.scheduler.capacity import Capacity
 from slora_jax.scheduler.scheduler import Scheduler
-from slora_jax.scheduler.sequence import Emitted, Sequence
+from slora_jax.scheduler.sequence import Constraint, Emitted, Sequence
 from slora_jax.scheduler.traffic import Whereabouts
 from slora_jax.text.adapters import AdapterTokenizers
-from slora_jax.text.grammar import GrammarConstraint, Grammars
+from slora_jax.text.bad_words import NoBadWords, spellings
+from slora_jax.text.grammar import Grammars
 from slora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class Engine:
         self.check_process()
         is_replaced = name in self._store
         try:
-            folder = resolve_adapter_path(path)
+            folder = resolve_adapter_path(path, self._store.limits)
             own = self._own_tokenizer(folder)
             info = self._store.register(name, folder, pinned, replace)
         except BadAdapter as refusal:
@@ -375,7 +376,7 @@ class Engine:
         generation: Generation,
         adapter: AdapterVersion | None,
         max_tokens: int,
-        constraints: list[GrammarConstraint | None],
+        constraints: list[Constraint | None],
     ) -> list[_Answer]:
         """Makes the request's n sequences. Needs the lock, so that ``arrival`` increases with the sequences' ids."""
         sampling = request.sampling
@@ -408,7 +409,7 @@ class Engine:
             group.append(_Answer(sequence, generation, OutputText(request, index, self.tokenizer), index))
         return group
 
-    def _constraints_of(self, request: Request) -> list[GrammarConstraint | None]:
+    def _constraints_of(self, request: Request) -> list[Constraint | None]:
         """What the tokens of each of the n answers may be. Compiles the grammar, in the caller's thread."""
         sampling = request.sampling
         vocabulary = self.model_config.vocab_size
@@ -416,10 +417,14 @@ class Engine:
             if ids and (bad := next((token for token in ids if token >= vocabulary), None)) is not None:
                 raise InvalidRequest(f"{name}: token id {bad} is outside the vocabulary [0, {vocabulary})", name)
         grammar = sampling.grammar
-        if grammar is None:
+        if grammar is None and not sampling.bad_words:
             return [None] * sampling.n
-        if self._grammars is None:
-            raise InvalidRequest("a grammar is about text, and this model has no tokenizer", "grammar")
+        name, what = ("bad_words", "bad_words are") if grammar is None else ("grammar", "a grammar is")
+        if self._grammars is None or self.tokenizer is None:
+            raise InvalidRequest(f"{what} about text, and this model has no tokenizer", name)
+        if grammar is None:
+            forbidden = spellings(sampling.bad_words, self.tokenizer)
+            return [NoBadWords(forbidden) for _ in range(sampling.n)]
         first = self._grammars.constraint(grammar)
         return [first, *(first.copy() for _ in range(sampling.n - 1))]
 

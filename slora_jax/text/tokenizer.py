@@ -203,6 +203,7 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
+        /,  # so that a template may have a variable of any name
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         *,

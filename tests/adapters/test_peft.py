@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import errors
 from safetensors.numpy import load_file, save_file
 
 from slora_jax.adapters.lora_config import parse_lora_config
-from slora_jax.adapters.peft import load_adapter, read_header, resolve_adapter_path
+from slora_jax.adapters.peft import AdapterLimits, load_adapter, read_header, resolve_adapter_path
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -21,6 +23,7 @@ from slora_jax.model.modules import MODULES
 from tests.helpers.peft_folders import (
     MODEL,
     POOL,
+    WIDTHS,
     expected_delta,
     make_config,
     make_tensors,
@@ -803,7 +806,7 @@ def test_resolve_downloads_two_files(tmp_path, monkeypatch):
 
     asked = {}
 
-    def download(repo_id, allow_patterns):
+    def download(repo_id, revision, allow_patterns):
         asked.update(repo_id=repo_id, files=allow_patterns)
         return str(tmp_path)
 
@@ -813,6 +816,66 @@ def test_resolve_downloads_two_files(tmp_path, monkeypatch):
         "repo_id": "some-owner/some.name_1",
         "files": ["adapter_config.json", "adapter_model.safetensors"],
     }
+
+
+class Hub:
+    """A hub with one adapter, as ``snapshot_download`` shows it."""
+
+    def __init__(self, folder, sizes=(), is_there=True, is_cached=False):
+        self.folder = folder
+        self.sizes = {path.name: path.stat().st_size for path in folder.iterdir()} | dict(sizes)
+        self.is_there, self.is_cached = is_there, is_cached
+        self.downloaded: list[str] = []
+
+    def snapshot_download(self, repo_id, *, allow_patterns, revision=None, dry_run=False):
+        if dry_run and not self.is_there:
+            raise errors.DryRunError("no connection")
+        files = [name for name in self.sizes if name in allow_patterns]
+        if dry_run:
+            return [
+                SimpleNamespace(
+                    filename=name, file_size=self.sizes[name], commit_hash="c1", will_download=not self.is_cached
+                )
+                for name in files
+            ]
+        assert revision == ("c1" if self.is_there else None), "what was looked at"
+        self.downloaded += files
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub_of(tmp_path, monkeypatch):
+    def make(rank, **options):
+        folder = write_adapter(tmp_path / "hub", make_tensors(rank=rank), r=rank, **options.pop("config", {}))
+        hub = Hub(folder, **options)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+        return hub
+
+    return make
+
+
+def test_what_exceeds_the_limits_is_not_downloaded(hub_of):
+    limits = AdapterLimits.of_rank(4, POOL)
+    assert limits.file_bytes - 2**19 == 4 * sum(map(sum, WIDTHS.values())) * 3 * 8
+    hub = hub_of(4)
+    assert resolve_adapter_path("org/name", limits) == hub.folder
+    assert sorted(set(hub.downloaded)) == ["adapter_config.json", "adapter_model.safetensors"]
+    hub = hub_of(5)
+    with pytest.raises(BadAdapter, match="'org/name': its rank is 5, and this server takes at most 4 "):
+        resolve_adapter_path("org/name", limits)
+    assert hub.downloaded == ["adapter_config.json"]
+    for name, most in (("adapter_model.safetensors", limits.file_bytes), ("adapter_config.json", 2**18)):
+        hub = hub_of(4, sizes={name: most + 1})
+        with pytest.raises(BadAdapter, match=f"{name} has {most + 1} bytes.* not downloaded"):
+            resolve_adapter_path("org/name", limits)
+        assert hub.downloaded == []
+    # Patterns may name lower ranks for all that there is: the header tells, when it is there.
+    hub = hub_of(5, config={"rank_pattern": {"q_proj": 4}})
+    resolve_adapter_path("org/name", limits)
+    # A hub that cannot be reached may have been reached before.
+    hub = hub_of(5, is_there=False)
+    resolve_adapter_path("org/name", limits)
+    assert "adapter_model.safetensors" in hub.downloaded
 
 
 def test_resolve_offline(tmp_path):

@@ -320,6 +320,16 @@ def test_a_load_without_room_waits_until_something_is_let_go(four):
     assert d.status == "registered", "nobody wants it any more"
 
 
+def test_an_adapter_of_a_larger_rank_than_allowed_is_not_registered(tmp_path):
+    low, high = (write_adapter(tmp_path / str(rank), make_tensors(rank=rank), r=rank) for rank in (4, 5))
+    store = AdapterStore(MODEL, POOL, np.float32, max_rank=4)
+    assert store.register("low", low).rank == 4
+    with pytest.raises(BadAdapter, match=f"{high}: its rank is 5, and this server takes at most 4 "):
+        store.register("high", high)
+    assert set(store.infos()) == {"low"} and store.num_loads == 0
+    store.close()
+
+
 def test_an_adapter_larger_than_host_memory_is_not_registered(tmp_path, changes):
     folder = write_adapter(tmp_path / "adapters" / "a")
     store = small_store(0, changes, like=folder)

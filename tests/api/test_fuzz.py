@@ -50,6 +50,7 @@ OTHERS = [
     "logprobs", "prompt_logprobs", "top_logprobs", "echo", "best_of", "suffix", "tools", "store", "user", "nobody",
     "guided_grammar", "guided_regex", "guided_json", "guided_choice", "structured_outputs", "allowed_token_ids",
     "tool_choice", "truncate_prompt_tokens", "chat_template_kwargs", "continue_final_message",
+    "bad_words",
 ]  # fmt: skip
 BODIES = [
     b"", b"{", b"[" * 5000, b"\xff", b"null", b'{"a":1,"a":2}', b'{"n":' + b"9" * 5000 + b"}", b'{"temperature": NaN}',

@@ -166,6 +166,17 @@ def test_the_pool_is_as_the_engine_says(engine, app):
     assert scraped.labels("vllm:lora_adapter_loaded") == [
         {"adapter_name": ADAPTERS[0], "level": "gpu", "pinned": "false", "rank": rank}
     ]
+    for level, to in (("gpu", "pool"), ("cpu", "host")):
+        for part in ("count", "sum"):
+            taken = scraped.all(f"vllm:lora_adapter_load_seconds_{part}", level=level)
+            assert taken == scraped.all(f"slora:adapter_load_seconds_{part}", to=to) > 0
+
+
+def test_adapters_in_host_memory_are_on_the_cpu(engine, app):
+    engine.parts.store.get(ADAPTERS[1]).wait(20)
+    (labels,) = settled(app).labels("vllm:lora_adapter_loaded")
+    assert (labels["adapter_name"], labels["level"]) == (ADAPTERS[1], "cpu")
+    assert settled(app).names_in("vllm:lora_requests_info", "running_lora_adapters") == set()
 
 
 def test_a_gateway_sends_requests_where_their_adapter_is(engine, app):

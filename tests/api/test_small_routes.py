@@ -104,6 +104,34 @@ def test_tokenize_a_chat(client, engine):
     assert closed == engine.tokenizer.encode_chat(messages, False) != expected
 
 
+def test_tokenize_a_chat_as_a_chat_is_made(client, engine):
+    """What comes back is the prompt that the same chat would have."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    for fields in (
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": True}},
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"self": 1, "max_tokens": 2}},
+        {"messages": [{"role": "assistant", "content": "As I"}], "continue_final_message": True},
+    ):
+        tokens = post(client, "/tokenize", model="base", **fields).get_json()["tokens"]
+        answer = post(client, "/v1/chat/completions", model="base", max_tokens=1, return_token_ids=True, **fields)
+        assert answer.get_json()["choices"][0]["prompt_token_ids"] == tokens
+    going_on = post(client, "/tokenize", messages=[{"role": "assistant", "content": "As I"}])
+    assert going_on.get_json()["tokens"] != tokens
+    messages = [{"role": "user", "content": "hi"}]
+    error(post(client, "/tokenize", messages=messages, tools=[tool]), 400, None, "tools")  # it has no place for them
+    error(post(client, "/tokenize", messages=messages, tools=[5]), 400, None, "tools[0]")
+    error(
+        post(client, "/tokenize", messages=messages, continue_final_message=True), 400, None, "continue_final_message"
+    )
+    kwargs = {"messages": []}
+    error(
+        post(client, "/tokenize", messages=messages, chat_template_kwargs=kwargs),
+        400,
+        None,
+        "chat_template_kwargs.messages",
+    )
+
+
 def test_tokens_and_text_are_each_others_inverse(client):
     for text in ("hello", "é😀 x\n", "", "a" * 1000):
         ids = post(client, "/tokenize", prompt=text, add_special_tokens=False).get_json()["tokens"]
@@ -127,8 +155,8 @@ def test_tokens_and_text_are_each_others_inverse(client):
         ("detokenize", {}, 400, "tokens"),
         ("detokenize", {"tokens": "x"}, 400, "tokens"),
         ("detokenize", {"tokens": [-1]}, 400, "tokens"),
-        ("detokenize", {"tokens": [True]}, 400, "tokens"),
-        ("detokenize", {"tokens": [1.0]}, 400, "tokens"),
+        ("detokenize", {"tokens": [True]}, 400, "tokens[0]"),
+        ("detokenize", {"tokens": [1, 1.0]}, 400, "tokens[1]"),
         ("detokenize", {"tokens": [10**30]}, 400, "tokens"),
         ("detokenize", {"tokens": [1], "model": "nobody"}, 404, "model"),
     ],

@@ -193,3 +193,13 @@ def test_a_template_without_tools_is_no_place_for_them(tmp_path):
         assert ask(engine, tool_choice="none").status_code == 200
     finally:
         engine.close()
+
+
+def test_tokenize_shows_the_tools_to_the_template(engine):
+    client = create_app(engine).test_client()
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [WEATHER]}
+    tokens = client.post("/tokenize", json=body).get_json()["tokens"]
+    assert engine.tokenizer.decode(tokens).startswith("Tools: weather")
+    asked = body | {"model": "base", "max_tokens": 1, "return_token_ids": True}
+    answer = client.post("/v1/chat/completions", json=asked).get_json()
+    assert answer["choices"][0]["prompt_token_ids"] == tokens
