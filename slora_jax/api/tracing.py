@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from slora_jax.engine.engine import Generation
 
 SERVICE = "slora-jax"
+_COLLECTOR_SECONDS = 3
+"""How long a collector that does not answer may keep a server from ending."""
+
 _OPERATIONS = {"/v1/completions": "text_completion"}
 _ASKED = ("max_tokens", "temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "seed")
 _FAILURES = frozenset({"error", "abort", "late"})
@@ -117,7 +120,7 @@ def tracing_to(endpoint: str | None) -> Iterator[Tracing | None]:
         ) from None
     name = os.environ.get("OTEL_SERVICE_NAME", SERVICE)
     provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=_COLLECTOR_SECONDS)))
     try:
         yield Tracing(provider)
     finally:
