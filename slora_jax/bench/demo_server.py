@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,14 @@ class Served(NamedTuple):
 
     url: str
     pid: int
+
+
+class Failed(Exception):
+    """A request was answered otherwise than by 200; or its answer broke off, with ``status`` 0."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(f"{status or 'broken off'}: {message}")
+        self.status = status
 
 
 @contextlib.contextmanager
@@ -80,3 +89,25 @@ def send(connection: http.client.HTTPConnection, path: str, fields: dict[str, An
         connection.request("GET", path)
     else:
         connection.request("POST", path, json.dumps(fields), {"Content-Type": "application/json"})
+
+
+def post(url: str, path: str, **fields: Any) -> Any:
+    """Sends ``fields`` as JSON, and returns what came. Raises Failed if the status is not 200."""
+    status, answer = ask(url, path, fields)
+    if status != 200:
+        raise Failed(status, answer["error"]["message"])
+    return answer
+
+
+def load_adapter(url: str, name: str, folder: Path, **more: bool) -> None:
+    """Registers an adapter over HTTP. Raises Failed if that is refused."""
+    post(url, "/v1/load_lora_adapter", lora_name=name, lora_path=str(folder), **more)
+
+
+def write_variant(source: Path, folder: Path, strength: float) -> Path:
+    """Writes another adapter's PEFT folder, whose change of the base model is ``strength`` times the source's."""
+    shutil.copytree(source, folder)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] * strength}))
+    return folder

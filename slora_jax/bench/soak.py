@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import random
-import shutil
 import socket
 import struct
 import tempfile
@@ -25,7 +24,17 @@ from typing import Any, NamedTuple
 import psutil
 
 from slora_jax.bench.demo import cpu
-from slora_jax.bench.demo_server import Served, ask, connect, demo_server, send
+from slora_jax.bench.demo_server import (
+    Failed,
+    Served,
+    ask,
+    connect,
+    demo_server,
+    load_adapter,
+    post,
+    send,
+    write_variant,
+)
 from slora_jax.demo import demo_adapters
 
 FLAGS = ("--max-model-len", "512", "--pool-pages", "700", "--host-adapter-memory", "0.03")
@@ -38,10 +47,10 @@ _CHAT = "/v1/chat/completions"
 _SLOW_RECEIVE_BYTES = 4096
 _SLOW_SECONDS_A_LINE = 0.1
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops the connection at once
-_COMING_AND_GOING = 6
 _SECONDS_BETWEEN_CHANGES = (0.5, 4.0)
 _SETTLE_SECONDS = 60
 _WARM_UP_SHARE = 0.2
+_TIMELINE_SECONDS = 10
 _SHOWN = 5
 
 _PROMPTS = (
@@ -61,15 +70,7 @@ class Answer(NamedTuple):
     finish_reason: str
 
 
-class _Failed(Exception):
-    """A request was answered otherwise than by 200; or its answer broke off, with ``status`` 0."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(f"{status or 'broken off'}: {message}")
-        self.status = status
-
-
-class _Reigns:
+class Reigns:
     """Which folder an adapter's name stood for, and when, as well as a client can know it. Thread-safe.
 
     A change happens at some moment between its call and the answer to it: meanwhile either version is right.
@@ -118,7 +119,7 @@ class _Clients:
         self._solo = solo
         self.base = ask(url, "/v1/models")[1]["data"][0]["id"]
         self._fixed: dict[str, Path | None] = {self.base: None, **demo_adapters()}
-        self._changing = {f"changing-{i}": _Reigns() for i in range(len(folders) // 2)}
+        self._changing = {f"changing-{i}": Reigns() for i in range(len(folders) // 2)}
         self._over = threading.Event()
         self._lock = threading.Lock()
         self.counts: collections.Counter[str] = collections.Counter()
@@ -153,7 +154,7 @@ class _Clients:
                     self._count("hung_up")
                 else:
                     self._compare(name, prompt, kind, tokens)
-            except _Failed as failure:
+            except Failed as failure:
                 self._refused(name, failure)
             except (OSError, http.client.HTTPException) as failure:
                 self._note_unexpected(f"{name}: {type(failure).__name__}: {failure}")
@@ -162,7 +163,7 @@ class _Clients:
         start = time.monotonic()
         try:
             answer, begun = read(self._url, question(name, prompt, tokens, kind), kind)
-        except _Failed as failure:
+        except Failed as failure:
             if failure.status != 404 or not self._may_be_gone(name, start):
                 raise
             self._count("unloaded")
@@ -208,12 +209,12 @@ class _Clients:
                 try:
                     with self._changing[name].change(folder):
                         if folder is None:
-                            _post(self._url, "/v1/unload_lora_adapter", lora_name=name)
+                            post(self._url, "/v1/unload_lora_adapter", lora_name=name)
                         else:
-                            load(self._url, name, folder, load_inplace=done == "replaced")
+                            load_adapter(self._url, name, folder, load_inplace=done == "replaced")
                     self._count(done)
                     break
-                except _Failed as failure:
+                except Failed as failure:
                     self._refused(name, failure)
                     if failure.status != 429:
                         return
@@ -221,7 +222,7 @@ class _Clients:
                     self._note_unexpected(f"change of {name}: {type(failure).__name__}: {failure}")
                     return
 
-    def _refused(self, name: str, failure: _Failed) -> None:
+    def _refused(self, name: str, failure: Failed) -> None:
         """429 is the server's right; a client then comes again later, as it is told to."""
         if failure.status == 429:
             self._count("refused")
@@ -244,6 +245,7 @@ class _Watch:
 
     Attributes:
       most: the largest of each figure that was seen.
+      timeline: every ten seconds, the seconds since the start, MiB of memory, and compiled programs.
     """
 
     def __init__(self, served: Served):
@@ -252,6 +254,7 @@ class _Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self.most: collections.Counter[str] = collections.Counter()
+        self.timeline: list[tuple[int, int, int]] = []
 
     def __enter__(self) -> "_Watch":
         self._thread.start()
@@ -262,17 +265,25 @@ class _Watch:
         self._thread.join()
 
     def _look(self) -> None:
+        start = time.monotonic()
         while not self._ended.wait(1.0):
-            seen = held(self._process) | {name: health(self._served.url)[name] for name in ("running", "waiting")}
+            stats = health(self._served.url)
+            seen = held(self._process) | {name: stats[name] for name in ("running", "waiting")}
+            at = time.monotonic() - start
+            if at >= _TIMELINE_SECONDS * len(self.timeline):
+                self.timeline.append((round(at), seen["mib"], stats["compilations"]))
             for name, count in seen.items():
                 self.most[name] = max(self.most[name], count)
 
 
-def run_soak(seconds: float, streams: int, tell: Callable[[str], None], flags: Sequence[str] = FLAGS) -> dict:
+def run_soak(
+    seconds: float, streams: int, tell: Callable[[str], None], changing: int = 6, flags: Sequence[str] = FLAGS
+) -> dict:
     """Serves the embedded model, and loads it for so many seconds with so many streams at a time.
 
     Args:
       tell: is told what goes on, a line at a time.
+      changing: adapters that are loaded, replaced and unloaded all the time.
       flags: of ``serve.py``.
 
     Returns:
@@ -280,7 +291,7 @@ def run_soak(seconds: float, streams: int, tell: Callable[[str], None], flags: S
     """
     with tempfile.TemporaryDirectory() as temporary, demo_server(flags) as served:
         url = served.url
-        folders = _variants(Path(temporary))
+        folders = _variants(Path(temporary), 2 * changing)
         tell("asking every question alone")
         solo = _alone(url, folders)
         clients = _Clients(url, streams, solo, folders)
@@ -293,7 +304,7 @@ def run_soak(seconds: float, streams: int, tell: Callable[[str], None], flags: S
         after = _at_rest(served, most=before)
         tell(f"at rest at the end: {after}")
         for name in demo_adapters():
-            _post(url, "/v1/unload_lora_adapter", lora_name=name)
+            post(url, "/v1/unload_lora_adapter", lora_name=name)
         _settle(lambda: not ask(url, "/v1/pool")[1]["pages"]["adapters"])
         pages, stats = ask(url, "/v1/pool")[1]["pages"], health(url)
         counts, growth = clients.counts, round(after["mib"] / before["mib"] - 1, 4)
@@ -320,6 +331,7 @@ def run_soak(seconds: float, streams: int, tell: Callable[[str], None], flags: S
         "adapters": {name: counts[name] for name in changes},
         "most": dict(watch.most),
         "at_rest": {"after_warm_up": before, "end": after, "memory_growth": growth},
+        "timeline": watch.timeline,
         "pages": pages,
         "server": {name: stats[name] for name in counters},
         "shown": {"differing": clients.differing, "unexpected": clients.unexpected},
@@ -358,7 +370,7 @@ def read(url: str, fields: dict[str, Any], kind: str) -> tuple[Answer, float]:
     """The whole answer, and the latest moment at which its adapter's version was chosen, by ``time.monotonic``.
 
     Raises:
-      _Failed: there is none.
+      Failed: there is none.
     """
     slow = kind == "slow"
     with contextlib.closing(connect(url, _SLOW_RECEIVE_BYTES if slow else None)) as connection:
@@ -366,7 +378,7 @@ def read(url: str, fields: dict[str, Any], kind: str) -> tuple[Answer, float]:
         response = connection.getresponse()
         begun = time.monotonic()
         if response.status != 200:
-            raise _Failed(response.status, response.read().decode(errors="replace")[:300])
+            raise Failed(response.status, response.read().decode(errors="replace")[:300])
         if kind == "whole":
             choice = json.loads(response.read())["choices"][0]
             return Answer(choice["message"]["content"], choice["finish_reason"]), begun
@@ -378,16 +390,11 @@ def read(url: str, fields: dict[str, Any], kind: str) -> tuple[Answer, float]:
             if line.startswith(b"data: "):
                 chunk = json.loads(line.removeprefix(b"data: "))
                 if "error" in chunk:
-                    raise _Failed(0, chunk["error"]["message"])
+                    raise Failed(0, chunk["error"]["message"])
                 for choice in chunk["choices"]:
                     text += choice["delta"].get("content") or ""
                     reason = choice["finish_reason"] or reason
-        raise _Failed(0, f"after {text!r}")
-
-
-def load(url: str, name: str, folder: Path, **more: bool) -> None:
-    """Registers an adapter over HTTP. Raises _Failed if that is refused."""
-    _post(url, "/v1/load_lora_adapter", lora_name=name, lora_path=str(folder), **more)
+        raise Failed(0, f"after {text!r}")
 
 
 def health(url: str) -> dict[str, Any]:
@@ -401,21 +408,12 @@ def held(process: psutil.Process) -> dict[str, int]:
     return {"threads": process.num_threads(), "descriptors": process.num_fds(), "mib": round(memory / 2**20)}
 
 
-def write_variant(source: Path, folder: Path, strength: float) -> Path:
-    """Writes another adapter's PEFT folder, whose change of the base model is ``strength`` times the source's."""
-    shutil.copytree(source, folder)
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] * strength}))
-    return folder
-
-
-def _variants(place: Path) -> list[Path]:
+def _variants(place: Path, count: int) -> list[Path]:
     """Folders of adapters no two of which are alike, nor like the embedded model's own."""
     shipped = itertools.cycle(demo_adapters().items())
     return [
         write_variant(source, place / f"{name}-{i}", 1 - 0.05 * (i + 1))
-        for i, (name, source) in enumerate(itertools.islice(shipped, 2 * _COMING_AND_GOING))
+        for i, (name, source) in enumerate(itertools.islice(shipped, count))
     ]
 
 
@@ -427,17 +425,11 @@ def _alone(url: str, folders: Sequence[Path]) -> dict[tuple[Path | None, str], A
     for folder in [*named, *folders]:
         name = named.get(folder, "alone")
         if folder not in named:
-            load(url, name, folder, load_inplace=True)
+            load_adapter(url, name, folder, load_inplace=True)
         for prompt, tokens in _PROMPTS:
             solo[folder, prompt], _ = read(url, question(name, prompt, tokens, "whole"), "whole")
-    _post(url, "/v1/unload_lora_adapter", lora_name="alone")
+    post(url, "/v1/unload_lora_adapter", lora_name="alone")
     return solo
-
-
-def _post(url: str, path: str, **fields: Any) -> None:
-    status, answer = ask(url, path, fields)
-    if status != 200:
-        raise _Failed(status, answer["error"]["message"])
 
 
 def _at_rest(served: Served, most: dict[str, int] | None = None) -> dict[str, int]:
