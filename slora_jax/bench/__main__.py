@@ -503,7 +503,9 @@ def bystander(url: str | None, seconds: float, kinds: tuple[str, ...], body_byte
 
 
 @main.command()
-@click.option("--minutes", type=_ABOVE_0, default=5.0, show_default=True, help="How long; a fifth of it is a warm-up.")
+@click.option(
+    "--minutes", type=_ABOVE_0, default=5.0, show_default=True, help="How long; two fifths of it are a warm-up."
+)
 @click.option("--streams", type=_COUNT, default=512, show_default=True, help="Clients that ask at the same time.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def soak(minutes: float, streams: int, out: Path | None):

@@ -48,7 +48,7 @@ def demo_server(flags: Sequence[str] = ("--max-model-len", "512")) -> Iterator[S
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         with contextlib.ExitStack() as stack:
-            stack.callback(process.wait)
+            stack.enter_context(process)  # which waits for its end
             stack.callback(process.terminate)
             for line in process.stdout:
                 if line.startswith("Serving"):

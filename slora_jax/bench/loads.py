@@ -88,8 +88,11 @@ def run_loads(adapters: int, tokens: int) -> dict:
                 work()
                 seconds.append(time.perf_counter() - start)
 
+            before = _compilations(url)
             gaps = _gaps_beside(url, base, timed, tokens)
-            rows.append({"case": case, "what": what, "seconds": round(seconds[0], 2), **_summary(gaps)})
+            compiled = _compilations(url) - before
+            row = {"case": case, "what": what, "seconds": round(seconds[0], 2), "compiled": compiled}
+            rows.append(row | _summary(gaps))
             afterwards()
     alone = [row for row in rows if row["case"].startswith("alone")]
     step = statistics.median(row["p50_ms"] for row in alone)
@@ -156,6 +159,10 @@ def _each(names: Sequence[str], use: Callable[[str], None]) -> None:
 
 def _one_token(url: str, name: str) -> None:
     post(url, "/v1/completions", model=name, prompt="The moon", max_tokens=1)
+
+
+def _compilations(url: str) -> int:
+    return ask(url, "/health")[1]["compilations"]
 
 
 def _num_in_pool(url: str) -> int:
