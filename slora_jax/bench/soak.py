@@ -194,7 +194,7 @@ class _Clients:
                     return
                 for _ in itertools.islice(response, lines):
                     pass
-            if draw.random() < 0.5:
+            if draw.random() < 0.5 and sock.fileno() >= 0:  # it is closed with an answer that ended the connection
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     def _change(self, name: str, first: Path, second: Path) -> None:
