@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -160,6 +160,18 @@ class AdapterVersion:
         return f"<AdapterVersion {self.info.name!r} {self.status} of {self.info.path}>"
 
 
+class Retired(NamedTuple):
+    """A version that no new request gets.
+
+    Attributes:
+      version: gives the version while somebody still holds it; it is freed without regard to this.
+      content_hash: as it was known when the version lost its name.
+    """
+
+    version: "weakref.ref[AdapterVersion]"
+    content_hash: str | None
+
+
 class AdapterStore:
     """Adapters by name, and their weights in host memory. Thread-safe.
 
@@ -223,6 +235,7 @@ class AdapterStore:
         # Keys in the cache of versions that were freed since. A version may die anywhere, so only noted then.
         self._dead: deque[weakref.ref[AdapterVersion]] = deque()
         self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="slora-adapter")
+        self._retired: list[Retired] = []
         self._is_closed = False
         self.num_loads = 0
         self.load_seconds = Histogram()
@@ -326,6 +339,9 @@ class AdapterStore:
                 f"adapter {name} cannot be pinned: it takes {version.num_pages} pages, pinned ones may take "
                 f"{self._max_pinned_pages} together and {used} are taken; pin fewer, or start with a larger pool"
             )
+        before = self._versions.get(name)
+        if before is not None and before is not version:
+            self._retired.append(Retired(weakref.ref(before), before.content_hash))
         self._versions[name] = version
         if version.info.pinned != pinned:
             version.info = replace(version.info, pinned=pinned)
@@ -392,8 +408,21 @@ class AdapterStore:
             if version is not None:
                 if version.info.pinned:
                     self.pinned = tuple(other for other in self.pinned if other is not version)
+                self._retired.append(Retired(weakref.ref(version), version.content_hash))
                 return
         raise self._unknown(name)
+
+    def take_retired(self) -> list[Retired]:
+        """Versions whose names were forgotten or given to others since the last call.
+
+        Those are left out whose weights a current version is known to have.
+        """
+        if not self._retired:
+            return []
+        with self._changed:
+            retired, self._retired = self._retired, []
+            current = {version.content_hash for version in self._versions.values()} - {None}
+        return [one for one in retired if one.content_hash not in current]
 
     def get(self, name: str) -> AdapterVersion:
         """The name's current version.
@@ -424,7 +453,9 @@ class AdapterStore:
     @property
     def host_bytes_used(self) -> int:
         """Of the bounded host memory, loads under way included."""
-        return self._cache.used
+        with self._changed:
+            self._remove_dead()
+            return self._cache.used
 
     def close(self) -> None:
         """Waits for loads under way, and fails those not begun. Idempotent."""
@@ -465,8 +496,7 @@ class AdapterStore:
 
     def _use_room(self) -> None:
         """Starts the loads that wait, in their order, as far as there is room. Needs the lock."""
-        while self._dead:
-            self._cache.remove(self._dead.popleft())
+        self._remove_dead()
         while self._without_room and not self._is_closed:
             version = self._without_room[0]()
             if version is not None and version._holds:
@@ -482,6 +512,11 @@ class AdapterStore:
                 self._loading.discard(version)
                 version.status = "registered"
             self._without_room.popleft()
+
+    def _remove_dead(self) -> None:
+        """Gives back the room of versions that were freed. Needs the lock."""
+        while self._dead:
+            self._cache.remove(self._dead.popleft())
 
     def _drop(self, version: AdapterVersion | None) -> None:
         """Of what left the cache. Needs the lock."""

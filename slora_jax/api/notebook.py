@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import dataclasses
 import hashlib
 import json
 import numbers
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from slora_jax.api.deltas import raise_failure, watch
+from slora_jax.api.keywords import check_options, check_sampling_fields
 from slora_jax.api.openai import read_messages
 from slora_jax.config import EngineConfig, build_config
-from slora_jax.errors import EngineStopped, InvalidRequest, Overloaded, UnknownAdapter
+from slora_jax.errors import EngineStopped, InvalidRequest, Overloaded, SLoRAError, UnknownAdapter
 from slora_jax.request import Completion, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class TextStream:
         self.results: GenerationResult | list[GenerationResult] | None = None
         self._work = work
         self._generations = generations
-        self._pieces = _pieces(generations)
+        self._pieces = _pieces(generations, work)
 
     def __iter__(self) -> Iterator[str | tuple[int, str]]:
         return self
@@ -106,12 +106,13 @@ class TextStream:
             generation.cancel()
 
 
-def _pieces(generations: Sequence["Generation"]) -> Generator[tuple[int, str], None, None]:
+def _pieces(generations: Sequence["Generation"], work: "_Work") -> Generator[tuple[int, str], None, None]:
     for index, deltas in watch(generations, gone=lambda: False):
         if text := "".join(delta.text for delta in deltas):
             yield index, text
-        for delta in deltas:
-            raise_failure(delta)
+        with work.naming(index):
+            for delta in deltas:
+                raise_failure(delta)
 
 
 def generate(
@@ -155,31 +156,32 @@ def generate(
       UnknownAdapter: no adapter or folder of that name.
       BadAdapter: a folder that cannot be served.
     """
+    check_options(engine_options)
     work = _Work.of(prompts, adapters, sampling)
-    given = [_sampling_params(choice, {}) for choice in work.choices]  # refused, if so, before a model is loaded
-    if stream and any(s.n > 1 for s in given):
-        raise InvalidRequest("stream=True gives one text per prompt; n must be 1", "n")
+    for i, choice in enumerate(work.choices):  # refused, if so, before a model is loaded
+        with work.naming(i, "sampling"):
+            if _sampling_params(choice, {}).n > 1 and stream:
+                raise InvalidRequest("stream=True gives one text per prompt; n must be 1", "n")
     engine = _engine(model, engine_options)
     choices = [_sampling_params(choice, engine.default_sampling) for choice in work.choices]
-    names = [_adapter_name(adapter, engine) for adapter in work.adapters]
-    requests = [
-        Request(
-            prompt=_token_ids(prompt, engine, chat, name),
-            adapter=name,
-            sampling=sampling,
-            request_id=f"generate-{i}",
-            priority=priority,
-            slo_ms=slo_ms,
-        )
-        for i, (prompt, name, sampling) in enumerate(zip(work.prompts, names, choices, strict=True))
-    ]
+    names = []
+    for i, adapter in enumerate(work.adapters):
+        with work.naming(i, "adapters"):
+            names.append(_adapter_name(adapter, engine))
+    requests = []
+    for i, (prompt, name, chosen) in enumerate(zip(work.prompts, names, choices, strict=True)):
+        with work.naming(i):
+            ids = _token_ids(prompt, engine, chat, name)
+            requests.append(Request(ids, name, chosen, f"generate-{i}", priority=priority, slo_ms=slo_ms))
     generations: list[Generation] = []
     with _cancelled_on_error(generations):
         if stream:
-            generations += [engine.submit(request) for request in requests]
+            for i, request in enumerate(requests):
+                with work.naming(i):
+                    generations.append(engine.submit(request))
             return TextStream(work, generations)
         show = len(requests) > 1 if progress is None else progress
-        outputs = _run(engine, requests, generations, show)
+        outputs = _run(engine, requests, generations, work, show)
     return work.results(outputs)
 
 
@@ -199,7 +201,11 @@ class _Work:
     prompts: Sequence[Prompt]
     adapters: Sequence[AdapterChoice]
     choices: Sequence[SamplingChoice]
-    single: bool
+    lists: Sequence[str]
+
+    @property
+    def single(self) -> bool:
+        return not self.lists
 
     @classmethod
     def of(cls, prompts, adapters, sampling) -> "_Work":
@@ -221,8 +227,23 @@ class _Work:
             prompts=lists.get("prompts", [prompts] * count),
             adapters=lists.get("adapters", [adapters] * count),
             choices=lists.get("sampling", [sampling] * count),
-            single=not lists,
+            lists=tuple(lists),
         )
+
+    @contextlib.contextmanager
+    def naming(self, place: int, argument: str | None = None) -> Iterator[None]:
+        """Errors within say to which item of a list they belong.
+
+        Args:
+          argument: whose list; nothing is said if it is none. None takes the first that is a list.
+        """
+        try:
+            yield
+        except SLoRAError as error:
+            named = argument or next(iter(self.lists), None)
+            if named in self.lists:
+                error.args = (f"{named}[{place}]: {error}",)
+            raise
 
     def results(self, outputs: Sequence[RequestOutput]) -> GenerationResult | list[GenerationResult]:
         results = [_result(prompt, output) for prompt, output in zip(self.prompts, outputs, strict=True)]
@@ -264,10 +285,7 @@ def _sampling_params(value: SamplingChoice, defaults: Mapping[str, Any]) -> Samp
         return value
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"sampling must be SamplingParams or a mapping, got {type(value).__name__}", "sampling")
-    known = [f.name for f in dataclasses.fields(SamplingParams)]
-    for name in value:
-        if name not in known:
-            raise InvalidRequest(f"sampling has no field {name!r}; it has {', '.join(known)}", str(name))
+    check_sampling_fields(value)
     return SamplingParams(**{**defaults, **value})
 
 
@@ -311,15 +329,16 @@ def _folder_name(folder: Path) -> str:
 
 
 def _run(
-    engine: "Engine", requests: Sequence[Request], generations: list["Generation"], show: bool
+    engine: "Engine", requests: Sequence[Request], generations: list["Generation"], work: _Work, show: bool
 ) -> list[RequestOutput]:
     """Submits all, as fast as the engine takes them, and waits for all."""
     outputs: list[RequestOutput] = []
     with _bar(len(requests), show) as bar:
-        for request in requests:
+        for i, request in enumerate(requests):
             while True:
                 try:
-                    generations.append(engine.submit(request))
+                    with work.naming(i):
+                        generations.append(engine.submit(request))
                     break
                 except Overloaded:
                     if len(outputs) == len(generations):  # others fill the queue, not this call

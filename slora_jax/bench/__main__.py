@@ -483,14 +483,15 @@ def adapters(count: int, kinds: tuple[int, ...], model: str, rank: int, out: Pat
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def bystander(url: str | None, seconds: float, kinds: tuple[str, ...], body_bytes: int | None, out: Path | None):
     """A small request's latency, alone and beside each kind of hostile client. It needs an otherwise quiet machine."""
-    from slora_jax.bench.bystander import bystander_report, demo_server, run_bystander
+    from slora_jax.bench.bystander import bystander_report, run_bystander
+    from slora_jax.bench.demo_server import Served, demo_server
     from slora_jax.bench.hostile import KINDS
 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise click.BadParameter(f"{unknown[0]} is none of {', '.join(KINDS)}", param_hint="--kind")
     rows = []
-    with demo_server() if url is None else contextlib.nullcontext(url) as address:
-        for row in run_bystander(address, seconds, kinds or tuple(KINDS), body_bytes):
+    with demo_server() if url is None else contextlib.nullcontext(Served(url, 0)) as served:
+        for row in run_bystander(served.url, seconds, kinds or tuple(KINDS), body_bytes):
             rows.append(row)
             verdict = {True: "holds", False: "FAILS", None: ""}[row.get("holds")]
             text = f"{row['what']:42} p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  {verdict:6}"
@@ -499,6 +500,42 @@ def bystander(url: str | None, seconds: float, kinds: tuple[str, ...], body_byte
     _print_or_write(result, out)
     if not result["holds"]:
         raise click.ClickException("a small request waits for others; see above")
+
+
+@main.command()
+@click.option(
+    "--minutes", type=_ABOVE_0, default=5.0, show_default=True, help="How long; two fifths of it are a warm-up."
+)
+@click.option("--streams", type=_COUNT, default=512, show_default=True, help="Clients that ask at the same time.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def soak(minutes: float, streams: int, out: Path | None):
+    """The embedded model under load: clients that hang up or read slowly, adapters that come and go.
+
+    Nothing may be lost: no answer differs from the one given alone, no page, thread or descriptor is left, and memory
+    is flat.
+    """
+    from slora_jax.bench.soak import run_soak, table
+
+    result = {"command": command_line()} | run_soak(60 * minutes, streams, lambda line: click.echo(line, err=True))
+    click.echo(table(result), err=True)
+    _print_or_write(result, out)
+    if not result["holds"]:
+        raise click.ClickException("something was lost under load; see above")
+
+
+@main.command()
+@click.option("--adapters", type=_COUNT, default=100, show_default=True, help="Adapters to load.")
+@click.option("--tokens", type=_COUNT, default=200, show_default=True, help="Least tokens of the stream in each case.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def loads(adapters: int, tokens: int, out: Path | None):
+    """Gaps between the tokens of a running stream while adapters load, against the same stream alone."""
+    from slora_jax.bench.loads import run_loads, table
+
+    result = {"command": command_line()} | run_loads(adapters, tokens)
+    click.echo(table(result), err=True)
+    _print_or_write(result, out)
+    if not result["holds"]:
+        raise click.ClickException("loads hold a running stream up; see above")
 
 
 @main.command()

@@ -5,14 +5,12 @@ must stay below twice that of the same completion alone, and 50 ms.
 """
 
 import contextlib
-import http.client
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,14 +18,13 @@ from typing import NamedTuple
 
 from slora_jax.api.bounds import useful_body_bytes
 from slora_jax.bench.demo import cpu
+from slora_jax.bench.demo_server import TIMEOUT_SECONDS, connect
 from slora_jax.bench.hostile import KINDS
 
 EXTRA_SECONDS = 0.050
 """What a hostile client may add to twice the time alone."""
 
-_TIMEOUT_SECONDS = 300
 _WARM_UP_REQUESTS = 10
-_SERVE = Path(__file__).parents[2] / "serve.py"
 
 
 class Latencies(NamedTuple):
@@ -52,27 +49,6 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return ranked[-(-len(ranked) * percent // 100) - 1]
 
 
-@contextlib.contextmanager
-def demo_server(python: str = sys.executable) -> Iterator[str]:
-    """The embedded model, served by a process of its own with a context of 512 tokens; yields its URL.
-
-    Raises:
-      RuntimeError: it ended at the start; what it said is in the message.
-    """
-    flags = ["--max-model-len", "512", "--port", "0", "--allow-adapter-loading"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([python, _SERVE, *flags], stdout=subprocess.PIPE, stderr=log, text=True)
-        with contextlib.ExitStack() as stack:
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            for line in process.stdout:
-                if line.startswith("Serving"):
-                    yield next(word for word in line.split() if word.startswith("http://"))
-                    return
-            log.seek(0)
-            raise RuntimeError(f"the server did not start: {log.read()[-1000:]}")
-
-
 def run_bystander(url: str, seconds: float, kinds: Sequence[str], body_bytes: int | None) -> Iterator[dict]:
     """Yields a row for each kind: first ``alone``, then each hostile one, and ``alone`` again.
 
@@ -81,7 +57,7 @@ def run_bystander(url: str, seconds: float, kinds: Sequence[str], body_bytes: in
       kinds: names of ``hostile.KINDS``.
       body_bytes: the server's largest request body; what its context has use for if None.
     """
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=_TIMEOUT_SECONDS) as response:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT_SECONDS) as response:
         card = json.load(response)["data"][0]
     body_bytes = body_bytes or useful_body_bytes(card["max_model_len"])
     probe = json.dumps({"model": card["id"], "prompt": "The moon is", "max_tokens": 4, "temperature": 0}).encode()
@@ -123,9 +99,7 @@ def _measure(url: str, body: bytes, seconds: float) -> Latencies:
 
 
 def _ask(url: str, body: bytes) -> int:
-    parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_SECONDS)
-    with contextlib.closing(connection):
+    with contextlib.closing(connect(url)) as connection:
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         response.read()
@@ -134,7 +108,7 @@ def _ask(url: str, body: bytes) -> int:
 
 def _health_seconds(url: str) -> float:
     start = time.perf_counter()
-    with urllib.request.urlopen(f"{url}/health", timeout=_TIMEOUT_SECONDS) as response:
+    with urllib.request.urlopen(f"{url}/health", timeout=TIMEOUT_SECONDS) as response:
         response.read()
     return time.perf_counter() - start
 

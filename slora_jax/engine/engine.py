@@ -494,6 +494,8 @@ class Engine:
         self.check_process()
         self._take_submitted()
         self._take_cancelled()
+        for retired in self._store.take_retired():
+            self._core.scheduler.retire(retired.version(), retired.content_hash)
         self._core.pin(self._store.pinned)
         compiled = self.device.runner.programs.num_compiled
         begun = time.monotonic()
@@ -558,7 +560,7 @@ class Engine:
         """Returns how many tokens the caller got: none if they are not wanted, or are none."""
         sequence = emitted.sequence
         if emitted.reason == "error":
-            who = f"adapter {sequence.tenant!r}" if sequence.adapter else "the model"
+            who = f"adapter {sequence.tenant!r}" if answer.generation.request.adapter else "the model"
             self._end(
                 sequence,
                 "error",

@@ -4,7 +4,8 @@ A page is in one of three states::
 
     free   -- nothing worth keeping -->  allocate()  --> used
     used   -- held by `refs` owners;     release()   --> free, or cached if its block has a key
-    cached -- kept under a key, no owner: acquire(key) --> used;  or evicted --> free, whenever allocate() needs room
+    cached -- kept under a key, no owner: acquire(key) --> used;  or evicted --> free, whenever allocate() needs room,
+                                                                  or at once by drop(key)
 
 What is kept under a key is a *block*: a group of pages that lives and dies together. A full page of a prompt's KV
 is a block of one page; an adapter is a block of all its pages. Neither kind has a reserved share, and there is one
@@ -183,6 +184,17 @@ class PageAllocator:
                 self._by_worth = [entry for entry in self._by_worth if self._is_current(entry)]
                 heapq.heapify(self._by_worth)
 
+    def drop(self, key: Hashable) -> None:
+        """Frees the pages of a cached block that nobody will ask for again.
+
+        Raises:
+          PoolMisuse: no such block, or somebody owns it.
+        """
+        if key not in self._cold:
+            raise PoolMisuse(f"block {key!r} was dropped but is not cached")
+        del self._cold[key]
+        self._free_block(key)
+
     def check_integrity(self) -> None:
         """Asserts that every page is owned exactly once and that the counts add up."""
         in_blocks = [page for block in self._blocks.values() for page in block.pages]
@@ -207,8 +219,11 @@ class PageAllocator:
             pass
         self._clock, _, key = entry
         del self._cold[key]
+        self._free_block(key)
+        self.num_evictions += 1
+
+    def _free_block(self, key: Hashable) -> None:
         block = self._blocks.pop(key)
         assert block.refs == 0
         self._num_cached -= len(block.pages)
         self._free.extend(block.pages)
-        self.num_evictions += 1

@@ -131,6 +131,10 @@ class Scheduler:
         """
         self._adapters.pin(adapters)
 
+    def retire(self, adapter: AdapterHandle | None, content_hash: str | None) -> None:
+        """Says that no new sequence will ask for an adapter; see ``AdapterTraffic.retire``."""
+        self._adapters.retire(adapter, content_hash)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. One with a leader is held until the leader's prompt is in the prefix cache."""
         self._num_waiting += 1
@@ -155,6 +159,8 @@ class Scheduler:
             self._num_waiting -= 1
         sequence.state = State.FINISHED
         self._release_followers(sequence)
+        # Whoever keeps a finished sequence, such as a dead entry of the queue, must not keep weights in host memory.
+        sequence.adapter = None
 
     def forsake(self, sequence: Sequence) -> None:
         """Ends a sequence and leaves its pages as they are: for a scheduler that is about to be abandoned."""

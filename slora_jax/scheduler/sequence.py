@@ -99,6 +99,7 @@ class Sequence:
       priority: higher goes first, under a policy that looks at it.
       slo_s: seconds from arrival within which its first token is wanted; None for the policy's own.
       is_overdue: it was started because it had waited for too long, and is preempted last.
+      adapter: whose weights it runs with; None for the base model's alone, and of a finished sequence.
       constraint: what its tokens may be; None for anything. The sampler of a step waits for what it says of the token
         before.
       scores_prompt: its prompt's tokens are to be scored, so all of them are computed, whatever the prefix cache has.

@@ -10,6 +10,7 @@ adapter is there starts unless pages lack, and pages lack only while others run;
 held but for sequences near the front and parked ones, whose loads thus find room.
 """
 
+import weakref
 from collections.abc import Hashable, Iterable
 from typing import Literal, NamedTuple
 
@@ -71,6 +72,8 @@ class AdapterTraffic:
         self._pinned: tuple[AdapterHandle, ...] = ()
         # Blocks owned for pins, by adapter.
         self._pin_keys: dict[AdapterHandle, Hashable] = {}
+        # Weakly: host memory is given back with the last other reference.
+        self._retired: weakref.WeakSet[AdapterHandle] = weakref.WeakSet()
         self._prefetched: set[Hashable] = set()
         self._loads: list[AdapterLoad] = []
         self._num_plans = 0
@@ -121,12 +124,23 @@ class AdapterTraffic:
     def _pages_by_pin(self) -> dict[Hashable, int]:
         return {_content(adapter): adapter.num_pages for adapter in self._pinned if adapter.status != "failed"}
 
+    def retire(self, adapter: AdapterHandle | None, content_hash: str | None) -> None:
+        """Says that no new sequence will ask for an adapter: its pages are free as soon as nobody owns them.
+
+        Args:
+          adapter: None if nobody has a handle of it any more.
+          content_hash: the adapter's, if it is known.
+        """
+        if adapter is not None:
+            self._retired.add(adapter)
+        if self._pages.is_cached(_key(content_hash)):
+            self._pages.drop(_key(content_hash))
+
     # Plans
 
     def begin(self) -> None:
         """Begins a plan."""
         self._num_plans += 1
-        self._loads = []
 
     def end(self, is_stalled: bool) -> list[AdapterLoad]:
         """Ends a plan.
@@ -142,7 +156,8 @@ class AdapterTraffic:
             self._num_evictions_seen = self._pages.num_evictions
             for key in [key for key in self._prefetched if self._pages.lookup(key) is None]:
                 self._note_wasted(key)
-        return self._loads
+        loads, self._loads = self._loads, []
+        return loads
 
     def bring_pinned(self) -> bool:
         """Copies pinned adapters; False if one lacks pages, which then nobody else may take who is not running."""
@@ -216,6 +231,8 @@ class AdapterTraffic:
         """Gives up one ownership of an adapter's block."""
         in_host_memory = adapter.status == "ready"
         self._pages.release_block(key, self._costs.adapter if in_host_memory else self._costs.adapter_from_disk)
+        if adapter in self._retired and self._pages.is_cached(key):
+            self._pages.drop(key)
 
     def prefetch(self, adapters: Iterable[AdapterHandle], num_running: int) -> None:
         """Loads and copies adapters of the sequences next in line, while that takes nothing from anybody.
@@ -303,4 +320,8 @@ def _content(adapter: AdapterHandle) -> Hashable:
 
 def adapter_key(adapter: AdapterHandle) -> Hashable:
     """Of the block of an adapter whose content is known: equal weights share it."""
-    return ("adapter", adapter.content_hash)
+    return _key(adapter.content_hash)
+
+
+def _key(content_hash: str | None) -> Hashable:
+    return ("adapter", content_hash)

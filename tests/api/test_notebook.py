@@ -152,6 +152,58 @@ def test_bad_arguments(ask, engine, prompts, kwargs, message):
     assert not engine.generations
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "has no argument 'temperature'; write sampling={\"temperature\": 0}"),
+        ({"max_new_tokens": 20, "do_sample": False}, 'write sampling={"max_tokens": 20, "temperature": 0}'),
+        ({"do_sample": True}, "'do_sample'; write nothing: answers are sampled"),
+        ({"sampling_params": SHORT}, "'sampling_params'; write sampling=..."),
+        ({"temperature": 0, "lora_request": "json"}, "'lora_request'; write adapters="),
+        ({"adapter": "json"}, "'adapter'; write adapters=..."),
+        ({"tensor_parallel_size": 2}, 'write mesh={"tp": ...}'),
+        ({"use_tqdm": False}, "write progress=..."),
+        ({"promts": "x"}, "has no argument 'promts'; did you mean 'prompts'?"),
+        ({"zzz": 1}, "generate has no argument 'zzz'"),
+        ({"sampling": {"max_new_tokens": 20}}, "sampling has no field 'max_new_tokens'; it is called 'max_tokens'"),
+        ({"sampling": {"do_sample": False}}, 'write "temperature": 0'),
+        ({"sampling": {"temprature": 0}}, "did you mean 'temperature'?"),
+        ({"sampling": {"zzz": 0}}, "it has max_tokens, temperature"),
+    ],
+)
+def test_arguments_that_there_are_not_say_what_to_write_instead(loaded, options, message):
+    with pytest.raises(InvalidRequest) as refused:
+        generate("x", **options)
+    assert message in str(refused.value) and refused.value.param
+    assert not loaded
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kwargs", "place"),
+    [
+        (["a", [], "b"], {}, "prompts[1]"),
+        (["a", "b", [1] * 10**5], {}, "prompts[2]"),
+        (["a", "b", [1] * 10**5], {"stream": True}, "prompts[2]"),
+        ([[{"role": "user", "content": "x"}], [{"role": "robot", "content": "x"}]], {}, "prompts[1]"),
+        ("a", {"adapters": [None, "json", "nobody"]}, "adapters[2]"),
+        ("a", {"sampling": [SHORT, {"top_p": 7}]}, "sampling[1]"),
+        (["a", FAILS], {"stream": True}, "prompts[1]"),
+    ],
+)
+def test_what_fails_in_a_list_is_named_by_its_place(ask, engine, prompts, kwargs, place):
+    with pytest.raises(slora_jax.errors.SLoRAError) as failed:
+        list(ask(prompts, **kwargs))
+    assert str(failed.value).startswith(f"{place}: ")
+    assert all(generation.cancelled or generation.finished for generation in engine.generations)
+
+
+def test_what_stands_for_all_has_no_place(ask):
+    with pytest.raises(UnknownAdapter, match=r"^no adapter"):
+        ask(["a", "b"], "nobody")
+    with pytest.raises(InvalidRequest, match=r"^sampling has no field"):
+        ask(["a", "b"], sampling={"zzz": 1})
+
+
 def test_unknown_adapter(ask):
     with pytest.raises(UnknownAdapter, match="registered are: pirate, json"):
         ask("x", "nobody")
@@ -196,10 +248,12 @@ def test_an_interrupt_cancels_what_was_submitted(ask, engine, monkeypatch):
     def interrupted(self, timeout=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tests.helpers.fake_engine.FakeGeneration.result", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ask([WAITS] * 3, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.helpers.fake_engine.FakeGeneration.result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask([WAITS] * 3, progress=False)
     assert [g.cancelled for g in engine.generations] == [True] * 3
+    assert ask("hello", "pirate").text == "pirate says hello. pirate sa", "the next call works"
 
 
 def test_an_engine_closed_meanwhile_raises(ask, engine):

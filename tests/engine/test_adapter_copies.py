@@ -218,6 +218,31 @@ def test_a_pinned_adapter_is_there_before_its_first_request(tiny_case):
     assert list(result.completions[0].token_ids) == asked["tokens"][:NUM_TOKENS]
 
 
+@pytest.mark.parametrize("how", ["unload", "replace"])
+def test_an_unloaded_adapter_takes_neither_pages_nor_host_memory(tiny_case, tmp_path, how):
+    folder = shutil.copytree(tiny_case.adapters / "all7-r1", tmp_path / "mine")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+    engine = slow_engine(tiny_case, polls=1)
+    for name in ("idle", "used"):
+        engine.register_adapter(name, str(folder))
+        prompt = tiny_case.requests[0]["prompt"]
+        first = engine.submit(greedy(prompt, name, NUM_TOKENS))
+        if name == "idle":
+            run(engine, first)
+        assert engine.observe().pool.count()["adapters"] > 0 or name == "used"
+        if how == "unload":
+            engine.unregister_adapter(name)
+        else:
+            engine.register_adapter(name, str(tiny_case.adapters / "qv-r8"))
+        run(engine, first)
+        del first
+        assert engine.observe().pool.count()["adapters"] == 0
+        assert engine.stats()["host_adapter_bytes"] == 0
+        assert engine.stats()["pages_used"] == 0
+    engine.check_integrity()
+
+
 def _two_adapters(case) -> int:
     engine = case.engine(pages=PAGES)
     return 2 * engine.device.pool.staged_bytes(max(info.num_pages for info in engine.adapters().values()))

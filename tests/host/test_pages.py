@@ -79,6 +79,23 @@ def test_a_block_released_again_and_again_leaves_little_garbage():
     assert allocator.allocate(1) and allocator.lookup(0) is None, "the one unused for longest"
 
 
+def test_a_block_that_nobody_will_want_is_dropped_at_once():
+    allocator = PageAllocator(9)
+    for key in ("a", "b"):
+        assert allocator.publish(key, allocator.allocate(3))
+    with pytest.raises(PoolMisuse, match="not cached"):
+        allocator.drop("a")
+    for key in ("a", "b"):
+        allocator.release_block(key)
+    allocator.drop("a")
+    assert (allocator.num_free, allocator.num_cached, allocator.num_evictions) == (5, 3, 0)
+    allocator.check_integrity()
+    with pytest.raises(PoolMisuse, match="not cached"):
+        allocator.drop("a")
+    assert allocator.allocate(8) and allocator.num_evictions == 1
+    allocator.check_integrity()
+
+
 def test_owned_blocks_are_never_evicted():
     allocator = PageAllocator(4)
     allocator.publish("shared", allocator.allocate(2))

@@ -398,11 +398,13 @@ def test_random_traffic_in_a_tiny_pool_and_a_tiny_host_memory_ends(policy, seed)
     loop.device.copy_turns = 1 + seed % 3
     loop.memory = HostMemory(room=6)
     adapters = [CachedAdapter(loop.memory, f"a{i}", rng.randrange(1, 6), i % 10 == 7) for i in range(150)]
-    everyone, cancelled = [], []
+    everyone, cancelled, failing = [], [], []
     for i in range(400):
         adapter = rng.choice(adapters) if rng.random() < 0.9 else None
         sequence = make_sequence(i, [rng.randrange(1000)] * rng.randrange(1, 40), rng.randrange(1, 20), adapter)
         everyone.append(sequence)
+        if adapter is not None and adapter.is_broken:
+            failing.append(sequence)
         loop.core.add(sequence)
         if rng.random() < 0.1:
             loop.step()
@@ -414,7 +416,8 @@ def test_random_traffic_in_a_tiny_pool_and_a_tiny_host_memory_ends(policy, seed)
     loop.run(limit=20_000)
     for sequence in everyone:
         assert sequence.state is State.FINISHED
-        if sequence not in cancelled and not (sequence.adapter and sequence.adapter.is_broken):
+        assert sequence.adapter is None, "a finished sequence keeps nothing in host memory"
+        if sequence not in cancelled and sequence not in failing:
             prompt = sequence.tokens[: sequence.num_prompt]
             assert sequence.tokens[sequence.num_prompt :] == expected_output(prompt, sequence.max_tokens)
     assert loop.pages.num_used == 0
@@ -527,6 +530,27 @@ def test_pinned_adapters_come_without_a_request_and_stay_until_unpinned():
         loop.core.add(make_sequence(i, [i] * 40, adapter=adapter))
     loop.run()
     assert resident(loop, *pinned) == [True, False]
+
+
+def test_a_retired_adapter_leaves_the_pool_as_soon_as_no_sequence_needs_it():
+    loop = make_loop(prefix_cache=False)
+    loop.memory = HostMemory(room=12)
+    idle, used, queued, kept = adapters = [CachedAdapter(loop.memory, f"a{i}", 3) for i in range(4)]
+    for i, adapter in enumerate(adapters[:2]):
+        loop.core.add(make_sequence(i, [i] * 20, max_tokens=2, adapter=adapter))
+    loop.run()
+    loop.core.add(make_sequence(10, [9] * 20, max_tokens=6, adapter=used))
+    loop.step()
+    loop.core.add(make_sequence(11, [8] * 20, max_tokens=2, adapter=queued))
+    loop.core.add(make_sequence(12, [8] * 20, max_tokens=2, adapter=kept))
+    evictions = loop.pages.num_evictions
+    for adapter in (idle, used, queued):
+        loop.core.scheduler.retire(adapter, adapter.content_hash)
+    assert resident(loop, idle, used) == [False, True]
+    loop.run()
+    assert resident(loop, *adapters) == [False, False, False, True]
+    assert loop.pages.num_free == loop.pages.total - 3 and loop.pages.num_evictions == evictions
+    loop.pages.check_integrity()
 
 
 def test_a_pin_gets_the_pages_that_running_sequences_give_back():
