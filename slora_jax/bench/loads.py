@@ -25,6 +25,7 @@ EXTRA_STEPS = 2
 _FLAGS = ("--max-model-len", "4096", "--host-adapter-memory", "2")
 _PAGES_EACH = 16
 _CLIENTS = 8
+_MOST_ROUNDS = 4
 
 
 def run_loads(adapters: int, tokens: int) -> dict:
@@ -64,11 +65,6 @@ def run_loads(adapters: int, tokens: int) -> dict:
             for name in names:
                 post(url, "/v1/unload_lora_adapter", lora_name=name)
 
-        # Compiles what the cases need.
-        register()
-        beside_use = _gaps_beside(url, base, use, 1)
-        assert beside_use, "the stream ended before it was looked at"
-        unload()
         cases: list[tuple[str, str, Callable[[], None], Callable[[], None]]] = [
             ("alone", "the stream alone", lambda: None, lambda: None),
             ("register", f"{adapters} adapters registered", register, unload),
@@ -77,23 +73,32 @@ def run_loads(adapters: int, tokens: int) -> dict:
             ("use", f"the same {adapters} used again, all in the pool", use, unload),
             ("alone_again", "the stream alone, at the end", lambda: None, lambda: None),
         ]
-        rows = []
-        for case, what, work, afterwards in cases:
-            if case == "first_use":
-                register()
-            start = time.perf_counter()
-            seconds = []
 
-            def timed(work=work, start=start, seconds=seconds) -> None:
-                work()
-                seconds.append(time.perf_counter() - start)
+        def measured() -> list[dict]:
+            rows = []
+            for case, what, work, afterwards in cases:
+                if case == "first_use":
+                    register()
+                start = time.perf_counter()
+                seconds = []
 
-            before = _compilations(url)
-            gaps = _gaps_beside(url, base, timed, tokens)
-            compiled = _compilations(url) - before
-            row = {"case": case, "what": what, "seconds": round(seconds[0], 2), "compiled": compiled}
-            rows.append(row | _summary(gaps))
-            afterwards()
+                def timed(work=work, start=start, seconds=seconds) -> None:
+                    work()
+                    seconds.append(time.perf_counter() - start)
+
+                before = _compilations(url)
+                gaps = _gaps_beside(url, base, timed, tokens)
+                compiled = _compilations(url) - before
+                row = {"case": case, "what": what, "seconds": round(seconds[0], 2), "compiled": compiled}
+                rows.append(row | _summary(gaps))
+                afterwards()
+            return rows
+
+        # Who waits for a compiler waits longer. What the cases need is compiled in the first rounds.
+        for _ in range(_MOST_ROUNDS):
+            rows = measured()
+            if not any(row["compiled"] for row in rows):
+                break
     alone = [row for row in rows if row["case"].startswith("alone")]
     step = statistics.median(row["p50_ms"] for row in alone)
     bound = max(row["most_ms"] for row in alone) + EXTRA_STEPS * step
