@@ -34,9 +34,6 @@ from slora_jax.api.folders import AdapterFolders, NoSuchFolder
 from slora_jax.api.metrics import Onlooker, add_metrics
 from slora_jax.api.openai import (
     Call,
-    ChatReply,
-    CompletionReply,
-    Reply,
     parse_chat,
     parse_completion,
     read_body,
@@ -44,6 +41,7 @@ from slora_jax.api.openai import (
 )
 from slora_jax.api.openapi import add_openapi
 from slora_jax.api.page_routes import add_page
+from slora_jax.api.replies import ChatReply, CompletionReply, Reply
 from slora_jax.api.resolving import AdapterResolver
 from slora_jax.api.responses import ResponseReply, parse_response
 from slora_jax.api.tokens import detokenized, tokenized

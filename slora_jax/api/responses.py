@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from slora_jax.api.openai import Call, ChatReply, chat_schema, meant_fields, parse_chat, refuse_unknown, schema_of_rest
+from slora_jax.api.openai import Call, chat_schema, meant_fields, parse_chat, refuse_unknown, schema_of_rest
+from slora_jax.api.replies import ChatReply
 from slora_jax.errors import InvalidRequest, shown
 from slora_jax.request import Delta, RequestOutput
 from slora_jax.text.tokenizer import Tokenizer
