@@ -540,7 +540,7 @@ def test_overload(engine, tmp_path):
 def test_an_answer_that_cannot_be_built_ends_in_an_error(client, monkeypatch):
     """Whatever fails after the tokens are there, the client hears of it in OpenAI's shape."""
 
-    monkeypatch.setattr("slora_jax.api.openai.LOWEST_LOGPROB", None)  # no number is larger or smaller than that
+    monkeypatch.setattr("slora_jax.api.replies.LOWEST_LOGPROB", None)  # no number is larger or smaller than that
     error(complete(client, logprobs=1), 500, "internal_error")
     chunks, done = events(complete(client, logprobs=1, stream=True))
     assert (chunks[-1]["error"]["code"], done) == ("internal_error", False)
