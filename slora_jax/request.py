@@ -125,6 +125,9 @@ BOUNDS = {
 }
 """Every number of ``SamplingParams`` and ``Request``: the one place that says what may go into the engine's arrays."""
 
+ANSWER_TOKENS = BOUNDS["max_tokens"]._replace(least=1)
+"""Of ``max_tokens`` where there must be an answer: in a chat, and as what a model's own configuration says."""
+
 
 def check_number(name: str, value: Any, bounds: Bounds | None = None) -> None:
     """Checks a number by ``BOUNDS[name]``, or by the ``bounds`` given for it.

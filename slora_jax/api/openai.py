@@ -19,6 +19,7 @@ import pydantic
 from slora_jax.api.tools import MAX_TOOLS, CallFormat, Tools, format_of_template, read_tools
 from slora_jax.errors import InvalidRequest, PromptTooLong, UnknownAdapter, shown
 from slora_jax.request import (
+    ANSWER_TOKENS,
     BOUNDS,
     MAX_BAD_WORDS,
     MAX_STOP_LENGTH,
@@ -503,7 +504,7 @@ def parse_chat(body: Any, engine: "Engine") -> Call:
     limits = (fields.max_completion_tokens, fields.max_tokens)
     for name, limit in zip(("max_completion_tokens", "max_tokens"), limits, strict=True):
         if limit is not None:
-            check_number(name, limit, BOUNDS["max_tokens"]._replace(least=1))
+            check_number(name, limit, ANSWER_TOKENS)
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     most = engine.default_sampling.get("max_tokens", BOUNDS["max_tokens"].most)
     sampling = fields.sampling(most if fields.limit is None else fields.limit[1], logprobs, engine)
@@ -599,8 +600,7 @@ def completion_schema() -> dict[str, Any]:
 
 def chat_schema() -> dict[str, Any]:
     """JSON schema of the body of ``POST /v1/chat/completions``."""
-    an_answer = BOUNDS["max_tokens"]._replace(least=1)
-    limits = {"max_tokens": an_answer, "max_completion_tokens": an_answer, "top_logprobs": BOUNDS["logprobs"]}
+    limits = {"max_tokens": ANSWER_TOKENS, "max_completion_tokens": ANSWER_TOKENS, "top_logprobs": BOUNDS["logprobs"]}
     return _body_schema(_ChatBody, _CHAT_DEFAULTS, {**BOUNDS, "logprobs": None, **limits})
 
 

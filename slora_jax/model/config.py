@@ -20,7 +20,7 @@ from typing import Any
 from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
 from slora_jax.model.json_files import Fields, read_json, read_optional_json
 from slora_jax.model.rope import LinearRope, Llama3Rope, ProportionalRope, RopeScaling, ShortRope, YarnRope
-from slora_jax.request import SamplingParams
+from slora_jax.request import ANSWER_TOKENS, SamplingParams, check_number
 
 _DEFAULTS = MappingProxyType(
     {
@@ -273,6 +273,8 @@ def default_sampling(folder: Path) -> Mapping[str, Any]:
         field = "max_tokens" if name == "max_new_tokens" else name
         try:
             SamplingParams(**{field: value})
+            if field == "max_tokens":
+                check_number(field, value, ANSWER_TOKENS)
         except (InvalidRequest, OverflowError):
             # Whatever stands there is shown short.
             raise fields.refuse(
