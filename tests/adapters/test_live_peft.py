@@ -17,6 +17,7 @@ from slora_jax.adapters.peft import WEIGHTS_FILE, load_adapter, read_header
 from slora_jax.errors import BadAdapter
 from slora_jax.memory.layout import MODULES
 from tests.helpers.peft_folders import MODEL, POOL, WIDTHS, unpack_delta
+from tests.helpers.seeds import drawn_seed
 
 SCRIPT = Path(__file__).parents[1] / "oracle" / "peft_deltas.py"
 NUM_CASES = 200
@@ -100,8 +101,7 @@ def peft(tmp_path_factory):
     if not python:
         pytest.skip("needs torch, transformers and peft: set SLORA_TORCH_PYTHON to a Python that has them")
     out = tmp_path_factory.mktemp("peft")
-    seed = int.from_bytes(os.urandom(4))
-    print(f"seed {seed}")
+    seed = drawn_seed()
     rng = random.Random(seed)
     cases = []
     for _ in range(NUM_CASES):

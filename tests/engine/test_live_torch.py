@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers.engine_cases import CASES, Case, forced_logits, greedy, make_engine, run
+from tests.helpers.seeds import drawn_seed
 
 ORACLE = Path(__file__).parent.parent / "oracle" / "make_oracle.py"
 
@@ -41,7 +42,7 @@ def make_oracle(python: str, *arguments) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_random_models(torch_python, tmp_path, name):
-    seed = int.from_bytes(os.urandom(2))
+    seed = drawn_seed()
     print(f"oracle seed {seed}")
     make_oracle(torch_python, "--out", tmp_path, "--seed", seed, "--case", name)
     case = Case(tmp_path / name)

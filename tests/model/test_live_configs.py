@@ -22,6 +22,7 @@ from slora_jax.model.weights import untied_where_different
 from tests.helpers import hostile
 from tests.helpers.engine_cases import forced_logits, make_engine
 from tests.helpers.model_folders import random_tensors
+from tests.helpers.seeds import drawn_seed
 
 SCRIPT = Path(__file__).parent.parent / "oracle" / "answer_folders.py"
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 90, 40)]
@@ -157,8 +158,7 @@ def test_each_spelling(torch_python, tmp_path):
 
 
 def test_generated_documents(torch_python, tmp_path):
-    seed = int.from_bytes(os.urandom(2))
-    print(f"seed {seed}")
+    seed = drawn_seed()
     documents = drawn_documents(seed, 600)
     compared, _ = check(torch_python, tmp_path, documents)
     assert compared > 0.5 * len(documents) > 20

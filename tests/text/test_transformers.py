@@ -9,6 +9,7 @@ import pytest
 
 from slora_jax.text.tokenizer import Tokenizer
 from tests.helpers.chat_templates import CHATS, TEMPLATES
+from tests.helpers.seeds import drawn_seed
 from tests.helpers.small_tokenizers import byte_level_folder
 from tests.helpers.tokenizer_folders import random_folder, texts
 
@@ -16,8 +17,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 
 def test_random_folders(ask_transformers, tmp_path):
-    seed = int(os.environ.get("SLORA_TEST_SEED", int.from_bytes(os.urandom(2))))
-    print(f"seed {seed}")
+    seed = drawn_seed()
     rng = random.Random(seed)
     template = "{{ bos_token }}|{{ eos_token }}|{{ image_token }}|{{ pad_token }}|{{ messages[0].content }}"
     questions = []
