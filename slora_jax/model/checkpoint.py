@@ -41,7 +41,7 @@ _MANIFEST = "manifest.json"
 _SMALL_FILE_BYTES = 2**16
 _PIECE_BYTES = 2**22
 _REMOVALS = 20
-_SECONDS_BETWEEN_REMOVALS = 0.1
+_SECONDS_BETWEEN_REMOVALS = 0.2
 _OS_ERROR = re.compile(r"[\w ]+\[os_error_code=[^\]]*\]?")
 _HOST_COPY_GB = 2  # host memory for arrays on their way between disk and device
 
@@ -201,9 +201,10 @@ def _remove(folder: Path) -> None:
     """Removes a folder into which threads of TensorStore may write for a moment after they failed."""
     for _ in range(_REMOVALS):
         shutil.rmtree(folder, ignore_errors=True)
+        # Before looking, for they make the folder anew if it is gone.
+        time.sleep(_SECONDS_BETWEEN_REMOVALS)
         if not folder.exists():
             return
-        time.sleep(_SECONDS_BETWEEN_REMOVALS)
 
 
 def _reason(error: Exception) -> str:
