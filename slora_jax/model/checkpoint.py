@@ -42,7 +42,7 @@ _SMALL_FILE_BYTES = 2**16
 _PIECE_BYTES = 2**22
 _REMOVALS = 20
 _SECONDS_BETWEEN_REMOVALS = 0.2
-_OS_ERROR = re.compile(r"[\w ]+\[os_error_code=[^\]]*\]?")
+_OS_ERROR = re.compile(r"os_error_code='?(\d+)")
 _HOST_COPY_GB = 2  # host memory for arrays on their way between disk and device
 
 
@@ -213,7 +213,7 @@ def _reason(error: Exception) -> str:
     if len(text) <= 300:
         return text
     cause = _OS_ERROR.search(text)
-    return f"{text[:100]} ... {cause[0].strip()[:195] if cause else text[-195:]}"
+    return f"{text[:100]} ... {os.strerror(int(cause[1])) if cause else text[-195:]}"
 
 
 def _checkpointer(tree):
