@@ -70,6 +70,13 @@ def _print_or_write(result: object, out: Path | None) -> None:
         click.echo(text)
 
 
+def _end_with(result: dict, out: Path | None, failure: str) -> None:
+    """Hands a result out, and ends with an error if what it checks does not hold."""
+    _print_or_write(result, out)
+    if not result["holds"]:
+        raise click.ClickException(f"{failure}; see above")
+
+
 @click.group(context_settings={"max_content_width": 100})
 def main():
     """Measure slora-jax. Each command prints a table for people and writes JSON."""
@@ -497,9 +504,7 @@ def bystander(url: str | None, seconds: float, kinds: tuple[str, ...], body_byte
             text = f"{row['what']:42} p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  {verdict:6}"
             click.echo(f"{text} {row.get('answers', '')}".rstrip(), err=True)
     result = bystander_report(rows, command_line())
-    _print_or_write(result, out)
-    if not result["holds"]:
-        raise click.ClickException("a small request waits for others; see above")
+    _end_with(result, out, "a small request waits for others")
 
 
 @main.command()
@@ -518,9 +523,7 @@ def soak(minutes: float, streams: int, out: Path | None):
 
     result = {"command": command_line()} | run_soak(60 * minutes, streams, lambda line: click.echo(line, err=True))
     click.echo(table(result), err=True)
-    _print_or_write(result, out)
-    if not result["holds"]:
-        raise click.ClickException("something was lost under load; see above")
+    _end_with(result, out, "something was lost under load")
 
 
 @main.command()
@@ -533,9 +536,7 @@ def loads(adapters: int, tokens: int, out: Path | None):
 
     result = {"command": command_line()} | run_loads(adapters, tokens)
     click.echo(table(result), err=True)
-    _print_or_write(result, out)
-    if not result["holds"]:
-        raise click.ClickException("loads hold a running stream up; see above")
+    _end_with(result, out, "loads hold a running stream up")
 
 
 @main.command()

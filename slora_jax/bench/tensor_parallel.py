@@ -18,7 +18,7 @@ import click
 
 from slora_jax import Engine
 from slora_jax.bench.workload import SETTINGS, Case, WorkItem, draw_workload
-from slora_jax.config import EngineConfig, build_config
+from slora_jax.config import EngineConfig
 
 POINTS = ("llama-7b:1", "llama-7b:2", "llama-13b:1", "llama-13b:2", "llama-30b:2", "llama-30b:4", "llama-70b:4")
 """Models and devices that are measured unless others are named. Each fits on so many H100s in bfloat16."""
@@ -101,22 +101,12 @@ class Load:
 
     def config(self, point: Point, file: Path) -> EngineConfig:
         """Of an engine for a point, whose shape is in ``file``."""
-        return build_config(
-            {
-                "model": str(file),
-                "dummy": True,
-                "checkpoint_cache": None,
-                "seed": self.seed,
-                "scheduler": {
-                    "max_waiting": max(1000, 2 * self.requests),
-                    "max_sequences": self.max_sequences,
-                    "max_batch_tokens": self.max_batch_tokens,
-                    "prefix_cache": False,
-                },
-                "pool": {"gigabytes": self.pool_gigabytes},
-                "mesh": {"tp": point.tp},
-            }
-        )
+        from slora_jax.bench.throughput import random_config
+
+        limits = {"max_sequences": self.max_sequences, "max_batch_tokens": self.max_batch_tokens}
+        pool = {"gigabytes": self.pool_gigabytes}
+        scheduler = limits | {"prefix_cache": False}
+        return random_config(str(file), self.requests, scheduler, pool, point.tp, seed=self.seed)
 
 
 def measure(point: Point, file: Path, load: Load, command: str) -> Iterator[dict]:

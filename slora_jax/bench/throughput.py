@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import jax
@@ -21,7 +22,7 @@ from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.bench.service import Times
 from slora_jax.bench.timing import KernelEvent, PartTimer, gpu_events, machine, profiled, read_profile, union_seconds
 from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
-from slora_jax.config import build_config
+from slora_jax.config import EngineConfig, build_config
 from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.engine.generation import Generation
@@ -158,6 +159,20 @@ def compilations_counted() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def random_config(
+    model: str,
+    requests: int,
+    scheduler: dict[str, int | bool],
+    pool: dict[str, int | float | None],
+    tp: int,
+    **more: Any,
+) -> EngineConfig:
+    """Of an engine with random weights, where so many requests may wait. ``more`` are other fields of it."""
+    scheduler = {"max_waiting": max(1000, 2 * requests), **scheduler}
+    fields = {"model": model, "scheduler": scheduler, "pool": pool, "mesh": {"tp": tp}}
+    return build_config({**fields, "dummy": True, "checkpoint_cache": None, **more})
+
+
 def run_throughput(
     *,
     model: str,
@@ -173,17 +188,7 @@ def run_throughput(
     command: str,
 ) -> Iterator[dict]:
     """Starts an engine with random weights, and for each case warms it up and times the workload."""
-    config = build_config(
-        {
-            "model": model,
-            "dummy": True,
-            "checkpoint_cache": None,
-            "scheduler": {"max_waiting": max(1000, 2 * requests), **scheduler},
-            "pool": pool,
-            "mesh": {"tp": tp},
-        }
-    )
-    parts = build_parts(config, progress=False)
+    parts = build_parts(random_config(model, requests, scheduler, pool, tp), progress=False)
     try:
         yield from run_cases(parts, cases, requests, seed, longest, trace, profile, command)
     finally:

@@ -399,7 +399,6 @@ class Engine:
                 end_token_ids=frozenset(ends),
                 adapter=adapter,
                 constraint=constraints[index],
-                scores_prompt=index == 0 and sampling.prompt_logprobs is not None,
                 leader=group[0].sequence if group else None,
                 arrival=arrival,
                 tenant=request.adapter or self.model_name,

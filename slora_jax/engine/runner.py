@@ -285,7 +285,7 @@ class Runner:
         """
         batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._room)
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
-        scorer, pieces = plan_scores(batch.entries, batch.entry_of_row.tolist(), batch.shape.tokens)
+        scorer, pieces = plan_scores(batch.entries, batch.entry_of_row, batch.shape.tokens)
         return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs, scorer), pieces)
 
     def start(self, step: LaidOut) -> StepInFlight:

@@ -83,18 +83,21 @@ class Scores:
 
 
 def plan_scores(
-    entries: Sequence[ScheduledSequence], entry_of_row: Sequence[int], num_tokens: int
+    entries: Sequence[ScheduledSequence], entry_of_row: np.ndarray, num_tokens: int
 ) -> tuple[ScorerArguments | None, tuple[Piece, ...]]:
     """Finds the prompt tokens that a step can score: those behind a token that the step computes.
 
     Args:
       entries: in the order in which their tokens lie in the batch.
-      entry_of_row: the place of each in the plan.
+      entry_of_row: ``[len(entries)]``, the place of each in the plan.
       num_tokens: padded T.
 
     Returns:
       What the programs take, None if nothing is scored; and whose tokens they are, in the same order.
     """
+    # Of nearly all steps that is all there is to do.
+    if all(entry.sequence.sampling.prompt_logprobs is None for entry in entries):
+        return None, ()
     pieces: list[Piece] = []
     rows: list[np.ndarray] = []
     targets: list[int] = []

@@ -175,8 +175,9 @@ def _save(entry: _Entry, params) -> None:
                 (fresh / _MANIFEST).write_text(json.dumps(_described(fresh)))
                 _flush(fresh)  # or a power failure after the rename could leave files of the right size, all zeros
                 fresh.rename(entry.path)
-            finally:
+            except BaseException:
                 _remove(fresh)
+                raise
     except Exception as e:  # the cache is a convenience: whatever goes wrong, the server has its weights
         logger.warning(
             "weights could not be cached in %s (%s); the next start will read the safetensors again",

@@ -102,7 +102,6 @@ class Sequence:
       adapter: whose weights it runs with; None for the base model's alone, and of a finished sequence.
       constraint: what its tokens may be; None for anything. The sampler of a step waits for what it says of the token
         before.
-      scores_prompt: its prompt's tokens are to be scored, so all of them are computed, whatever the prefix cache has.
       leader: another sequence with the same prompt and adapter that computes it first (``n > 1``).
       cached_tokens: prompt tokens found in the prefix cache at first admission.
       started: when it was first admitted, by the clock of ``arrival``; None while it was not.
@@ -117,7 +116,6 @@ class Sequence:
     end_token_ids: frozenset[int] = frozenset()
     adapter: AdapterHandle | None = None
     constraint: Constraint | None = None
-    scores_prompt: bool = False
     leader: "Sequence | None" = None
     arrival: float = 0.0
     tenant: str = ""
@@ -141,6 +139,14 @@ class Sequence:
     @property
     def is_waiting(self) -> bool:
         return self.state is State.WAITING
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt's tokens are to be scored, so that all are computed, whatever the prefix cache has.
+
+        Of several sequences with one prompt the first one does that.
+        """
+        return self.sampling.prompt_logprobs is not None and self.leader is None
 
     @property
     def num_tokens(self) -> int:
