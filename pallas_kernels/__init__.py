@@ -6,7 +6,17 @@ layers of a step share is worked out once, by ``plan_attention`` and ``plan_lora
 
 from pallas_kernels.backend import Backend, choose_backend
 from pallas_kernels.collectives import Collectives, PeerMemory, all_gather, all_reduce, open_peer_memory
-from pallas_kernels.lora import LoraPlan, LoraSegments, lora_delta, lora_expand, lora_shrink, plan_lora
+from pallas_kernels.lora import (
+    LoraPlan,
+    LoraSegments,
+    SentSums,
+    lora_delta,
+    lora_expand,
+    lora_receive,
+    lora_send,
+    lora_shrink,
+    plan_lora,
+)
 from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, rotary_write_kv
 from pallas_kernels.pool import PAGE_SIZE
 
@@ -18,11 +28,14 @@ __all__ = [
     "LoraPlan",
     "LoraSegments",
     "PeerMemory",
+    "SentSums",
     "all_gather",
     "all_reduce",
     "choose_backend",
     "lora_delta",
     "lora_expand",
+    "lora_receive",
+    "lora_send",
     "lora_shrink",
     "open_peer_memory",
     "paged_attention",

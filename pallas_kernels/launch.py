@@ -89,7 +89,8 @@ def _compiled(
     names = [name for name in kernel.arg_names if name not in values]
     types = ["i32" if isinstance(parameter, int) else parameter for parameter in parameters]
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(values, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind != "i32"}
+    places = [kernel.arg_names.index(name) for name in names]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in zip(places, types, strict=True) if kind != "i32"}
     backend = triton.compiler.make_backend(GPUTarget("cuda", capability, 32))
     options = backend.parse_options({"num_warps": num_warps, "num_stages": num_stages})
     context = ir.context()

@@ -11,12 +11,12 @@ a CUDA graph; these are kernels like any other.
 import math
 
 import jax
-import jax_triton as jt
 import triton
 import triton.language as tl
 
+from pallas_kernels import launch
 from pallas_kernels.collectives import triton_kernels
-from pallas_kernels.collectives.workspace import HEAD_BYTES, MAX_PROGRAMS
+from pallas_kernels.collectives.workspace import HEAD_BYTES, MAIL_HEAD_BYTES, MAX_PROGRAMS, mail_slot_bytes
 from pallas_kernels.tuning import block_sizes, device_kind
 
 _DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
@@ -37,14 +37,26 @@ def all_gather(x, axis: int, group):
     return _launch(triton_kernels._all_gather_kernel, x, group, x.size, (math.prod(x.shape[axis:]),), shape)
 
 
+def mail_constants(channel: int, group) -> dict[str, int]:
+    """Of a kernel that posts or awaits mail: what the functions of ``triton_kernels`` are told besides ``peers``."""
+    programs = block_sizes("collective", device_kind(), "any")["programs"]
+    return {"N": group.size, "CHANNEL": channel, "HEAD": HEAD_BYTES, "SLOT": group.slot_bytes, "CALLERS": programs}
+
+
+def fits_mail(nbytes: int, group) -> bool:
+    """Whether one device's mail may be as large as this."""
+    return nbytes <= mail_slot_bytes(group.slot_bytes)
+
+
 def _launch(kernel, x, group, size: int, scalars: tuple[int, ...], out_shape):
     """Runs a kernel whose programs share out ``size`` elements."""
     block = block_sizes("collective", device_kind(), "any")
     programs = block["programs"]
-    assert programs <= MAX_PROGRAMS and (group.size + 1) * programs * 4 <= HEAD_BYTES, "there are flags for all"
+    flags = (group.size + 1) * programs * 4
+    assert programs <= MAX_PROGRAMS and flags <= HEAD_BYTES - MAIL_HEAD_BYTES, "there are flags for all"
     elements = block["bytes"] // x.dtype.itemsize
     share = triton.cdiv(triton.cdiv(size, elements), programs) * elements
-    return jt.triton_call(
+    return launch.triton_call(
         x,
         group.table.reshape(-1),
         size,

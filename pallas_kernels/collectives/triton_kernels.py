@@ -9,13 +9,22 @@ call has ``PROGRAMS`` programs and adds ``PHASES`` to every counter, whether the
 programs know the number of the call by themselves. Calls take the two sets of slots in turn. When a device begins a
 call, it has seen in the one before that every other device had begun that: so nobody reads any more what was written
 two calls ago, and its slots are free.
+
+*Mail* is a message in two halves, with other work between them: a kernel *posts*, and a later one *awaits* what the
+others posted. Behind the slots come those for mail, N for each channel, and at the end of the head its flags, one for
+each device in each channel, and a counter for each channel. A flag holds the number of calls, plus 1, before which its
+mail was posted. There is at most one piece of mail in a channel between two calls. So its slots are free when it is
+posted: all devices have begun the last call, and had read all earlier mail by then.
 """
 
 import triton
 import triton.language as tl
 
+from pallas_kernels.collectives.workspace import MAIL_HEAD_BYTES
+
 PHASES = tl.constexpr(2)
 _MOST_POLLS = tl.constexpr(1 << 24)  # more than ten seconds
+_MAIL_HEAD = tl.constexpr(MAIL_HEAD_BYTES)
 
 
 @triton.jit
@@ -29,6 +38,65 @@ def _slot(workspace, call, device, HEAD: tl.constexpr, SLOT: tl.constexpr, N: tl
     """Returns where a device's slot begins in a workspace, in a call of this number."""
     at = workspace + HEAD + ((call & 1) * N + device).to(tl.int64) * SLOT
     return at.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def mail_slot(
+    peers, device, source, CHANNEL: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Returns where, in a device's workspace, the mail of a source is, as float32."""
+    first = _address(peers, device) + HEAD + 2 * N * tl.cast(SLOT, tl.int64)
+    at = first + (CHANNEL * N + source) * tl.cast(SLOT // 256 * 128, tl.int64)
+    return at.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _mail_flags(peers, device, CHANNEL: tl.constexpr, HEAD: tl.constexpr, N: tl.constexpr):
+    at = _address(peers, device) + HEAD - _MAIL_HEAD
+    return at.to(tl.pointer_type(tl.int32)) + CHANNEL * N
+
+
+@triton.jit
+def mail_tag(peers, N: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Returns what flags of mail hold that is posted now: never 0, as counters are even."""
+    workspace = _address(peers, place(peers, N))
+    return tl.load(workspace.to(tl.pointer_type(tl.int32)) + N * PROGRAMS) + 1
+
+
+@triton.jit
+def place(peers, N: tl.constexpr):
+    """Returns this device's place among the others."""
+    return _address(peers, N).to(tl.int32)
+
+
+@triton.jit
+def post_mail(peers, tag, CHANNEL: tl.constexpr, HEAD: tl.constexpr, N: tl.constexpr, SENDERS: tl.constexpr):
+    """Tells the others that mail is complete: every program calls this when it has written, and the last one tells."""
+    rank = place(peers, N)
+    counter = _mail_flags(peers, rank, 0, HEAD, N) + _MAIL_HEAD // 4 - 1 - CHANNEL
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="sys")
+    if before == SENDERS - 1:
+        tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+        for ahead in tl.static_range(1, N):
+            flags = _mail_flags(peers, (rank + ahead) % N, CHANNEL, HEAD, N)
+            tl.atomic_xchg(flags + rank, tag, sem="release", scope="sys")
+
+
+@triton.jit
+def await_mail(peers, tag, CHANNEL: tl.constexpr, HEAD: tl.constexpr, N: tl.constexpr):
+    """Waits until all others have posted. Returns whether they did, as ``_meet`` does."""
+    rank = place(peers, N)
+    flags = _mail_flags(peers, rank, CHANNEL, HEAD, N)
+    polls = 0
+    for ahead in tl.static_range(1, N):
+        flag = flags + (rank + ahead) % N
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        while (seen != tag) & (polls < _MOST_POLLS):
+            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            polls += 1
+    tl.debug_barrier()
+    return polls < _MOST_POLLS
 
 
 @triton.jit
@@ -95,7 +163,7 @@ def _meet(peers, rank, value, N: tl.constexpr, PROGRAMS: tl.constexpr):
 @triton.jit
 def _begin(peers, N: tl.constexpr, PROGRAMS: tl.constexpr):
     """Returns this device's place, its workspace, this program's counter and what that says."""
-    rank = _address(peers, N).to(tl.int32)
+    rank = place(peers, N)
     workspace = _address(peers, rank)
     counter = workspace.to(tl.pointer_type(tl.int32)) + N * PROGRAMS + tl.program_id(0)
     return rank, workspace, counter, tl.load(counter)

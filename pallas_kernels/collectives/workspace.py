@@ -12,8 +12,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 HEAD_BYTES = 64 * 2**10
 """Of flags and counters, ahead of the slots."""
 
+MAIL_HEAD_BYTES = 512
+"""The end of the head: flags and counters of mail, with up to 63 devices."""
+
+MAIL_CHANNELS = 2
+
 MAX_PROGRAMS = 256
 """Programs of a kernel for which there are flags, with up to 63 devices."""
+
+
+def mail_slot_bytes(slot_bytes: int) -> int:
+    """Of one device's mail in one channel, where so large is the largest message."""
+    return slot_bytes // 256 * 128
 
 
 class PeerMemory:
@@ -38,7 +48,7 @@ class PeerMemory:
         (axis,) = mesh.axis_names
         count = mesh.devices.size
         self.slot_bytes = slot_bytes
-        self.nbytes = HEAD_BYTES + 2 * count * slot_bytes
+        self.nbytes = HEAD_BYTES + 2 * count * slot_bytes + MAIL_CHANNELS * count * mail_slot_bytes(slot_bytes)
         sharding = NamedSharding(mesh, PartitionSpec(axis, None))
         self._workspace = jnp.zeros((count, self.nbytes // 4), jnp.int32, device=sharding)
         self._workspace.block_until_ready()

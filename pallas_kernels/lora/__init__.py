@@ -1,5 +1,25 @@
 """Low-rank updates of a ragged batch in which every sequence has its own adapter and rank."""
 
-from pallas_kernels.lora.api import LoraPlan, LoraSegments, lora_delta, lora_expand, lora_shrink, plan_lora
+from pallas_kernels.lora.api import (
+    LoraPlan,
+    LoraSegments,
+    SentSums,
+    lora_delta,
+    lora_expand,
+    lora_receive,
+    lora_send,
+    lora_shrink,
+    plan_lora,
+)
 
-__all__ = ["LoraPlan", "LoraSegments", "lora_delta", "lora_expand", "lora_shrink", "plan_lora"]
+__all__ = [
+    "LoraPlan",
+    "LoraSegments",
+    "SentSums",
+    "lora_delta",
+    "lora_expand",
+    "lora_receive",
+    "lora_send",
+    "lora_shrink",
+    "plan_lora",
+]

@@ -1,7 +1,9 @@
 """Gathered LoRA (the paper's MBGMV and MBGMM): contracts, argument checks, choice of back end.
 
-``scale * (x A^T) B^T`` for a ragged batch, as two functions so that a sharded caller can put a collective on the
-rank-sized partial between them. A and B are read from the pool's pages where they lie.
+``scale * (x A^T) B^T`` for a ragged batch. A and B are read from the pool's pages where they lie.
+
+One device calls ``lora_delta``. Several devices call ``lora_send`` ahead of the base model's product and
+``lora_receive`` behind it, so that what they send each other is on its way meanwhile.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,9 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from pallas_kernels.backend import Backend
+from pallas_kernels.collectives import Collectives, all_gather, all_reduce
 from pallas_kernels.lora import reference, triton
 from pallas_kernels.lora.reference import ReferenceLoraPlan
 from pallas_kernels.lora.triton import TritonLoraPlan
@@ -176,6 +180,117 @@ def lora_delta(x: jax.Array, pool: jax.Array, layer: Layer, plan: LoraPlan, modu
     """
     _check(x, pool, layer, plan, modules)
     return _OF_PLAN[type(plan)].lora_delta(x, pool, layer, plan, tuple(modules))
+
+
+@struct.dataclass
+class SentSums:
+    """Partial sums of all devices, on their way to ``lora_receive``.
+
+    Attributes:
+      sums: ``[T, len(modules), rank]`` float32 where they have arrived; None where they do while other work is done.
+      by_rank: static; how they were sent.
+      max_rank: static; width of what each device sent.
+    """
+
+    sums: jax.Array | None
+    by_rank: bool = struct.field(pytree_node=False)
+    max_rank: int = struct.field(pytree_node=False)
+
+
+def lora_send(
+    x: jax.Array,
+    pool: jax.Array,
+    layer: Layer,
+    plan: LoraPlan,
+    modules: Sequence[int],
+    group: Collectives,
+    *,
+    by_rank: bool,
+) -> tuple[jax.Array, SentSums]:
+    """Projects every token to its adapter's rank on several devices, each with its share of A (the paper's section 6).
+
+    ``lora_receive`` must follow, then a collective of the group's, and only then may there be another ``lora_send`` of
+    the same ``by_rank``: the devices keep room for one at a time.
+
+    Args:
+      x, pool, layer, plan, modules: as in ``lora_shrink``, of this device's share.
+      group: the devices.
+      by_rank: each device has all of x, and of A the ranks i, i + N, i + 2N and so on, where i is its place. Else each
+        has all ranks, for its own part of the input. Static.
+
+    Returns:
+      x, to be used by what is to run after the sending has begun; and what ``lora_receive`` takes.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit the above.
+    """
+    _check(x, pool, layer, plan, modules)
+    num_tokens, modules = x.shape[0], tuple(modules)
+    if isinstance(plan, TritonLoraPlan) and triton.can_mail(num_tokens, modules, plan.max_rank, group):
+        x = triton.lora_send(x, pool, layer, plan, modules, group, by_rank)
+        return x, SentSums(None, by_rank, plan.max_rank)
+    # Modules that no adapter changes are not sent.
+    changed = [m for m in modules if m in plan.active]
+    partial_sums = lora_shrink(x, pool, layer, plan, changed)
+    sums = gathered_ranks(partial_sums, group) if by_rank else all_reduce(partial_sums, group)
+    if len(changed) < len(modules):
+        places = np.array([modules.index(m) for m in changed])
+        sums = jnp.zeros((num_tokens, len(modules), sums.shape[2]), jnp.float32).at[:, places].set(sums)
+    return x, SentSums(sums, by_rank, plan.max_rank)
+
+
+def lora_receive(
+    y: jax.Array,
+    sent: SentSums,
+    pool: jax.Array,
+    layer: Layer,
+    plan: LoraPlan,
+    modules: Sequence[int],
+    group: Collectives,
+) -> jax.Array:
+    """Adds every token's low-rank update to the base model's outputs on several devices.
+
+    Args:
+      y: what the base model's product gave. Of what was sent ``by_rank`` ``[T, sum of d_out]``: this device's columns.
+        Else ``[T, N * d_out]``: this device's term of a sum over devices, of which it updates the columns
+        ``[i * d_out, (i + 1) * d_out)``, where i is its place.
+      sent: from ``lora_send`` of the same modules.
+      pool, layer, modules: as in ``lora_expand``.
+      plan: as in ``lora_expand``, with whole ranks and this device's share of B.
+      group: the devices.
+
+    Returns:
+      As y, updated.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit the above.
+    """
+    _check_modules(pool, layer, plan, modules)
+    width = sum(plan.widths[m][1] for m in modules) * (1 if sent.by_rank else group.size)
+    if y.ndim != 2 or y.shape[1] != width:
+        raise ValueError(f"y must be [T, {width}], got {y.shape}")
+    if sent.sums is None:
+        assert isinstance(plan, TritonLoraPlan), "both plans are of one back end"
+        return triton.lora_receive(y, pool, layer, plan, tuple(modules), sent.max_rank, group, sent.by_rank)
+    delta = lora_expand(sent.sums, pool, layer, plan, modules, y.dtype)
+    # Nothing between the product and the sum: cuBLAS then does both in one kernel.
+    return y + delta if sent.by_rank else add_to_own_columns(y, delta, group)
+
+
+def gathered_ranks(partial_sums: jax.Array, group: Collectives) -> jax.Array:
+    """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
+    gathered = all_gather(partial_sums, partial_sums.ndim, group)
+    return gathered.reshape(*partial_sums.shape[:2], -1)
+
+
+def add_to_own_columns(y: jax.Array, delta: jax.Array, group: Collectives) -> jax.Array:
+    """Adds one device's columns of a low-rank update ``[T, h / N]`` to its term ``[T, h]`` of the base's all-reduce.
+
+    That collective then brings everyone's columns to everyone: the update needs none of its own.
+    """
+    first = jax.lax.axis_index(group.axis_name) * delta.shape[1]
+    own = jax.lax.dynamic_slice_in_dim(y, first, delta.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
 
 
 def _check(x, pool, layer, plan: LoraPlan, modules: Sequence[int]) -> None:

@@ -15,6 +15,8 @@ Padding: tokens without an adapter are tiles of rank 0: no item of shrink is the
 splits are taken in order: results do not depend on timing.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -22,6 +24,7 @@ import triton.language as tl
 from flax import struct
 
 from pallas_kernels import launch
+from pallas_kernels.collectives.triton import fits_mail, mail_constants
 from pallas_kernels.lora import triton_kernels
 from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
@@ -99,6 +102,50 @@ def plan(segments, *, num_tokens, row_width, widths):
     )
 
 
+class _Mail(NamedTuple):
+    """How kernels on several devices bring their partial sums together.
+
+    Attributes:
+      peers: the devices' table.
+      constants: of the kernels.
+      by_rank: what the devices share out of A: its ranks, else its input.
+      max_rank: width of what one device sends.
+    """
+
+    peers: jax.Array
+    constants: dict[str, int]
+    by_rank: bool
+    max_rank: int
+
+
+_ALONE = {"N": 1, "CHANNEL": 0, "HEAD": 0, "SLOT": 0, "CALLERS": 0}
+
+
+def _mail(group, by_rank: bool, max_rank: int) -> _Mail:
+    # Between two sums of the base model there is one piece of mail of each kind.
+    return _Mail(group.table.reshape(-1), mail_constants(0 if by_rank else 1, group), by_rank, max_rank)
+
+
+def can_mail(num_tokens: int, modules, max_rank: int, group) -> bool:
+    """Whether devices can send partial sums ``[num_tokens, len(modules), max_rank]`` by kernels."""
+    return group.table is not None and fits_mail(num_tokens * len(modules) * max_rank * 4, group)
+
+
+def lora_send(x, pool, layer, plan: TritonLoraPlan, modules, group, by_rank: bool):
+    """Writes every token's partial sums into all devices' memory. Returns x, for what is to run after that."""
+    ref = jax.new_ref(x)
+    _shrink(ref, pool, layer, plan, modules, max_splits=1, mail=_mail(group, by_rank, plan.max_rank))
+    return jax.freeze(ref)
+
+
+def lora_receive(y, pool, layer, plan: TritonLoraPlan, modules, sent_rank: int, group, by_rank: bool):
+    """Adds to y the updates by what all devices sent; ``sent_rank`` is the ``max_rank`` of the plan that sent."""
+    ref = jax.new_ref(y)
+    mail = _mail(group, by_rank, sent_rank)
+    _expand(ref, y.shape[0], y.dtype, pool, layer, plan, modules, mail=mail)
+    return jax.freeze(ref)
+
+
 def lora_shrink(x, pool, layer, plan: TritonLoraPlan, modules):
     """Projects every token to its adapter's rank; ``api.lora_shrink`` has the arguments' meaning."""
     out = jnp.zeros((1, x.shape[0], len(modules), plan.max_rank), jnp.float32)
@@ -107,7 +154,8 @@ def lora_shrink(x, pool, layer, plan: TritonLoraPlan, modules):
 
 def lora_expand(partial_sums, pool, layer, plan: TritonLoraPlan, modules, dtype):
     """Computes every token's low-rank update; ``api.lora_expand`` has the arguments' meaning."""
-    return _expand(partial_sums[None], jnp.ones(1, jnp.int32), pool, layer, plan, modules, dtype)
+    sums = partial_sums[None], jnp.ones(1, jnp.int32)
+    return _expand(sums, partial_sums.shape[0], dtype, pool, layer, plan, modules)
 
 
 def lora_delta(x, pool, layer, plan: TritonLoraPlan, modules):
@@ -116,16 +164,16 @@ def lora_delta(x, pool, layer, plan: TritonLoraPlan, modules):
     With no collective between the two, the sum over splits is left to expand.
     """
     max_splits = block_sizes("lora_shrink", device_kind(), _kind(x.shape[0]))["max_splits"]
-    partial_sums, splits = _shrink(x, pool, layer, plan, modules, max_splits=max_splits)
-    return _expand(partial_sums, splits, pool, layer, plan, modules, x.dtype)
+    sums = _shrink(x, pool, layer, plan, modules, max_splits=max_splits)
+    return _expand(sums, x.shape[0], x.dtype, pool, layer, plan, modules)
 
 
-def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
+def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail | None = None):
     """Returns partial sums ``[max_splits, T, M, max_rank]`` and the number of splits ``[1]`` int32 that were made.
 
     There are as many splits as it takes to give every program an item. A tile of one token writes the first split
     only, the others all that were made. Nothing is written past a tile's rank: there ``out`` shows through, or whatever
-    memory held.
+    memory held. With ``mail`` x is a reference, and nothing is returned.
     """
     num_tokens, d_in = x.shape
     num_rows, width = pool.shape[2:]
@@ -145,8 +193,6 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
     tile_cost = jnp.maximum(tile_ranks // (ranks * splits), 1)
     ends = jnp.cumulative_sum(blocks * jnp.where(of_one, 1, splits * tile_cost)).astype(jnp.int32)
     splits, tile_cost = splits.reshape(1), tile_cost.reshape(1)
-    ref = None if out is None else jax.new_ref(out)
-    out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
     num_tiles = ends.shape[0]
     arguments = (
         x,
@@ -161,10 +207,22 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
         num_tiles,
         num_tokens,
     )
+    # The kernel's last two: peers, and where partial sums go.
+    out_type: jax.ShapeDtypeStruct | tuple[()] = ()
+    ref = None if out is None else jax.new_ref(out)
+    last: list[jax.Array | jax.Ref]
+    if mail is not None:
+        last, unused = [mail.peers], ["out"]
+    elif ref is not None:
+        last, unused = [ref], ["peers"]
+    else:
+        last, unused = [], ["peers"]
+        out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
     result = launch.triton_call(
-        *(arguments if ref is None else (*arguments, ref)),
+        *arguments,
+        *last,
         kernel=triton_kernels._shrink_kernel,
-        out_type=out_type if ref is None else (),
+        out_type=out_type,
         grid=(block["programs"],),
         num_warps=block["num_warps"],
         num_stages=block["num_stages"],
@@ -185,13 +243,19 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None):
         TILE_RANKS=tile_ranks,
         TILE_COLUMNS=tile_columns,
         DTYPE=matmul_dtype,
+        **dict.fromkeys(unused),
+        **(_ALONE if mail is None else mail.constants),
     )
-    return (result if ref is None else jax.freeze(ref)), splits
+    return None if mail is not None else (result if ref is None else jax.freeze(ref), splits)
 
 
-def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
-    """Sums over the splits and multiplies with B; returns ``[T, sum of d_out]`` of this dtype."""
-    num_tokens = partial_sums.shape[1]
+def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail | None = None):
+    """Sums up partial sums and multiplies with B.
+
+    Args:
+      sums: what ``_shrink`` returned, for updates ``[T, sum of d_out]`` of this dtype, which are returned. With
+        ``mail`` a reference to what they are to be added to.
+    """
     num_rows, width = pool.shape[2:]
     widths = tuple(plan.widths[m][1] for m in modules)
     block = block_sizes("lora_expand", device_kind(), _kind(num_tokens))
@@ -207,17 +271,20 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         full, rest = divmod(d_out, width)
         first_block.append(first_block[-1] + full * triton.cdiv(width, columns) + triton.cdiv(rest, columns))
         first_column.append(first_column[-1] + d_out)
+    of_all = (layer_array(layer), num_rows, num_tokens)
+    out_type: jax.ShapeDtypeStruct | tuple[()] = ()
+    if mail is None:
+        partial_sums, splits = sums
+        arguments = (partial_sums, pool, plan.records, plan.pages, splits, *of_all)
+        unused: tuple[str, ...] = ("peers",)
+        out_type = jax.ShapeDtypeStruct((num_tokens, first_column[-1]), dtype)
+    else:
+        arguments = (pool, plan.records, plan.pages, *of_all, mail.peers, sums)
+        unused = ("partial_sums", "splits_at")
     return launch.triton_call(
-        partial_sums,
-        pool,
-        plan.records,
-        plan.pages,
-        splits,
-        layer_array(layer),
-        num_rows,
-        num_tokens,
+        *arguments,
         kernel=triton_kernels._expand_kernel,
-        out_type=jax.ShapeDtypeStruct((num_tokens, first_column[-1]), dtype),
+        out_type=out_type,
         grid=(first_block[-1], plan.records.shape[0]),
         num_warps=block["num_warps"],
         num_stages=block["num_stages"],
@@ -229,7 +296,7 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         FIRST_BLOCK=tuple(first_block),
         FIRST_COLUMN=tuple(first_column),
         W=width,
-        MAX_RANK=plan.max_rank,
+        MAX_RANK=plan.max_rank if mail is None else mail.max_rank,
         TOKENS=plan.token_tile,
         RANKS=min(block["ranks"], bound),
         COLUMNS=columns,
@@ -239,6 +306,10 @@ def _expand(partial_sums, splits, pool, layer, plan, modules, dtype):
         TILE_COLUMNS=tile_columns,
         MASKED=width % columns > 0 or any(d_out % columns for d_out in widths),
         DTYPE=matmul_dtype,
+        ROW=first_column[-1] if mail is None else sums.shape[1],
+        BY_RANK=mail is not None and mail.by_rank,
+        **dict.fromkeys(unused),
+        **(_ALONE if mail is None else mail.constants),
     )
 
 

@@ -7,10 +7,16 @@ Semantics, for token t of segment g, ``m = modules[j]`` and ``r = rank[g, m]``::
 
 Shapes: ``x [T, d_in]``, partial sums ``[splits, T, M, max_rank]`` float32, ``delta [T, sum of d_out]``, pool
 ``[layers, 2, rows, W]``.
+
+Among N devices shrink writes its partial sums into every device's memory, as mail, and expand awaits those of all (see
+``collectives.triton_kernels``), and adds what it computes to the base's output. Where the devices share A out by rank
+(``BY_RANK``), device i has the ranks i, i + N, i + 2N and so on; where by input, each has a term of every sum.
 """
 
 import triton
 import triton.language as tl
+
+from pallas_kernels.collectives.triton_kernels import await_mail, mail_slot, mail_tag, place, post_mail
 
 
 @triton.jit
@@ -67,7 +73,8 @@ def _shrink_kernel(
     num_rows,
     num_tiles,
     num_tokens,
-    out,  # [max_splits, num_tokens, M, MAX_RANK]
+    peers,  # None on one device
+    out,  # [max_splits, num_tokens, M, MAX_RANK]; of several devices nothing is in it
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -84,6 +91,11 @@ def _shrink_kernel(
     TILE_RANKS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
+    N: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    CALLERS: tl.constexpr,
 ):
     """One program does its share of the items, one after the other, so that it seldom comes to another tile."""
     M: tl.constexpr = len(MODULES)
@@ -103,33 +115,51 @@ def _shrink_kernel(
         end = tl.load(ends + tile)
         first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
         x_at = x + first * D_IN
-        out_at = out + first * M * MAX_RANK
+        sums_at = first * M * MAX_RANK
         if tokens == 1:
             for block in range(tl.maximum(share_begin - begin, 0), tl.minimum(share_end, end) - begin):
                 its_rows = _stacked_rows(
                     records, tile, block * RANKS + tl.arange(0, RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
                 )
-                _shrink_token(
-                    x_at, pool, pages + page_start, plane, num_rows, out_at, its_rows, plane_rows,
-                    PAGE, D_IN, W, RANKS, COLUMNS,
-                )  # fmt: skip
+                sums = _shrink_token(
+                    x_at, pool, pages + page_start, plane, num_rows, its_rows, plane_rows, PAGE, D_IN, W, RANKS, COLUMNS
+                )
+                _store_sums(sums_at + its_rows[3], sums, its_rows[4], out, peers, N, CHANNEL, HEAD, SLOT)
         else:
             # An item belongs to the share in which it begins.
             first_item = tl.cdiv(tl.maximum(share_begin - begin, 0), tile_cost)
             for item in range(first_item, tl.cdiv(tl.minimum(share_end, end) - begin, tile_cost)):
                 block = item // splits
                 split = item - block * splits
-                split_at = out_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
+                split_at = sums_at + tl.cast(num_tokens, tl.int64) * (split * M * MAX_RANK)
                 many_rows = _stacked_rows(
                     records, tile, block * TILE_RANKS + tl.arange(0, TILE_RANKS), MODULES, ALL_MODULES, FIELDS, MAX_RANK
                 )
-                _shrink_tile(
-                    x_at, pool, pages + page_start, plane, num_rows, split_at, many_rows, split * split_width,
-                    split_width, tokens, plane_rows,
-                    PAGE, D_IN, W, M, MAX_RANK, TOKENS, TILE_RANKS, TILE_COLUMNS, DTYPE,
+                sums = _shrink_tile(
+                    x_at, pool, pages + page_start, plane, num_rows, many_rows, split * split_width, split_width,
+                    tokens, plane_rows, PAGE, D_IN, W, TOKENS, TILE_RANKS, TILE_COLUMNS, DTYPE,
                 )  # fmt: skip
+                token = tl.arange(0, TOKENS)[:, None]
+                at = split_at + token * M * MAX_RANK + many_rows[3][None, :]
+                exists = (token < tokens) & many_rows[4][None, :]
+                _store_sums(at, sums, exists, out, peers, N, CHANNEL, HEAD, SLOT)
         begin = end
         tile += 1
+    if N > 1:
+        post_mail(peers, mail_tag(peers, N, CALLERS), CHANNEL, HEAD, N, PROGRAMS)
+
+
+@triton.jit
+def _store_sums(
+    at, sums, exists, out, peers, N: tl.constexpr, CHANNEL: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr
+):
+    """Stores partial sums: in ``out``, or as this device's mail to all."""
+    if N == 1:
+        tl.store(out + at, sums, mask=exists)
+    else:
+        rank = place(peers, N)
+        for device in tl.static_range(N):
+            tl.store(mail_slot(peers, device, rank, CHANNEL, HEAD, SLOT, N) + at, sums, mask=exists)
 
 
 @triton.jit
@@ -164,13 +194,13 @@ def _stacked_rows(
 
 @triton.jit
 def _shrink_token(
-    x, pool, pages, plane, num_rows, out, stacked, plane_rows,
+    x, pool, pages, plane, num_rows, stacked, plane_rows,
     PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes and stores the partial sums of one token for some stacked rank rows."""
+    """Returns the partial sums of one token for some stacked rank rows."""
     BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
     STEPS: tl.constexpr = D_IN // W * BLOCKS + (D_IN % W + COLUMNS - 1) // COLUMNS
-    entry, stride, scale, place, exists = stacked
+    entry, stride, scale, _, _ = stacked
     products = tl.zeros([RANKS, COLUMNS], tl.float32)
     if STEPS <= 4:
         # All loads are on their way before the first is needed.
@@ -184,7 +214,7 @@ def _shrink_token(
                 x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
             )
     # Once, at the end: a sum over the program's threads makes them wait for each other.
-    tl.store(out + place, tl.sum(products, 1) * scale, mask=exists)
+    return tl.sum(products, 1) * scale
 
 
 @triton.jit
@@ -209,15 +239,15 @@ def _shrink_products(
 
 @triton.jit
 def _shrink_tile(
-    x, pool, pages, plane, num_rows, out, stacked, d_first, split_width, tokens, plane_rows,
-    PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
+    x, pool, pages, plane, num_rows, stacked, d_first, split_width, tokens, plane_rows,
+    PAGE: tl.constexpr, D_IN: tl.constexpr, W: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Computes and stores partial sums of several tokens for some stacked rank rows, over a range of d_in.
+    """Returns partial sums of several tokens for some stacked rank rows, over a range of d_in.
 
     The range begins at ``d_first`` and is ``split_width`` wide.
     """
-    entry, stride, scale, place, row_exists = stacked
+    entry, stride, scale, _, _ = stacked
     token = tl.arange(0, TOKENS)
     x_at = x + (tl.minimum(token, tokens - 1) * D_IN)[:, None]
     total = tl.zeros([TOKENS, RANKS], tl.float32)
@@ -237,13 +267,12 @@ def _shrink_tile(
                 values = tl.load(x_at + d)
             a = _load_columns(a_at, column, W, COLUMNS)
             total = tl.dot(values.to(DTYPE), tl.trans(a.to(DTYPE)), total, input_precision="ieee")
-    exists = (token < tokens)[:, None] & row_exists[None, :]
-    tl.store(out + token[:, None] * M * MAX_RANK + place[None, :], total * scale[None, :], mask=exists)
+    return total * scale[None, :]
 
 
 @triton.jit
 def _expand_kernel(
-    partial_sums,  # [max_splits, num_tokens, M, MAX_RANK]
+    partial_sums,  # [max_splits, num_tokens, M, MAX_RANK]; of several devices nothing is in it
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
@@ -251,7 +280,8 @@ def _expand_kernel(
     layer,  # [1]
     num_rows,
     num_tokens,
-    delta,  # [num_tokens, FIRST_COLUMN[M]]
+    peers,  # None on one device
+    delta,  # [num_tokens, ROW]; of several devices what the updates are added to
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -270,6 +300,13 @@ def _expand_kernel(
     TILE_COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
     DTYPE: tl.constexpr,
+    ROW: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    N: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    CALLERS: tl.constexpr,
 ):
     """One program does a tile's tokens and ``COLUMNS`` output columns of one module, over all its rank rows."""
     M: tl.constexpr = len(MODULES)
@@ -277,6 +314,7 @@ def _expand_kernel(
     program = tl.program_id(0)
     tile = tl.program_id(1)
     # Which module, from compile-time tables.
+    missing = tl.full([], 0.0, tl.float32)
     j = tl.full([], 0, tl.int32)
     block = program
     width = tl.full([], WIDTHS[0], tl.int32)
@@ -291,61 +329,99 @@ def _expand_kernel(
     if tokens > 0:
         rank, start, _ = _module(records, tile, _pick(MODULES, j), 1, ALL_MODULES, FIELDS)
         plane = 2 * tl.load(layer)
-        splits = tl.load(splits_at)
+        splits = 1 if N > 1 else tl.load(splits_at)
         chunk = block // BLOCKS
         begin = block % BLOCKS * COLUMNS
         start += chunk * rank
         left = tl.minimum(width - chunk * W, W)  # columns of this chunk that exist in the output
-        delta += first * FIRST_COLUMN[M] + first_column + chunk * W
-        partial_sums += (first * M + j) * MAX_RANK
+        delta += first * ROW + first_column + chunk * W
+        if N > 1:
+            if not BY_RANK:
+                # Every device updates columns of its own, of a term of the base's sum.
+                delta += place(peers, N) * FIRST_COLUMN[M]
+            sums = mail_slot(peers, place(peers, N), 0, CHANNEL, HEAD, SLOT, N)
+            if rank > 0:
+                all_came = await_mail(peers, mail_tag(peers, N, CALLERS), CHANNEL, HEAD, N)
+                # That a device did not come shows in the logits, which are then no numbers.
+                missing = tl.where(all_came, 0.0, float("nan"))
+        else:
+            sums = partial_sums
+        sums += (first * M + j) * MAX_RANK
         pages += page_start
         if (tokens == 1) & (rank > 0):
             _expand_token(
-                partial_sums, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
-                PAGE, W, RANKS, COLUMNS, STAGES, MASKED,
+                sums, missing, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
+                PAGE, W, RANKS, COLUMNS, STAGES, MASKED, N, BY_RANK, SLOT,
             )  # fmt: skip
         elif rank <= SMALL_RANK:
             _expand_tile(
-                partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
-                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, COLUMNS, SMALL_RANK,
-                TILE_COLUMNS, MASKED, DTYPE,
+                sums, missing, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens,
+                rank, start, plane_rows, PAGE, W, ROW, M, MAX_RANK, TOKENS, COLUMNS, SMALL_RANK,
+                TILE_COLUMNS, MASKED, DTYPE, N, BY_RANK, SLOT,
             )  # fmt: skip
         else:
             _expand_tile(
-                partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
-                plane_rows, PAGE, W, FIRST_COLUMN[M], M, MAX_RANK, TOKENS, COLUMNS, TILE_RANKS,
-                TILE_COLUMNS, MASKED, DTYPE,
+                sums, missing, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens,
+                rank, start, plane_rows, PAGE, W, ROW, M, MAX_RANK, TOKENS, COLUMNS, TILE_RANKS,
+                TILE_COLUMNS, MASKED, DTYPE, N, BY_RANK, SLOT,
             )  # fmt: skip
 
 
 @triton.jit
 def _expand_token(
-    partial_sums, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
+    partial_sums, missing, delta, pool, pages, plane, num_rows, begin, left, rank, start, plane_rows,
     PAGE: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, N: tl.constexpr, BY_RANK: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores some output columns of one token, which multiplies and adds in float32."""
     column = begin + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
     for r in tl.range(0, rank, RANKS, num_stages=STAGES):
         lane = r + tl.arange(0, RANKS)
-        scaled = tl.load(partial_sums + lane, mask=lane < rank, other=0.0)
+        if N == 1:
+            scaled = tl.load(partial_sums + lane, mask=lane < rank, other=0.0)
+        else:
+            scaled = _mailed_sums(partial_sums, missing, lane, lane < rank, N, BY_RANK, SLOT)
         rows = _pool_rows(start + tl.minimum(lane, rank - 1), pages, plane_rows, plane, num_rows, PAGE)
         b = _load_columns(pool + (rows * W)[:, None], column[None, :], W, COLUMNS)
         total += tl.sum(b.to(tl.float32) * scaled[:, None], 0)
-    total = total.to(delta.dtype.element_ty)
-    if MASKED:
-        tl.store(delta + column, total, mask=column < left)
+    _put(delta + column, total, column < left, MASKED, N)
+
+
+@triton.jit
+def _put(at, total, exists, MASKED: tl.constexpr, N: tl.constexpr):
+    """Stores a block of updates; on several devices adds them to what is there."""
+    mask = exists if MASKED else None
+    if N > 1:
+        total += tl.load(at, mask=mask).to(tl.float32)
+    tl.store(at, total.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mailed_sums(at, missing, lane, exists, N: tl.constexpr, BY_RANK: tl.constexpr, SLOT: tl.constexpr):
+    """Returns the partial sums of some lanes, from all devices' mail; ``at`` is in that of the first.
+
+    It was written by others: what this device's caches may have is not asked. ``missing`` is added, 0 or no number.
+    """
+    STRIDE: tl.constexpr = SLOT // 256 * 32
+    if BY_RANK:
+        own = at + (lane % N).to(tl.int64) * STRIDE + lane // N
+        total = tl.load(own, mask=exists, other=0.0, cache_modifier=".cg")
     else:
-        tl.store(delta + column, total)
+        total = tl.load(at + lane, mask=exists, other=0.0, cache_modifier=".cg")
+        for device in tl.static_range(1, N):
+            theirs = at + tl.cast(device, tl.int64) * STRIDE + lane
+            total += tl.load(theirs, mask=exists, other=0.0, cache_modifier=".cg")
+    return total + missing
 
 
 @triton.jit
 def _expand_tile(
-    partial_sums, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start, plane_rows,
-    PAGE: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
+    partial_sums, missing, splits, delta, pool, pages, plane, num_rows, num_tokens, begin, left, tokens, rank, start,
+    plane_rows, PAGE: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, M: tl.constexpr, MAX_RANK: tl.constexpr,
     TOKENS: tl.constexpr, ALL_COLUMNS: tl.constexpr, RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr, BY_RANK: tl.constexpr,
+    SLOT: tl.constexpr,
 ):  # fmt: skip
     """Computes and stores some output columns of several tokens with the matrix unit; zeros where the rank is 0."""
     token = tl.arange(0, TOKENS)
@@ -354,28 +430,32 @@ def _expand_tile(
     exists = (token < tokens)[:, None]
     if (rank > 0) & (rank <= RANKS):
         # Read once for all columns.
-        p = _partial_block(p_at, splits, 0, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS).to(DTYPE)
+        p = _partial_block(
+            p_at, missing, splits, 0, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS, N, BY_RANK, SLOT
+        ).to(DTYPE)  # fmt: skip
         entry = start + tl.minimum(tl.arange(0, RANKS), rank - 1)
         b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
         for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
             column = first + tl.arange(0, COLUMNS)[None, :]
             b = _load_columns(b_at, column, W, COLUMNS).to(DTYPE)
-            total = tl.dot(p, b, input_precision="ieee").to(delta.dtype.element_ty)
+            total = tl.dot(p, b, input_precision="ieee")
             mask = exists & (column < left) if MASKED else exists
-            tl.store(delta_at + column, total, mask=mask)
+            _put(delta_at + column, total, mask, True, N)
     elif rank > 0:
         for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
             column = first + tl.arange(0, COLUMNS)[None, :]
             total = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for r in range(0, rank, RANKS):
-                p = _partial_block(p_at, splits, r, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS).to(DTYPE)
+                p = _partial_block(
+                    p_at, missing, splits, r, rank, num_tokens, M, MAX_RANK, TOKENS, RANKS, N, BY_RANK, SLOT
+                ).to(DTYPE)  # fmt: skip
                 entry = start + tl.minimum(r + tl.arange(0, RANKS), rank - 1)
                 b_at = pool + (_pool_rows(entry, pages, plane_rows, plane, num_rows, PAGE) * W)[:, None]
                 b = _load_columns(b_at, column, W, COLUMNS).to(DTYPE)
                 total = tl.dot(p, b, total, input_precision="ieee")
             mask = exists & (column < left) if MASKED else exists
-            tl.store(delta_at + column, total.to(delta.dtype.element_ty), mask=mask)
-    else:
+            _put(delta_at + column, total, mask, True, N)
+    elif N == 1:
         for first in range(begin, begin + ALL_COLUMNS, COLUMNS):
             column = first + tl.arange(0, COLUMNS)[None, :]
             mask = exists & (column < left) if MASKED else exists
@@ -384,17 +464,23 @@ def _expand_tile(
 
 @triton.jit
 def _partial_block(
-    p_at, splits, r, rank, num_tokens,
+    p_at, missing, splits, r, rank, num_tokens,
     M: tl.constexpr, MAX_RANK: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
+    N: tl.constexpr, BY_RANK: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """Returns ``RANKS`` partial sums of each token from lane ``r`` on, summed over the splits.
+    """Returns ``RANKS`` partial sums of each token from lane ``r`` on, summed over the splits or the devices.
 
     They are 0 past the rank, where memory may hold anything.
     """
     lane = r + tl.arange(0, RANKS)[None, :]
-    stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
-    total = tl.zeros([TOKENS, RANKS], tl.float32)
-    for split in range(splits):
-        at = p_at + lane + split * stride
-        total += tl.load(at, mask=lane < MAX_RANK, other=0.0) if MAX_RANK % RANKS else tl.load(at)
-    return tl.where(lane < rank, total, 0.0)
+    if N > 1:
+        exists = tl.broadcast_to(lane < rank, [TOKENS, RANKS])
+        total = _mailed_sums(p_at, missing, lane, exists, N, BY_RANK, SLOT)
+    else:
+        stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
+        total = tl.zeros([TOKENS, RANKS], tl.float32)
+        for split in range(splits):
+            at = p_at + lane + split * stride
+            total += tl.load(at, mask=lane < MAX_RANK, other=0.0) if MAX_RANK % RANKS else tl.load(at)
+        total = tl.where(lane < rank, total, 0.0)
+    return total

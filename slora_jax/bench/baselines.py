@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels import PAGE_SIZE, LoraSegments
+from pallas_kernels import PAGE_SIZE, LoraSegments, SentSums, lora_shrink
 from pallas_kernels.pool import owner, take
 from slora_jax.model.llama import GATHERED, LoraOps
 
 
-def _own_ranks(partial_sums: jax.Array, group) -> jax.Array:
-    return jnp.tile(partial_sums, (1, 1, group.size))
+def _send_nothing(x, pool, layer, plan, modules, group, *, by_rank: bool) -> tuple[jax.Array, SentSums]:
+    own = lora_shrink(x, pool, layer, plan, modules)
+    return x, SentSums(jnp.tile(own, (1, 1, group.size)) if by_rank else own, by_rank, plan.max_rank)
 
 
-SILENT = GATHERED._replace(gather=_own_ranks, add_up=lambda partial_sums, group: partial_sums)
+SILENT = GATHERED._replace(send=_send_nothing)
 """Adapters on several devices without what they add to the messages: wrong results, in the time that right ones would
 take if sending took none. The paper's figure 8 has the same."""
 

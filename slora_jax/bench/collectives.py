@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import all_reduce
+from pallas_kernels.lora.api import add_to_own_columns, gathered_ranks
 from slora_jax.bench.timing import machine, seconds_per_execution
 from slora_jax.engine.runner import compiler_options
 from slora_jax.model.config import ModelConfig
-from slora_jax.model.llama import add_to_own_columns, gathered_ranks
 from slora_jax.model.mesh import TABLE, TP, ModelMesh
 
 RANKS = (16, 64)
@@ -58,7 +58,7 @@ def _base_o(x, layer, adapters, group):
 def _split_o(x, layer, adapters, group):
     partial_sums = all_reduce(_shrink(x, layer["a"], adapters), group)
     delta = _expand(partial_sums, layer["b"], adapters, x.dtype)
-    return all_reduce(add_to_own_columns(x @ layer["kernel"], delta), group)
+    return all_reduce(add_to_own_columns(x @ layer["kernel"], delta, group), group)
 
 
 def _whole_o(x, layer, adapters, group):

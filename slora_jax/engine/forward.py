@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from slora_jax.engine.batch import BatchShape
+from slora_jax.engine.transfer import Transfer
 from slora_jax.model.llama import Llama, run_layers
 from slora_jax.model.mesh import POOL, TABLE, ModelMesh
 
@@ -106,13 +107,15 @@ class WholeForward:
     def __init__(self, model: Llama, mesh: ModelMesh | None):
         self._model = model
         self._mesh = mesh
+        self._transfer = Transfer(mesh)
 
     def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         return (shape,)
 
     def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
         assert isinstance(key, BatchShape), "not one of these keys"
-        return self.jitted(key).lower(table_of(self._mesh), params, packed_struct(key, self._mesh), tokens, pool)
+        packed = self._transfer.struct(key.packed_size)
+        return self.jitted(key).lower(table_of(self._mesh), params, packed, tokens, pool)
 
     def jitted(self, shape: BatchShape):
         """The function that is compiled, of ``(table, params, packed, tokens, pool)``."""
@@ -122,13 +125,14 @@ class WholeForward:
             hidden, pool = self._model.apply({"params": params}, batch, pool, group)
             return _hidden(hidden, batch.query_start), pool
 
-        def forward(table, params, *arguments):
+        def forward(table, params, packed, *arguments):
+            arguments = (self._transfer.take(packed), *arguments)
             return on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
 
         return jax.jit(forward, donate_argnums=4)
 
     def start(self, program, shape, params, packed, tokens, pool):
-        return program(shape)(table_of(self._mesh), params, packed, tokens, pool)
+        return program(shape)(table_of(self._mesh), params, self._transfer.put(packed), tokens, pool)
 
 
 class ForwardInParts:
@@ -140,6 +144,7 @@ class ForwardInParts:
     def __init__(self, model: Llama, mesh: ModelMesh | None):
         self._model = model
         self._mesh = mesh
+        self._transfer = Transfer(mesh)
         count = model.config.num_layers
         self._group = max(n for n in range(1, _MOST_LAYERS + 1) if count % n == 0)
 
@@ -149,7 +154,7 @@ class ForwardInParts:
     def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
         assert isinstance(key, Part), "not one of these keys"
         begin = self._begin(key.shape, pool.shape[3] // (self._mesh.size if self._mesh else 1))
-        of_begin = {"embed": params["embed"]}, packed_struct(key.shape, self._mesh), tokens
+        of_begin = {"embed": params["embed"]}, self._transfer.struct(key.shape.packed_size), tokens
         if key.name == "begin":
             return jax.jit(begin).lower(*of_begin)
         handed_on = jax.tree.map(
@@ -164,7 +169,7 @@ class ForwardInParts:
 
     def start(self, program, shape, params, packed, tokens, pool):
         begin, layers, end = (program(key) for key in self.keys(shape))
-        x, step, query_start = begin({"embed": params["embed"]}, packed, tokens)
+        x, step, query_start = begin({"embed": params["embed"]}, self._transfer.put(packed), tokens)
         for first in range(0, self._model.config.num_layers, self._group):
             x, pool = layers(self._weights(params, first), np.int32(first), x, step, pool)
         return end({"norm": params["norm"]}, x, query_start), pool
@@ -227,11 +232,6 @@ def on_each_device(
 def table_of(mesh: ModelMesh | None) -> jax.Array | None:
     """What programs of devices that send to each other by kernels are given; None elsewhere."""
     return mesh.table if mesh else None
-
-
-def packed_struct(shape: BatchShape, mesh: ModelMesh | None) -> jax.ShapeDtypeStruct:
-    """Of a packed batch, as programs take it."""
-    return jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32, sharding=_everywhere(mesh))
 
 
 def _everywhere(mesh: ModelMesh | None):

@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from slora_jax.engine.forward import Hidden, Part, ProgramKey, choose_forward, o
 from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.engine.scoring import Piece, ScorerArguments, ScorerShape, Scores, plan_scores, read_scores, score
+from slora_jax.engine.transfer import Transfer
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.llama import Llama
@@ -172,6 +173,7 @@ class Runner:
         self._mesh = mesh
         self._forward = choose_forward(model, mesh)
         self._everywhere = mesh.replicated if mesh else None
+        self._transfer = Transfer(mesh)
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
@@ -263,14 +265,8 @@ class Runner:
         if not isinstance(shape, SamplerShape):
             return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
         hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
-        _, inputs = build_sampler_inputs((), {}, shape.sequences, self._vocab_size)
-        # Any: shapes in the places of arrays, as JAX takes them wherever it only traces.
-        sized: dict[str, Any] = {
-            name: self._struct((shape.sequences, width), dtype)
-            for name, (width, dtype) in shape.widths(self._vocab_size).items()
-        }
-        inputs = replace(inputs, **sized)
-        sampler = _sampler(shape, self.model, self._mesh, self._buckets.max_sequences)
+        inputs = self._transfer.struct(shape.packed_size(self._vocab_size))
+        sampler = self._sampler(shape)
         return sampler.lower(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
 
     def _struct(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -330,9 +326,26 @@ class Runner:
     def launch_sampler(self, started: Started, arguments: LaunchArguments) -> Sampled:
         """Starts the one that draws the step's tokens."""
         program = self.programs.get(arguments.sampler)
-        sampled = program(table_of(self._mesh), self._head, started.last_hidden, arguments.inputs, self._tokens)
+        inputs = self._transfer.put(arguments.sampler.pack(arguments.inputs, self._vocab_size))
+        sampled = program(table_of(self._mesh), self._head, started.last_hidden, inputs, self._tokens)
         self._tokens = sampled.tokens
         return sampled
+
+    def _sampler(self, shape: SamplerShape):
+        """The function that is compiled for a sampler, of ``(table, head, hidden, inputs, tokens)``."""
+        vocab_size, most = self._vocab_size, self._buckets.max_sequences
+
+        def step(group, params, hidden, packed, previous_tokens):
+            logits = self.model.apply({"params": params}, hidden, group, method=Llama.logits)
+            assert isinstance(logits, jax.Array)  # and no changed variables beside it, of which there are none
+            return sample(logits, shape.unpack(packed, vocab_size), previous_tokens, shape, most)
+
+        def sampled(table, params, hidden, packed, previous_tokens) -> Sampled:
+            arguments = (hidden, self._transfer.take(packed), previous_tokens)
+            return on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+
+        # A function of its own each time: what JAX remembers of it goes with it.
+        return jax.jit(sampled)
 
 
 def _scorer(shape: ScorerShape, model: Llama, mesh: ModelMesh | None):
@@ -347,18 +360,3 @@ def _scorer(shape: ScorerShape, model: Llama, mesh: ModelMesh | None):
         return on_each_device(step, mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
 
     return jax.jit(scored)
-
-
-def _sampler(shape: SamplerShape, model: Llama, mesh: ModelMesh | None, num_tokens_out: int):
-    """The function that is compiled for a sampler, of ``(table, head, hidden, inputs, tokens)``."""
-
-    def step(group, params, hidden, inputs, previous_tokens):
-        logits = model.apply({"params": params}, hidden, group, method=Llama.logits)
-        assert isinstance(logits, jax.Array)  # and no changed variables beside it, of which there are none
-        return sample(logits, inputs, previous_tokens, shape, num_tokens_out)
-
-    def sampled(table, params, *arguments) -> Sampled:
-        return on_each_device(step, mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
-
-    # A function of its own each time: what JAX remembers of it goes with it.
-    return jax.jit(sampled)

@@ -1,5 +1,6 @@
 """Logits to tokens, on the device, each sequence by its own rules; see ``SamplingParams`` for the distribution."""
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -35,6 +36,32 @@ class SamplerShape:
     logprobs: bool
     limited: bool = False
     biased: int = 0
+
+    def pack(self, inputs: "SamplerInputs", vocab_size: int) -> np.ndarray:
+        """The inputs as one int32 vector, which is sent to devices at once."""
+        return np.concatenate([np.ravel(getattr(inputs, name)).view(np.int32) for name in self._fields(vocab_size)])
+
+    def unpack(self, packed: jax.Array, vocab_size: int) -> "SamplerInputs":
+        """The inputs of such a vector, inside jit."""
+        arrays, begin = {}, 0
+        for name, (columns, dtype) in self._fields(vocab_size).items():
+            size = self.sequences * math.prod(columns)
+            piece = packed[begin : begin + size].reshape(self.sequences, *columns)
+            arrays[name] = jax.lax.bitcast_convert_type(piece, dtype)
+            begin += size
+        return SamplerInputs(**arrays)
+
+    def packed_size(self, vocab_size: int) -> int:
+        """Elements of such a vector."""
+        return self.sequences * sum(math.prod(columns) for columns, _ in self._fields(vocab_size).values())
+
+    def _fields(self, vocab_size: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Columns and dtype of each of ``SamplerInputs``."""
+        fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            name: ((), np.dtype(dtype)) for name, (dtype, _) in _PADDING.items()
+        }
+        fields["seed"] = ((2,), np.dtype(np.uint32))
+        return fields | {name: ((width,), np.dtype(dtype)) for name, (width, dtype) in self.widths(vocab_size).items()}
 
     def widths(self, vocab_size: int) -> dict[str, tuple[int, type[np.generic]]]:
         """Columns and dtype of those of ``SamplerInputs`` whose columns depend on the shape."""

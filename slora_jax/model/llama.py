@@ -10,7 +10,7 @@ and lowered once; XLA inlines the calls. The same in three pieces, to be compile
 With ``num_shards`` N, ``apply`` is what one of N devices runs, inside ``jax.shard_map`` over the axis ``mesh.TP``, on
 its slices of parameters and pool (``mesh.param_spec``). Collectives of a layer, T tokens, ranks padded to R: one
 all-reduce ``[T, h]`` each after o and down; for LoRA (S-LoRA, section 6) an all-gather ``[T, R]`` for each of q, k, v,
-gate, up and an all-reduce ``[T, R]`` for each of o, down.
+gate, up and an all-reduce ``[T, R]`` for each of o, down, which go on while the base model's product is computed.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from pallas_kernels import (
     all_gather,
     all_reduce,
     lora_delta,
-    lora_expand,
-    lora_shrink,
+    lora_receive,
+    lora_send,
     paged_attention,
     plan_attention,
     plan_lora,
@@ -91,27 +91,20 @@ class StepTables(NamedTuple):
     group: Collectives | None
 
 
-def gathered_ranks(partial_sums: jax.Array, group: Collectives) -> jax.Array:
-    """All devices' ``[T, M, r]`` as ``[T, M, N * r]``, in the order of ranks: device i has the ranks i, i + N, ..."""
-    gathered = all_gather(partial_sums, partial_sums.ndim, group)
-    return gathered.reshape(*partial_sums.shape[:2], -1)
-
-
 class LoraOps(NamedTuple):
     """What computes low-rank updates: functions in place of the model's own, for comparisons.
 
     On one device those with the contracts of ``plan_lora`` and ``lora_delta``. What ``plan`` returns is a pytree with a
     static ``active``, as that of its segments. ``max_rank`` is the largest that it computes, None any.
 
-    On several devices those that bring the partial sums of all of them together, with the contracts of
-    ``gathered_ranks`` (for q, k, v, gate and up) and of ``all_reduce`` (for o and down).
+    On several devices ``send`` and ``receive`` are used, with the contracts of ``lora_send`` and ``lora_receive``.
     """
 
     plan: Callable
     delta: Callable
     max_rank: int | None = None
-    gather: Callable = gathered_ranks
-    add_up: Callable = all_reduce
+    send: Callable = lora_send
+    receive: Callable = lora_receive
 
 
 GATHERED = LoraOps(plan_lora, lora_delta)
@@ -268,36 +261,25 @@ class Block(nn.Module):
 
         group = step.group
 
-        def shrink_split(x, modules, lora: LoraPlan, group: Collectives):
-            """Partial sums ``[T, len(modules), R]``; modules that no adapter changes are not sent, but zeros here."""
-            assert step.lora_split is not None, "on several devices there are both plans or none"
-            changed = [m for m in modules if m in lora.active]
-            gathered = self.lora_ops.gather(lora_shrink(x, pool, layer, step.lora_split, changed), group)
-            if len(changed) == len(modules):
-                return gathered
-            places = np.array([modules.index(m) for m in changed])
-            return jnp.zeros((x.shape[0], len(modules), gathered.shape[2]), jnp.float32).at[:, places].set(gathered)
-
         def project(projection, x, *modules):
-            y = projection(x)
             lora = plan_for(modules)
             if lora is None:
-                return y
-            # Nothing between the product and the sum: cuBLAS then does both in one kernel.
+                return projection(x)
             if group is None:
-                return y + self.lora_ops.delta(x, pool, layer, lora, modules)
-            partial_sums = shrink_split(x, modules, lora, group)
-            return y + lora_expand(partial_sums, pool, layer, lora, modules, x.dtype)
+                # Nothing between the product and the sum: cuBLAS then does both in one kernel.
+                return projection(x) + self.lora_ops.delta(x, pool, layer, lora, modules)
+            return project_among(projection, x, modules, step.lora_split, lora, by_rank=True)
+
+        def project_among(projection, x, modules, share: LoraPlan | None, lora: LoraPlan, by_rank: bool):
+            """On several devices, of which each has its ``share`` of A."""
+            x, sent = self.lora_ops.send(x, pool, layer, share, modules, group, by_rank=by_rank)
+            return self.lora_ops.receive(projection(x), sent, pool, layer, lora, modules, group)
 
         def reduce(projection, x, module):
             if group is None:
                 return project(projection, x, module)
-            y = projection(x)
             lora = plan_for((module,))
-            if lora is not None:
-                partial_sums = self.lora_ops.add_up(lora_shrink(x, pool, layer, lora, (module,)), group)
-                delta = lora_expand(partial_sums, pool, layer, lora, (module,), x.dtype)
-                y = add_to_own_columns(y, delta)
+            y = projection(x) if lora is None else project_among(projection, x, (module,), lora, lora, by_rank=False)
             return all_reduce(y, group)
 
         config = self.local
@@ -375,16 +357,6 @@ def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegmen
         total_rank=min(segments.total_rank, segments.total_rank // num_shards + segments.rank.shape[0]),
     )
     return split, dataclasses.replace(segments, max_rank=num_shards * max_rank)
-
-
-def add_to_own_columns(y: jax.Array, delta: jax.Array) -> jax.Array:
-    """Adds one device's columns of a low-rank update ``[T, h / N]`` to its term ``[T, h]`` of the base's all-reduce.
-
-    That collective then brings everyone's columns to everyone: the update needs none of its own.
-    """
-    first = jax.lax.axis_index(TP) * delta.shape[1]
-    own = jax.lax.dynamic_slice_in_dim(y, first, delta.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(y, own + delta, first, axis=1)
 
 
 class Projection(nn.Module):

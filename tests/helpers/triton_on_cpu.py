@@ -68,6 +68,7 @@ def tensor_of(array: np.ndarray):
 class _Ref:
     def __init__(self, array):
         self.array = np.array(array)
+        self.shape, self.dtype = self.array.shape, self.array.dtype
 
 
 def _to_tensor(argument):
@@ -84,7 +85,9 @@ def _interpret(*args, kernel, out_type, grid, num_warps, num_stages, **metaparam
     """As ``launch.triton_call``, with outputs that hold NaN before."""
     leaves, tree = jax.tree.flatten(out_type)
     outputs = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in leaves]
-    kernel[grid](*map(_to_tensor, args), *map(_Tensor, outputs), **metaparams)
+    names = [name for name in kernel.arg_names if name not in metaparams]
+    values = zip(names, [*map(_to_tensor, args), *map(_Tensor, outputs)], strict=True)
+    kernel[grid](**dict(values), **metaparams)
     return jax.tree.unflatten(tree, [jax.numpy.asarray(output) for output in outputs])
 
 
@@ -115,7 +118,8 @@ def compiled(module, capability):
         values = (*args, *jax.tree.leaves(out_type))
         names = [name for name in kernel.arg_names if name not in constants]
         signature = dict(zip(names, map(_signature, values), strict=True))
-        paths = [path for i, value in enumerate(values) for path in _arrays(value, (i,))]
+        places = [kernel.arg_names.index(name) for name in names]
+        paths = [path for i, value in zip(places, values, strict=True) for path in _arrays(value, (i,))]
         attributes = {path: [["tt.divisibility", 16]] for path in paths}
         source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}

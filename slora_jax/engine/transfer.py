@@ -1,0 +1,59 @@
+"""How what the host makes for a step comes to the devices that run it.
+
+On a GPU a program copies it from page-locked host memory itself. Where JAX copies it ahead of the program, a buffer of
+the device is taken for every step and freed at no fixed time. The program's scratch memory then lies elsewhere in
+every step, and nearly all that a CUDA graph launches must be updated: 5 ms a step of 7B, instead of 0.8 (an H100).
+"""
+
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from slora_jax.model.mesh import ModelMesh
+
+_PINNED = "pinned_host"
+
+
+class Transfer:
+    """Brings vectors of int32, of which every device needs a copy, into programs."""
+
+    def __init__(self, mesh: ModelMesh | None):
+        """
+        Args:
+          mesh: the devices; None for the first one.
+        """
+        self._mesh = mesh
+
+    @cached_property
+    def _kind(self) -> str | None:
+        return _PINNED if jax.default_backend() == "gpu" else None
+
+    def struct(self, size: int) -> jax.ShapeDtypeStruct:
+        """Of a vector of this size, as a program's argument."""
+        sharding = self._sharding(self._kind) if self._kind or self._mesh else None
+        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
+
+    def put(self, vector: np.ndarray) -> jax.Array | np.ndarray:
+        """A copy of the vector to be given to a program; hosts are not asked whether all have the same."""
+        if self._kind is None:
+            return vector
+        if self._mesh is None:
+            return jax.device_put(vector, self._sharding(self._kind))
+        copies = [
+            jax.device_put(vector, SingleDeviceSharding(device, memory_kind=self._kind))
+            for device in self._mesh.mesh.devices.flat
+            if device.process_index == jax.process_index()
+        ]
+        return jax.make_array_from_single_device_arrays(vector.shape, self._sharding(self._kind), copies)
+
+    def take(self, argument: jax.Array) -> jax.Array:
+        """Inside of the program: the vector in the devices' memory."""
+        return argument if self._kind is None else jax.device_put(argument, self._sharding(None))
+
+    def _sharding(self, kind: str | None) -> Sharding:
+        if self._mesh is None:
+            return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+        return NamedSharding(self._mesh.mesh, PartitionSpec(), memory_kind=kind)
