@@ -132,7 +132,10 @@ class WholeForward:
         return jax.jit(forward, donate_argnums=4)
 
     def start(self, program, shape, params, packed, tokens, pool):
-        return program(shape)(table_of(self._mesh), params, self._transfer.put(packed), tokens, pool)
+        argument = self._transfer.put(packed)
+        hidden, pool = program(shape)(table_of(self._mesh), params, argument, tokens, pool)
+        self._transfer.keep(argument, until=hidden.last)
+        return hidden, pool
 
 
 class ForwardInParts:
@@ -144,7 +147,6 @@ class ForwardInParts:
     def __init__(self, model: Llama, mesh: ModelMesh | None):
         self._model = model
         self._mesh = mesh
-        self._transfer = Transfer(mesh)
         count = model.config.num_layers
         self._group = max(n for n in range(1, _MOST_LAYERS + 1) if count % n == 0)
 
@@ -154,7 +156,8 @@ class ForwardInParts:
     def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
         assert isinstance(key, Part), "not one of these keys"
         begin = self._begin(key.shape, pool.shape[3] // (self._mesh.size if self._mesh else 1))
-        of_begin = {"embed": params["embed"]}, self._transfer.struct(key.shape.packed_size), tokens
+        packed = jax.ShapeDtypeStruct((key.shape.packed_size,), jnp.int32, sharding=_everywhere(self._mesh))
+        of_begin = {"embed": params["embed"]}, packed, tokens
         if key.name == "begin":
             return jax.jit(begin).lower(*of_begin)
         handed_on = jax.tree.map(
@@ -169,7 +172,7 @@ class ForwardInParts:
 
     def start(self, program, shape, params, packed, tokens, pool):
         begin, layers, end = (program(key) for key in self.keys(shape))
-        x, step, query_start = begin({"embed": params["embed"]}, self._transfer.put(packed), tokens)
+        x, step, query_start = begin({"embed": params["embed"]}, packed, tokens)
         for first in range(0, self._model.config.num_layers, self._group):
             x, pool = layers(self._weights(params, first), np.int32(first), x, step, pool)
         return end({"norm": params["norm"]}, x, query_start), pool

@@ -328,6 +328,7 @@ class Runner:
         program = self.programs.get(arguments.sampler)
         inputs = self._transfer.put(arguments.sampler.pack(arguments.inputs, self._vocab_size))
         sampled = program(table_of(self._mesh), self._head, started.last_hidden, inputs, self._tokens)
+        self._transfer.keep(inputs, until=sampled.tokens)
         self._tokens = sampled.tokens
         return sampled
 
