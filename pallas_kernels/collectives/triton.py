@@ -43,9 +43,9 @@ def mail_constants(channel: int, group) -> dict[str, int]:
     return {"N": group.size, "CHANNEL": channel, "HEAD": HEAD_BYTES, "SLOT": group.slot_bytes, "CALLERS": programs}
 
 
-def fits_mail(nbytes: int, group) -> bool:
-    """Whether one device's mail may be as large as this."""
-    return nbytes <= mail_slot_bytes(group.slot_bytes)
+def mail_capacity(group) -> int:
+    """Bytes of the largest mail that a device can post."""
+    return mail_slot_bytes(group.slot_bytes)
 
 
 def _launch(kernel, x, group, size: int, scalars: tuple[int, ...], out_shape):

@@ -187,12 +187,14 @@ class SentSums:
     """Partial sums of all devices, on their way to ``lora_receive``.
 
     Attributes:
-      sums: ``[T, len(modules), rank]`` float32 where they have arrived; None where they do while other work is done.
+      sums: ``[T, len(modules), rank]`` float32 that have arrived; None where they are in the devices' memory.
+      mail: what stands for them there, of the back end's; else None.
       by_rank: static; how they were sent.
       max_rank: static; width of what each device sent.
     """
 
     sums: jax.Array | None
+    mail: tuple[jax.Array, ...] | None
     by_rank: bool = struct.field(pytree_node=False)
     max_rank: int = struct.field(pytree_node=False)
 
@@ -206,7 +208,7 @@ def lora_send(
     group: Collectives,
     *,
     by_rank: bool,
-) -> tuple[jax.Array, SentSums]:
+) -> SentSums:
     """Projects every token to its adapter's rank on several devices, each with its share of A (the paper's section 6).
 
     ``lora_receive`` must follow, then a collective of the group's, and only then may there be another ``lora_send`` of
@@ -219,7 +221,7 @@ def lora_send(
         has all ranks, for its own part of the input. Static.
 
     Returns:
-      x, to be used by what is to run after the sending has begun; and what ``lora_receive`` takes.
+      What ``lora_receive`` takes.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
@@ -227,8 +229,8 @@ def lora_send(
     _check(x, pool, layer, plan, modules)
     num_tokens, modules = x.shape[0], tuple(modules)
     if isinstance(plan, TritonLoraPlan) and triton.can_mail(num_tokens, modules, plan.max_rank, group):
-        x = triton.lora_send(x, pool, layer, plan, modules, group, by_rank)
-        return x, SentSums(None, by_rank, plan.max_rank)
+        mail = triton.lora_send(x, pool, layer, plan, modules, group, by_rank)
+        return SentSums(None, mail, by_rank, plan.max_rank)
     # Modules that no adapter changes are not sent.
     changed = [m for m in modules if m in plan.active]
     partial_sums = lora_shrink(x, pool, layer, plan, changed)
@@ -236,7 +238,7 @@ def lora_send(
     if len(changed) < len(modules):
         places = np.array([modules.index(m) for m in changed])
         sums = jnp.zeros((num_tokens, len(modules), sums.shape[2]), jnp.float32).at[:, places].set(sums)
-    return x, SentSums(sums, by_rank, plan.max_rank)
+    return SentSums(sums, None, by_rank, plan.max_rank)
 
 
 def lora_receive(
@@ -271,7 +273,7 @@ def lora_receive(
         raise ValueError(f"y must be [T, {width}], got {y.shape}")
     if sent.sums is None:
         assert isinstance(plan, TritonLoraPlan), "both plans are of one back end"
-        return triton.lora_receive(y, pool, layer, plan, tuple(modules), sent.max_rank, group, sent.by_rank)
+        return triton.lora_receive(y, sent.mail, pool, layer, plan, tuple(modules), sent.max_rank, group, sent.by_rank)
     delta = lora_expand(sent.sums, pool, layer, plan, modules, y.dtype)
     # Nothing between the product and the sum: cuBLAS then does both in one kernel.
     return y + delta if sent.by_rank else add_to_own_columns(y, delta, group)

@@ -24,7 +24,7 @@ import triton.language as tl
 from flax import struct
 
 from pallas_kernels import launch
-from pallas_kernels.collectives.triton import fits_mail, mail_constants
+from pallas_kernels.collectives.triton import mail_capacity, mail_constants
 from pallas_kernels.lora import triton_kernels
 from pallas_kernels.pool import PAGE_SIZE, layer_array, owner
 from pallas_kernels.tuning import block_sizes, device_kind
@@ -128,21 +128,26 @@ def _mail(group, by_rank: bool, max_rank: int) -> _Mail:
 
 def can_mail(num_tokens: int, modules, max_rank: int, group) -> bool:
     """Whether devices can send partial sums ``[num_tokens, len(modules), max_rank]`` by kernels."""
-    return group.table is not None and fits_mail(num_tokens * len(modules) * max_rank * 4, group)
+    return group.table is not None and _most_splits(num_tokens, modules, max_rank, group) > 0
+
+
+def _most_splits(num_tokens: int, modules, max_rank: int, group) -> int:
+    most = block_sizes("lora_shrink", device_kind(), _kind(num_tokens))["max_splits"]
+    return min(most, mail_capacity(group) // (num_tokens * len(modules) * max_rank * 4))
 
 
 def lora_send(x, pool, layer, plan: TritonLoraPlan, modules, group, by_rank: bool):
-    """Writes every token's partial sums into all devices' memory. Returns x, for what is to run after that."""
-    ref = jax.new_ref(x)
-    _shrink(ref, pool, layer, plan, modules, max_splits=1, mail=_mail(group, by_rank, plan.max_rank))
-    return jax.freeze(ref)
+    """Writes every token's partial sums into all devices' memory; returns what ``lora_receive`` takes."""
+    max_splits = _most_splits(x.shape[0], modules, plan.max_rank, group)
+    mail = _mail(group, by_rank, plan.max_rank)
+    return _shrink(x, pool, layer, plan, modules, max_splits=max_splits, mail=mail)
 
 
-def lora_receive(y, pool, layer, plan: TritonLoraPlan, modules, sent_rank: int, group, by_rank: bool):
+def lora_receive(y, sent, pool, layer, plan: TritonLoraPlan, modules, sent_rank: int, group, by_rank: bool):
     """Adds to y the updates by what all devices sent; ``sent_rank`` is the ``max_rank`` of the plan that sent."""
     ref = jax.new_ref(y)
     mail = _mail(group, by_rank, sent_rank)
-    _expand(ref, y.shape[0], y.dtype, pool, layer, plan, modules, mail=mail)
+    _expand(sent, y.shape[0], y.dtype, pool, layer, plan, modules, mail=mail, updated=ref)
     return jax.freeze(ref)
 
 
@@ -173,7 +178,7 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail 
 
     There are as many splits as it takes to give every program an item. A tile of one token writes the first split
     only, the others all that were made. Nothing is written past a tile's rank: there ``out`` shows through, or whatever
-    memory held. With ``mail`` x is a reference, and nothing is returned.
+    memory held. With ``mail`` they are in the devices' memory, and what is returned stands for them: ``[1]``.
     """
     num_tokens, d_in = x.shape
     num_rows, width = pool.shape[2:]
@@ -212,7 +217,8 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail 
     ref = None if out is None else jax.new_ref(out)
     last: list[jax.Array | jax.Ref]
     if mail is not None:
-        last, unused = [mail.peers], ["out"]
+        last, unused = [mail.peers], []
+        out_type = jax.ShapeDtypeStruct((1,), jnp.float32)
     elif ref is not None:
         last, unused = [ref], ["peers"]
     else:
@@ -246,15 +252,16 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail 
         **dict.fromkeys(unused),
         **(_ALONE if mail is None else mail.constants),
     )
-    return None if mail is not None else (result if ref is None else jax.freeze(ref), splits)
+    return result if ref is None else jax.freeze(ref), splits
 
 
-def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail | None = None):
+def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail | None = None, updated=None):
     """Sums up partial sums and multiplies with B.
 
     Args:
-      sums: what ``_shrink`` returned, for updates ``[T, sum of d_out]`` of this dtype, which are returned. With
-        ``mail`` a reference to what they are to be added to.
+      sums: what ``_shrink`` returned.
+      dtype: of the updates ``[T, sum of d_out]``, which are returned.
+      updated: with ``mail``, a reference to what they are added to instead.
     """
     num_rows, width = pool.shape[2:]
     widths = tuple(plan.widths[m][1] for m in modules)
@@ -271,20 +278,22 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
         full, rest = divmod(d_out, width)
         first_block.append(first_block[-1] + full * triton.cdiv(width, columns) + triton.cdiv(rest, columns))
         first_column.append(first_column[-1] + d_out)
-    of_all = (layer_array(layer), num_rows, num_tokens)
-    out_type: jax.ShapeDtypeStruct | tuple[()] = ()
-    if mail is None:
-        partial_sums, splits = sums
-        arguments = (partial_sums, pool, plan.records, plan.pages, splits, *of_all)
-        unused: tuple[str, ...] = ("peers",)
-        out_type = jax.ShapeDtypeStruct((num_tokens, first_column[-1]), dtype)
-    else:
-        arguments = (pool, plan.records, plan.pages, *of_all, mail.peers, sums)
-        unused = ("partial_sums", "splits_at")
+    partial_sums, splits = sums
+    row = first_column[-1] if updated is None else updated.shape[1]
+    # The kernel's last two: peers, and where updates go.
+    last = [] if mail is None else [mail.peers, updated]
     return launch.triton_call(
-        *arguments,
+        partial_sums,
+        pool,
+        plan.records,
+        plan.pages,
+        splits,
+        layer_array(layer),
+        num_rows,
+        num_tokens,
+        *last,
         kernel=triton_kernels._expand_kernel,
-        out_type=out_type,
+        out_type=() if mail is not None else jax.ShapeDtypeStruct((num_tokens, row), dtype),
         grid=(first_block[-1], plan.records.shape[0]),
         num_warps=block["num_warps"],
         num_stages=block["num_stages"],
@@ -306,9 +315,9 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
         TILE_COLUMNS=tile_columns,
         MASKED=width % columns > 0 or any(d_out % columns for d_out in widths),
         DTYPE=matmul_dtype,
-        ROW=first_column[-1] if mail is None else sums.shape[1],
+        ROW=row,
         BY_RANK=mail is not None and mail.by_rank,
-        **dict.fromkeys(unused),
+        **({"peers": None} if mail is None else {}),
         **(_ALONE if mail is None else mail.constants),
     )
 

@@ -74,7 +74,7 @@ def _shrink_kernel(
     num_tiles,
     num_tokens,
     peers,  # None on one device
-    out,  # [max_splits, num_tokens, M, MAX_RANK]; of several devices nothing is in it
+    out,  # [max_splits, num_tokens, M, MAX_RANK]; on several devices nothing is written here
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -272,7 +272,7 @@ def _shrink_tile(
 
 @triton.jit
 def _expand_kernel(
-    partial_sums,  # [max_splits, num_tokens, M, MAX_RANK]; of several devices nothing is in it
+    partial_sums,  # [max_splits, num_tokens, M, MAX_RANK]; on several devices nothing is read here
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
@@ -329,7 +329,7 @@ def _expand_kernel(
     if tokens > 0:
         rank, start, _ = _module(records, tile, _pick(MODULES, j), 1, ALL_MODULES, FIELDS)
         plane = 2 * tl.load(layer)
-        splits = 1 if N > 1 else tl.load(splits_at)
+        splits = tl.load(splits_at)
         chunk = block // BLOCKS
         begin = block % BLOCKS * COLUMNS
         start += chunk * rank
@@ -473,14 +473,15 @@ def _partial_block(
     They are 0 past the rank, where memory may hold anything.
     """
     lane = r + tl.arange(0, RANKS)[None, :]
-    if N > 1:
-        exists = tl.broadcast_to(lane < rank, [TOKENS, RANKS])
-        total = _mailed_sums(p_at, missing, lane, exists, N, BY_RANK, SLOT)
-    else:
-        stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
-        total = tl.zeros([TOKENS, RANKS], tl.float32)
-        for split in range(splits):
-            at = p_at + lane + split * stride
-            total += tl.load(at, mask=lane < MAX_RANK, other=0.0) if MAX_RANK % RANKS else tl.load(at)
-        total = tl.where(lane < rank, total, 0.0)
-    return total
+    stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
+    total = tl.zeros([TOKENS, RANKS], tl.float32)
+    for split in range(splits):
+        at = p_at + split * stride
+        if N > 1:
+            exists = tl.broadcast_to(lane < rank, [TOKENS, RANKS])
+            total += _mailed_sums(at, missing, lane, exists, N, BY_RANK, SLOT)
+        elif MAX_RANK % RANKS:
+            total += tl.load(at + lane, mask=lane < MAX_RANK, other=0.0)
+        else:
+            total += tl.load(at + lane)
+    return tl.where(lane < rank, total, 0.0)

@@ -17,9 +17,9 @@ from pallas_kernels.pool import owner, take
 from slora_jax.model.llama import GATHERED, LoraOps
 
 
-def _send_nothing(x, pool, layer, plan, modules, group, *, by_rank: bool) -> tuple[jax.Array, SentSums]:
+def _send_nothing(x, pool, layer, plan, modules, group, *, by_rank: bool) -> SentSums:
     own = lora_shrink(x, pool, layer, plan, modules)
-    return x, SentSums(jnp.tile(own, (1, 1, group.size)) if by_rank else own, by_rank, plan.max_rank)
+    return SentSums(jnp.tile(own, (1, 1, group.size)) if by_rank else own, None, by_rank, plan.max_rank)
 
 
 SILENT = GATHERED._replace(send=_send_nothing)

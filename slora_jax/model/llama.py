@@ -272,7 +272,7 @@ class Block(nn.Module):
 
         def project_among(projection, x, modules, share: LoraPlan | None, lora: LoraPlan, by_rank: bool):
             """On several devices, of which each has its ``share`` of A."""
-            x, sent = self.lora_ops.send(x, pool, layer, share, modules, group, by_rank=by_rank)
+            sent = self.lora_ops.send(x, pool, layer, share, modules, group, by_rank=by_rank)
             return self.lora_ops.receive(projection(x), sent, pool, layer, lora, modules, group)
 
         def reduce(projection, x, module):
