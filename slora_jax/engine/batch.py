@@ -129,6 +129,11 @@ class Buckets:
         """The largest S of any step."""
         return max(self.decode[-1], self.sequences[-1])
 
+    @property
+    def max_tokens(self) -> int:
+        """The largest T of any step."""
+        return max(self.decode[-1], self.tokens[-1])
+
     def shape(
         self,
         num_tokens: int,

@@ -8,7 +8,7 @@ ms a step. A GPU keeps the one program: there a step takes no longer than that, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,20 +37,8 @@ type ProgramKey = BatchShape | Part
 """Of a program of the forward: that of a whole one is its shape."""
 
 
-class Hidden(NamedTuple):
-    """Hidden states after the last layer's norm.
-
-    Attributes:
-      last: ``[S, h]`` of each sequence's last token, so that the sampler's shape has no T.
-      all: ``[T, h]`` of all tokens.
-    """
-
-    last: jax.Array
-    all: jax.Array
-
-
 class Forward(Protocol):
-    """How a forward is cut into programs. All of them donate the pool."""
+    """How a forward is cut into programs. They donate the pool, and what the hidden states are written to."""
 
     def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         """Keys of the programs that a step of this shape runs."""
@@ -62,6 +50,7 @@ class Forward(Protocol):
         params: dict,
         tokens: jax.Array | jax.ShapeDtypeStruct,
         pool: jax.Array | jax.ShapeDtypeStruct,
+        hidden: jax.Array | jax.ShapeDtypeStruct,
     ) -> jax.stages.Lowered:
         """Traces and lowers one of them. What JAX remembers of it goes with the result.
 
@@ -70,6 +59,7 @@ class Forward(Protocol):
           params: the model's.
           tokens: ``[N]`` int32 of the previous step.
           pool: ``[layers, 2, rows, N * W]``.
+          hidden: ``[H, h]``, H at least the tokens of any step.
         """
         ...
 
@@ -81,61 +71,60 @@ class Forward(Protocol):
         packed: np.ndarray,
         tokens: jax.Array,
         pool: jax.Array,
-    ) -> "tuple[Hidden, jax.Array]":
+        hidden: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         """Starts a step and returns at once.
 
         Args:
           program: gives the compiled program of a key.
           shape: of the step.
-          params, tokens, pool: as in ``lower``.
+          params, tokens, pool, hidden: as in ``lower``.
           packed: as of ``BatchShape.zeros``, filled.
 
         Returns:
-          Hidden states, and the pool.
+          ``hidden``, of which the first T rows are now the tokens' states after the last layer's norm, and the pool.
         """
         ...
 
 
-def choose_forward(model: Llama, mesh: ModelMesh | None) -> Forward:
+def choose_forward(model: Llama, mesh: ModelMesh | None, transfer: Transfer) -> Forward:
     """The one that suits the devices."""
-    return ForwardInParts(model, mesh) if jax.default_backend() == "cpu" else WholeForward(model, mesh)
+    return ForwardInParts(model, mesh) if jax.default_backend() == "cpu" else WholeForward(model, mesh, transfer)
 
 
 class WholeForward:
     """One program, whose key is the shape."""
 
-    def __init__(self, model: Llama, mesh: ModelMesh | None):
+    def __init__(self, model: Llama, mesh: ModelMesh | None, transfer: Transfer):
         self._model = model
         self._mesh = mesh
-        self._transfer = Transfer(mesh)
+        self._transfer = transfer
 
     def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         return (shape,)
 
-    def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
+    def lower(self, key: ProgramKey, params, tokens, pool, hidden) -> jax.stages.Lowered:
         assert isinstance(key, BatchShape), "not one of these keys"
         packed = self._transfer.struct(key.packed_size)
-        return self.jitted(key).lower(table_of(self._mesh), params, packed, tokens, pool)
+        return self.jitted(key).lower(table_of(self._mesh), params, packed, tokens, pool, hidden)
 
     def jitted(self, shape: BatchShape):
-        """The function that is compiled, of ``(table, params, packed, tokens, pool)``."""
+        """The function that is compiled, of ``(table, params, packed, tokens, pool, hidden)``."""
 
-        def step(group, params, packed, tokens, pool):
+        def step(group, params, packed, tokens, pool, hidden):
             batch = shape.unpack(packed, tokens)
-            hidden, pool = self._model.apply({"params": params}, batch, pool, group)
-            return _hidden(hidden, batch.query_start), pool
+            states, pool = self._model.apply({"params": params}, batch, pool, group)
+            return _written(hidden, states), pool
 
         def forward(table, params, packed, *arguments):
             arguments = (self._transfer.take(packed), *arguments)
-            return on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, POOL), (_WHOLE, POOL))
+            in_specs = (_WHOLE, _WHOLE, POOL, _WHOLE)
+            return on_each_device(step, self._mesh, table, params, arguments, in_specs, (_WHOLE, POOL))
 
-        return jax.jit(forward, donate_argnums=4)
+        return jax.jit(forward, donate_argnums=(4, 5))
 
-    def start(self, program, shape, params, packed, tokens, pool):
-        argument = self._transfer.put(packed)
-        hidden, pool = program(shape)(table_of(self._mesh), params, argument, tokens, pool)
-        self._transfer.keep(argument, until=hidden.last)
-        return hidden, pool
+    def start(self, program, shape, params, packed, tokens, pool, hidden):
+        return program(shape)(table_of(self._mesh), params, self._transfer.put(packed), tokens, pool, hidden)
 
 
 class ForwardInParts:
@@ -153,7 +142,7 @@ class ForwardInParts:
     def keys(self, shape: BatchShape) -> tuple[ProgramKey, ...]:
         return Part("begin", shape), Part("layers", shape), Part("end", shape)
 
-    def lower(self, key: ProgramKey, params, tokens, pool) -> jax.stages.Lowered:
+    def lower(self, key: ProgramKey, params, tokens, pool, hidden) -> jax.stages.Lowered:
         assert isinstance(key, Part), "not one of these keys"
         begin = self._begin(key.shape, pool.shape[3] // (self._mesh.size if self._mesh else 1))
         packed = jax.ShapeDtypeStruct((key.shape.packed_size,), jnp.int32, sharding=_everywhere(self._mesh))
@@ -164,18 +153,18 @@ class ForwardInParts:
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=_everywhere(self._mesh)),
             jax.eval_shape(begin, *of_begin),
         )
-        x, step, query_start = handed_on
+        x, step = handed_on
         if key.name == "layers":
             first = jax.ShapeDtypeStruct((), jnp.int32)
             return jax.jit(self._layers, donate_argnums=4).lower(self._weights(params, 0), first, x, step, pool)
-        return jax.jit(self._end).lower({"norm": params["norm"]}, x, query_start)
+        return jax.jit(self._end, donate_argnums=2).lower({"norm": params["norm"]}, x, hidden)
 
-    def start(self, program, shape, params, packed, tokens, pool):
+    def start(self, program, shape, params, packed, tokens, pool, hidden):
         begin, layers, end = (program(key) for key in self.keys(shape))
-        x, step, query_start = begin({"embed": params["embed"]}, packed, tokens)
+        x, step = begin({"embed": params["embed"]}, packed, tokens)
         for first in range(0, self._model.config.num_layers, self._group):
             x, pool = layers(self._weights(params, first), np.int32(first), x, step, pool)
-        return end({"norm": params["norm"]}, x, query_start), pool
+        return end({"norm": params["norm"]}, x, hidden), pool
 
     def _weights(self, params, first: int) -> dict:
         """Of a group of layers, named alike for all groups: the first is number 0."""
@@ -185,7 +174,7 @@ class ForwardInParts:
         def step(group, params, packed, tokens):
             batch = shape.unpack(packed, tokens)
             x, tables = self._model.apply({"params": params}, batch, row_width, group, method=Llama.begin)
-            return x, tables, batch.query_start
+            return x, tables
 
         def begin(params, *arguments):
             return on_each_device(step, self._mesh, None, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
@@ -201,10 +190,10 @@ class ForwardInParts:
         return on_each_device(step, self._mesh, None, params, arguments, in_specs, (_WHOLE, POOL))
 
     def _end(self, params, *arguments):
-        def step(group, params, x, query_start):
-            hidden = self._model.apply({"params": params}, x, method=Llama.end)
-            assert isinstance(hidden, jax.Array)  # and no changed variables beside it, of which there are none
-            return _hidden(hidden, query_start)
+        def step(group, params, x, hidden):
+            states = self._model.apply({"params": params}, x, method=Llama.end)
+            assert isinstance(states, jax.Array)  # and no changed variables beside it, of which there are none
+            return _written(hidden, states)
 
         return on_each_device(step, self._mesh, None, params, arguments, (_WHOLE, _WHOLE), _WHOLE)
 
@@ -241,6 +230,5 @@ def _everywhere(mesh: ModelMesh | None):
     return mesh.replicated if mesh else None
 
 
-def _hidden(hidden: jax.Array, query_start: jax.Array) -> Hidden:
-    """From those of all tokens; what the last token of a padding sequence is does not matter."""
-    return Hidden(hidden[jnp.maximum(query_start[1:] - 1, 0)], hidden)
+def _written(hidden: jax.Array, states: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(hidden, states, (0, 0))

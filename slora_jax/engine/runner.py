@@ -15,7 +15,7 @@ import pallas_kernels
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
-from slora_jax.engine.forward import Hidden, Part, ProgramKey, choose_forward, on_each_device, table_of
+from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device, table_of
 from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.engine.scoring import Piece, ScorerArguments, ScorerShape, Scores, plan_scores, read_scores, score
@@ -96,9 +96,14 @@ class LaidOut:
 
 
 class Started(NamedTuple):
-    """What a step's layers gave: hidden states, from which its tokens are drawn, and the scores of prompts."""
+    """What a step's layers gave.
 
-    last_hidden: jax.Array
+    Attributes:
+      hidden: ``[H, h]``, of which the first T rows are its tokens' states; until the next step's layers are started.
+      scores: of prompts.
+    """
+
+    hidden: jax.Array
     scores: list[Scores]
 
 
@@ -171,9 +176,9 @@ class Runner:
         self.model = model
         self.params = params
         self._mesh = mesh
-        self._forward = choose_forward(model, mesh)
-        self._everywhere = mesh.replicated if mesh else None
         self._transfer = Transfer(mesh)
+        self._forward = choose_forward(model, mesh, self._transfer)
+        self._everywhere = mesh.replicated if mesh else None
         # What makes logits of hidden states.
         self._head = {name: params[name] for name in ("embed", "lm_head") if name in params}
         self._pool = pool
@@ -258,13 +263,12 @@ class Runner:
             del its_samplers[1:]
 
     def _lower(self, shape: _Key) -> jax.stages.Lowered:
+        hidden = self._struct((self._buckets.max_tokens, self.model.config.hidden_size), self.model.dtype)
         if isinstance(shape, ScorerShape):
-            hidden = self._struct((shape.tokens, self.model.config.hidden_size), self.model.dtype)
             rows = self._struct((shape.rows,), np.int32)
             return _scorer(shape, self.model, self._mesh).lower(table_of(self._mesh), self._head, hidden, rows, rows)
         if not isinstance(shape, SamplerShape):
-            return self._forward.lower(shape, self.params, self._tokens, self._pool.array)
-        hidden = self._struct((shape.sequences, self.model.config.hidden_size), self.model.dtype)
+            return self._forward.lower(shape, self.params, self._tokens, self._pool.array, hidden)
         inputs = self._transfer.struct(shape.packed_size(self._vocab_size))
         sampler = self._sampler(shape)
         return sampler.lower(table_of(self._mesh), self._head, hidden, inputs, self._tokens)
@@ -300,7 +304,10 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets the tokens of the step started last: the next step's sequences have none pending."""
+        # Written anew by every step where they are: what comes and goes would move other memory about.
         self._tokens = jnp.zeros(self._buckets.max_sequences, jnp.int32, device=self._everywhere)
+        hidden = (self._buckets.max_tokens, self.model.config.hidden_size)
+        self._hidden = jnp.zeros(hidden, self.model.dtype, device=self._everywhere)
         self._rows = {}
 
     def launch(self, arguments: LaunchArguments) -> Sampled:
@@ -311,42 +318,54 @@ class Runner:
         """Starts those for which the step's ``inputs`` need not be known."""
         # All now: nobody should find out between two of them that one has to be compiled.
         self.prepare(arguments)
-        hidden, self._pool.array = self._forward.start(
-            self.programs.get, arguments.shape, self.params, arguments.packed, self._tokens, self._pool.array
+        self._hidden, self._pool.array = self._forward.start(
+            self.programs.get,
+            arguments.shape,
+            self.params,
+            arguments.packed,
+            self._tokens,
+            self._pool.array,
+            self._hidden,
         )
-        return Started(hidden.last, self._start_scorer(hidden, arguments.scorer))
+        return Started(self._hidden, self._start_scorer(self._hidden, arguments.scorer))
 
-    def _start_scorer(self, hidden: Hidden, scorer: ScorerArguments | None) -> list[Scores]:
+    def _start_scorer(self, hidden: jax.Array, scorer: ScorerArguments | None) -> list[Scores]:
         if scorer is None:
             return []
         program = self.programs.get(scorer.shape)
         runs = zip(scorer.rows, scorer.targets, strict=True)
-        return [program(table_of(self._mesh), self._head, hidden.all, rows, targets) for rows, targets in runs]
+        return [program(table_of(self._mesh), self._head, hidden, rows, targets) for rows, targets in runs]
 
     def launch_sampler(self, started: Started, arguments: LaunchArguments) -> Sampled:
         """Starts the one that draws the step's tokens."""
         program = self.programs.get(arguments.sampler)
         inputs = self._transfer.put(arguments.sampler.pack(arguments.inputs, self._vocab_size))
-        sampled = program(table_of(self._mesh), self._head, started.last_hidden, inputs, self._tokens)
-        self._transfer.keep(inputs, until=sampled.tokens)
-        self._tokens = sampled.tokens
+        table = table_of(self._mesh)
+        self._tokens, sampled = program(table, self._head, started.hidden, inputs, self._tokens)
+        self._transfer.keep_until(sampled.tokens)
         return sampled
 
     def _sampler(self, shape: SamplerShape):
-        """The function that is compiled for a sampler, of ``(table, head, hidden, inputs, tokens)``."""
+        """The function that is compiled for a sampler, of ``(table, head, hidden, inputs, tokens)``.
+
+        Returns:
+          The tokens for the next step, in place of those of the previous one, and what the host reads.
+        """
         vocab_size, most = self._vocab_size, self._buckets.max_sequences
 
         def step(group, params, hidden, packed, previous_tokens):
-            logits = self.model.apply({"params": params}, hidden, group, method=Llama.logits)
+            inputs = shape.unpack(packed, vocab_size)
+            logits = self.model.apply({"params": params}, hidden[inputs.row], group, method=Llama.logits)
             assert isinstance(logits, jax.Array)  # and no changed variables beside it, of which there are none
-            return sample(logits, shape.unpack(packed, vocab_size), previous_tokens, shape, most)
+            return sample(logits, inputs, previous_tokens, shape, most)
 
-        def sampled(table, params, hidden, packed, previous_tokens) -> Sampled:
+        def sampled(table, params, hidden, packed, previous_tokens) -> tuple[jax.Array, Sampled]:
             arguments = (hidden, self._transfer.take(packed), previous_tokens)
-            return on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+            drawn = on_each_device(step, self._mesh, table, params, arguments, (_WHOLE, _WHOLE, _WHOLE), _WHOLE)
+            return drawn.tokens, self._transfer.give(drawn)
 
         # A function of its own each time: what JAX remembers of it goes with it.
-        return jax.jit(sampled)
+        return jax.jit(sampled, donate_argnums=4)
 
 
 def _scorer(shape: ScorerShape, model: Llama, mesh: ModelMesh | None):

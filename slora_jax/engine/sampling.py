@@ -78,6 +78,7 @@ class SamplerInputs:
     """Per-sequence rules, ``[S]`` each.
 
     Attributes:
+      row: int32 place in the batch of each sequence's last token.
       position: int32 number of tokens before the one sampled; with ``seed`` it makes the random draw.
       seed: ``[S, 2]`` uint32, high and low half.
       temperature, top_p, min_p, repetition, presence, frequency: float32.
@@ -90,6 +91,7 @@ class SamplerInputs:
       bias_tokens, bias: ``[S, B]`` int32, padded with the vocabulary size, and float32.
     """
 
+    row: jax.Array | np.ndarray
     position: jax.Array | np.ndarray
     seed: jax.Array | np.ndarray
     temperature: jax.Array | np.ndarray
@@ -132,6 +134,7 @@ def build_sampler_inputs(
     """Gathers the rules of the entries that sample, in row order, padded to ``num_sequences`` with greedy rows.
 
     Args:
+      entries: in the order in which their tokens lie in the batch.
       pending_rows: as in ``build_batch``.
     """
     random = filtered = logprobs = limited = False
@@ -160,6 +163,7 @@ def build_sampler_inputs(
         biased=1 << (biased - 1).bit_length() if biased else 0,
     )
     arrays = {name: np.full(num_sequences, default, dtype) for name, (dtype, default) in _PADDING.items()}
+    arrays["row"][: len(entries)] = np.cumsum([entry.count for entry in entries], dtype=np.int32) - 1
     arrays["seed"] = np.zeros((num_sequences, 2), np.uint32)
     nothing = {"history": vocab_size, "allowed": -1, "bias_tokens": vocab_size, "bias": 0}
     for name, (width, dtype) in shape.widths(vocab_size).items():
@@ -195,6 +199,7 @@ def allow_by_constraints(inputs: SamplerInputs, entries: Seq[ScheduledSequence])
 
 # Fields that are one number a sequence, and what they hold for a greedy one.
 _PADDING = {
+    "row": (np.int32, 0),
     "position": (np.int32, 0),
     "top_k": (np.int32, 0),
     "num_prompt": (np.int32, 0),

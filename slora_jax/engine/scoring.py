@@ -27,17 +27,12 @@ class ScorerShape:
     """The compiled scorer's key.
 
     Attributes:
-      tokens: padded T of the step.
+      rows: R, the tokens that one run of the program scores.
       top: how many of the most likely tokens are computed: 0, 1 or ``MAX_LOGPROBS``.
     """
 
-    tokens: int
+    rows: int
     top: int
-
-    @property
-    def rows(self) -> int:
-        """R, the tokens that one run of the program scores."""
-        return min(self.tokens, MAX_ROWS)
 
 
 class ScorerArguments(NamedTuple):
@@ -113,7 +108,7 @@ def plan_scores(
     if not pieces:
         return None, ()
     most = max(piece.top for piece in pieces)
-    shape = ScorerShape(num_tokens, most if most <= 1 else MAX_LOGPROBS)
+    shape = ScorerShape(min(num_tokens, MAX_ROWS), most if most <= 1 else MAX_LOGPROBS)
 
     def in_runs(values) -> np.ndarray:
         flat = np.asarray(values, np.int32)

@@ -1,8 +1,9 @@
-"""How what the host makes for a step comes to the devices that run it.
+"""How what the host makes for a step comes to the devices that run it, and how what it reads comes back.
 
-On a GPU a program copies it from page-locked host memory itself. Where JAX copies it ahead of the program, a buffer of
-the device is taken for every step and freed at no fixed time. The program's scratch memory then lies elsewhere in
-every step, and nearly all that a CUDA graph launches must be updated: 5 ms a step of 7B, instead of 0.8 (an H100).
+On a GPU a program copies its vectors from page-locked host memory, and what the host reads to there, itself. Where JAX
+copies them beside the program, buffers of the device are taken for every step and freed at no fixed time. The program's
+scratch memory then lies elsewhere in every step, and nearly all that a CUDA graph launches must be updated: 5 ms a step
+of 7B, instead of 0.8 (an H100).
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ _PINNED = "pinned_host"
 
 
 class Transfer:
-    """Brings vectors of int32, of which every device needs a copy, into programs."""
+    """Brings vectors of int32, of which every device needs a copy, into programs, and their results to the host."""
 
     def __init__(self, mesh: ModelMesh | None):
         """
@@ -27,7 +28,8 @@ class Transfer:
           mesh: the devices; None for the first one.
         """
         self._mesh = mesh
-        self._in_use: deque[tuple[jax.Array, jax.Array]] = deque()
+        self._put: list[jax.Array] = []
+        self._in_use: deque[tuple[list[jax.Array], jax.Array]] = deque()
 
     @cached_property
     def _kind(self) -> str | None:
@@ -42,6 +44,31 @@ class Transfer:
         """The vector as a program's argument. Hosts are not asked whether all have the same."""
         if self._kind is None:
             return vector
+        argument = self._copy(vector)
+        self._put.append(argument)
+        return argument
+
+    def keep_until(self, result: jax.Array) -> None:
+        """Keeps all that was put since the last call until this result of a program is there.
+
+        JAX gives host memory to others as soon as a program that reads it is on the device's queue, as is right for
+        memory of the device only. So this is to be called when the programs that take what was put are started.
+        """
+        while self._in_use and self._in_use[0][1].is_ready():  # type: ignore[attr-defined]  # which stubs leave out
+            self._in_use.popleft()
+        if self._put:
+            self._in_use.append((self._put, result))
+            self._put = []
+
+    def take(self, argument: jax.Array) -> jax.Array:
+        """Inside of the program: the vector in the devices' memory."""
+        return argument if self._kind is None else jax.device_put(argument, self._sharding(None))
+
+    def give(self, results):
+        """Inside of the program: a tree of its results, the same on all devices, where the host will read them."""
+        return results if self._kind is None else jax.device_put(results, self._sharding(self._kind))
+
+    def _copy(self, vector: np.ndarray) -> jax.Array:
         if self._mesh is None:
             return jax.device_put(vector, self._sharding(self._kind))
         copies = [
@@ -50,25 +77,6 @@ class Transfer:
             if device.process_index == jax.process_index()
         ]
         return jax.make_array_from_single_device_arrays(vector.shape, self._sharding(self._kind), copies)
-
-    def keep(self, argument: jax.Array | np.ndarray, until: jax.Array) -> None:
-        """To be called when the program is started: keeps its argument until the program has read it.
-
-        JAX gives host memory to others as soon as the program is on the device's queue, as is right for memory of the
-        device only.
-
-        Args:
-          argument: from ``put``.
-          until: one of the program's results.
-        """
-        while self._in_use and self._in_use[0][1].is_ready():  # type: ignore[attr-defined]  # which stubs leave out
-            self._in_use.popleft()
-        if isinstance(argument, jax.Array):
-            self._in_use.append((argument, until))
-
-    def take(self, argument: jax.Array) -> jax.Array:
-        """Inside of the program: the vector in the devices' memory."""
-        return argument if self._kind is None else jax.device_put(argument, self._sharding(None))
 
     def _sharding(self, kind: str | None) -> Sharding:
         if self._mesh is None:

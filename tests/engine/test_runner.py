@@ -8,6 +8,7 @@ import pytest
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets
 from slora_jax.engine.forward import ForwardInParts, WholeForward
+from slora_jax.engine.transfer import Transfer
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
 from slora_jax.model.modules import MODULES
@@ -129,18 +130,18 @@ def test_a_forward_in_parts_is_the_whole_forward():
     arrays["page_table"][:2, 0] = [1, 2]
     tokens = jnp.zeros(4, jnp.int32)
     results = []
-    for forward in (WholeForward(model, None), ForwardInParts(model, None)):
+    for forward in (WholeForward(model, None, Transfer(None)), ForwardInParts(model, None)):
         pool = jnp.zeros((6, 2, 16 * 3, config.kv_size))
-        programs = {k: forward.lower(k, params, tokens, pool).compile() for k in forward.keys(shape)}
-        results.append(forward.start(programs.get, shape, params, packed, tokens, pool))
-        assert pool.is_deleted()
+        hidden = jnp.full((20, config.hidden_size), 7.0)
+        programs = {k: forward.lower(k, params, tokens, pool, hidden).compile() for k in forward.keys(shape)}
+        results.append(forward.start(programs.get, shape, params, packed, tokens, pool, hidden))
+        assert pool.is_deleted() and hidden.is_deleted()
     (hidden, pool), (again, same_pool) = results
-    np.testing.assert_allclose(again.last[:2], hidden.last[:2], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(again.all[:5], hidden.all[:5], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(hidden.last[:2], hidden.all[np.array([2, 4])])
+    np.testing.assert_allclose(again[:5], hidden[:5], rtol=1e-5, atol=1e-6)
+    assert (hidden[8:] == 7).all(), "only the step's tokens are written"
     # Page 0 takes what padding writes.
     np.testing.assert_allclose(same_pool[:, :, 16:], pool[:, :, 16:], rtol=1e-5, atol=1e-6)
-    assert np.ptp(np.asarray(hidden.last[:2])) > 0.1
+    assert np.ptp(np.asarray(hidden[:5])) > 0.1
 
 
 def test_a_second_engine_traces_nothing(tmp_path, monkeypatch):

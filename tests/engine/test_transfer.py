@@ -20,7 +20,7 @@ def test_programs_that_wait_for_the_device_find_what_they_were_given(size, where
         given = transfer.take(vector)
         for _ in range(20):
             busy = busy @ busy
-        return busy, given + busy[0, 0].astype(jnp.int32)
+        return busy, transfer.give(given + busy[0, 0].astype(jnp.int32))
 
     width = 4096 if where == "gpu" else 64
     busy = jnp.eye(width)
@@ -30,7 +30,7 @@ def test_programs_that_wait_for_the_device_find_what_they_were_given(size, where
     for vector in vectors:
         argument = transfer.put(vector)
         busy, given = program(busy, argument)
-        transfer.keep(argument, until=given)
+        transfer.keep_until(given)
         results.append(given)
         del argument
     for i, given in enumerate(results):

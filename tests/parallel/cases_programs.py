@@ -21,6 +21,7 @@ from slora_jax.bench.plan import message_bytes
 from slora_jax.engine.batch import BatchShape, padded_rank
 from slora_jax.engine.forward import WholeForward
 from slora_jax.engine.sampling import SamplerShape
+from slora_jax.engine.transfer import Transfer
 from slora_jax.errors import InvalidRequest
 from slora_jax.memory.layout import PoolLayout
 from slora_jax.model.config import ModelConfig
@@ -72,7 +73,9 @@ def lowered_step(engine, shape: BatchShape) -> jax.stages.Lowered:
     runner = engine.device.runner
     tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
     mesh = ModelMesh.create(engine.model_config, engine.config.mesh.tp)
-    return WholeForward(runner.model, mesh).lower(shape, runner.params, tokens, engine.device.pool.array)
+    hidden = jax.ShapeDtypeStruct((shape.tokens, engine.model_config.hidden_size), runner.model.dtype)
+    whole = WholeForward(runner.model, mesh, Transfer(mesh))
+    return whole.lower(shape, runner.params, tokens, engine.device.pool.array, hidden)
 
 
 @pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
@@ -210,12 +213,13 @@ def test_the_kernels_take_one_devices_part_of_a_70b_model(decode_only):
     with contextlib.ExitStack() as stack:
         kernels = [stack.enter_context(compiled(module, 90)) for module in (lora_kernels, attention, rotary_triton)]
         model_of_one = Llama(model, jnp.dtype(jnp.bfloat16), "triton", 8)
-        WholeForward(model_of_one, mesh).jitted(shape).trace(
+        WholeForward(model_of_one, mesh, Transfer(mesh)).jitted(shape).trace(
             None,
             sharded_abstract_params(model, jnp.bfloat16, mesh),
             whole((shape.packed_size,), jnp.int32),
             whole((32,), jnp.int32),
             jax.ShapeDtypeStruct(pool, jnp.bfloat16, sharding=mesh.pool),
+            whole((shape.tokens, model.hidden_size), jnp.bfloat16),
         ).lower(lowering_platforms=("cuda",))
     # Shrink and expand for each of qkv, o, gate and up, down; attention; the KV write.
     assert [len(names) for names in kernels] == [8, 2 if decode_only else 3, 1]
