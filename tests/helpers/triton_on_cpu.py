@@ -91,17 +91,12 @@ def _interpret(*args, kernel, out_type, grid, num_warps, num_stages, **metaparam
     return jax.tree.unflatten(tree, [jax.numpy.asarray(output) for output in outputs])
 
 
-def _caller(module) -> str:
-    """The name by which a module knows what has ``triton_call``: ``pallas_kernels.launch``, or jax-triton itself."""
-    return "launch" if hasattr(module, "launch") else "jt"
-
-
 @contextlib.contextmanager
 def interpreted(module):
     """Inside, ``module`` runs its kernels in the interpreter, operation by operation."""
     stub = SimpleNamespace(triton_call=_interpret)
     with (
-        mock.patch.object(module, _caller(module), stub),
+        mock.patch.object(module, "launch", stub),
         mock.patch.object(jax, "new_ref", _Ref),
         mock.patch.object(jax, "freeze", lambda ref: jax.numpy.asarray(ref.array)),
     ):
@@ -126,7 +121,7 @@ def compiled(module, capability):
         kernels.append((kernel.__name__, compile(source, GPUTarget("cuda", capability, 32), options)))
         return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), out_type)
 
-    with mock.patch.object(module, _caller(module), SimpleNamespace(triton_call=call)):
+    with mock.patch.object(module, "launch", SimpleNamespace(triton_call=call)):
         yield kernels
 
 
