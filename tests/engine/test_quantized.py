@@ -1,10 +1,16 @@
 """Engines whose base model is quantised, with adapters that are not, against float64 NumPy."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tests.helpers.engine_cases import CASES, FIXTURES, Case, forced_logits
+from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.model.modules import MODULES
+from tests.helpers.engine_cases import CASES, FIXTURES, Case, forced_logits, make_engine
+from tests.helpers.quantized_folders import CONFIG, read_tensors, write
 from tests.oracle import reference_numpy
 
 LARGEST = 448
@@ -76,3 +82,22 @@ def test_fp8_is_the_base_rounded_and_adapters_as_they_are(name):
         assert np.mean(np.array(errors) < 1e-5) > 0.6, (adapter, errors)
         assert 0.01 < np.mean(effects) < 0.25, (adapter, effects)
     assert relative(forced_logits(exact_engine, prompts[0], None), reference_numpy.logits(model, prompts[0])) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "block fp8", "packed with zeros", "int8 by channel"])
+def test_grouped_weights_answer_as_the_weights_that_they_mean(tmp_path, name):
+    meant = write(tmp_path / name, name)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {tensor: array for tensor, array in read_tensors(tmp_path / name).items() if "_proj." not in tensor}
+    save_file({key: array.astype(np.float32) for key, array in (tensors | meant).items()}, plain / "model.safetensors")
+    answers = []
+    for folder in (tmp_path / name, plain):
+        engine = make_engine(folder, pages=100)
+        weights = synthetic_weights(8, MODULES, engine.pool_layout, engine.dtype, seed=1)
+        engine.register_loaded_adapter("r8", dict.fromkeys(MODULES, 8), weights, scale=4.0)
+        answers.append([forced_logits(engine, list(range(1, 20)), adapter) for adapter in (None, "r8")])
+    for ours, theirs in zip(*answers, strict=True):
+        assert relative(ours, theirs) < 1e-5
+    assert relative(answers[0][0], answers[0][1]) > 0.01, "the adapter changes nothing"
