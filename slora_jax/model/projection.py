@@ -12,6 +12,9 @@ _LARGEST_FP8 = float(jnp.finfo(_FP8).max)
 _LEAST_AMPLITUDE = 1e-30
 """Far below any activation or weight, and far above where 1 / 448 of it would be flushed to zero."""
 
+_FEW_ROWS, _LEAST_ROWS = 16, 4
+"""Up to so many rows programs on GPUs use XLA's own kernels for products; see ``engine.runner.compiler_options``."""
+
 
 def group_unit(projection: str, local: ModelConfig) -> int:
     """``Projection.unit`` of one of ``mesh.PROJECTIONS``; ``local`` is what one device computes.
@@ -56,7 +59,7 @@ class Projection(nn.Module):
                 shape = d_in // layout.device_group(d_in, self.unit), self.features
                 scale = self.param("group_scale", ones, shape, jnp.float32)
                 zero = self.param("group_zero", zeros, shape, jnp.int8) if layout.has_zeros else None
-                return dot(x, dequantized(kernel, scale, zero).astype(x.dtype), (((1,), (0,)), ((), ())), self.dtype)
+                return grouped_product(x, kernel, scale, zero, self.dtype)
 
 
 def dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
@@ -74,6 +77,26 @@ def fp8_product(x: jax.Array, weight: jax.Array, channel_scale: jax.Array, dtype
     values, token_scale = quantize_rows(x)
     y = jax.lax.dot_general(values, weight, (((1,), (1,)), ((), ())), preferred_element_type=_summed_as(dtype))
     return (y.astype(jnp.float32) * token_scale[:, None] * channel_scale).astype(dtype)
+
+
+def grouped_product(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+    """``x`` ``[T, in]`` times grouped values ``[in, out]``, scales and zeros ``[G, out]``, in ``dtype``."""
+    num_rows = x.shape[0]
+    if num_rows > _FEW_ROWS:
+        return dot(x, dequantized(kernel, scale, zero).astype(x.dtype), (((1,), (0,)), ((), ())), dtype)
+    # A product for each group, whose scales come behind it: XLA's kernels then read the values as they are stored.
+    # Multiplied by scales ahead of it, all of the weights would be written to memory in each step, and read again. A
+    # single row XLA would make a sum of products of, which it writes to memory, too.
+    groups = jnp.pad(x, ((0, max(0, _LEAST_ROWS - num_rows)), (0, 0))).reshape(
+        -1, scale.shape[0], kernel.shape[0] // scale.shape[0]
+    )
+    values = kernel.reshape(scale.shape[0], -1, kernel.shape[1]).astype(x.dtype)
+    sums = dot(groups, values, (((2,), (1,)), ((1,), (0,))), jnp.float32)
+    if zero is not None:
+        sums = sums - jnp.sum(groups.astype(jnp.float32), axis=2).T[:, :, None] * zero.astype(jnp.float32)[:, None]
+    return jnp.sum(sums * scale[:, None], axis=0)[:num_rows].astype(dtype)
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +133,8 @@ def quantize_map(kernel: jax.Array, layout: WeightLayout, unit: int = 0) -> dict
 def dequantized(kernel: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
     """Weights ``[in, out]`` float32 of grouped values ``[in, out]``, scales and zeros ``[G, out]``.
 
-    Plain elementwise work, which XLA may do as it reads the operand of a product.
+    In a step with many rows XLA writes them to memory in the model's dtype ahead of their product: such layouts are for
+    few rows, and for memory. A kernel that does it while it reads is still to be written.
     """
     groups = kernel.astype(jnp.float32).reshape(scale.shape[0], -1, kernel.shape[1])
     if zero is not None:

@@ -464,8 +464,8 @@ def _awq(fields: Fields) -> QuantizedFiles:
 
 def _bits(fields: Fields, known: tuple[int, ...]) -> int:
     name = "w_bit" if "bits" not in fields.values and "w_bit" in fields.values else "bits"
-    bits = fields.integer(name, 4, 1, 64)
-    if bits not in known:
+    bits = fields.integer(name, None, 1, 64)
+    if bits is None or bits not in known:
         raise fields.refuse(name, f"={bits} is not supported; {' and '.join(map(str, known))} are")
     return bits
 
