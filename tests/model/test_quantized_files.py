@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from slora_jax.errors import UnsupportedModel
+from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights
 from slora_jax.model.weights import load_params
@@ -89,6 +91,19 @@ def test_any_of_them_is_held_in_fp8_where_that_is_asked_for(tmp_path, name):
         assert (np.abs(found - expected) <= np.maximum(np.abs(expected) / 16, largest * 2.0**-17)).all()
         if name == "fp8 by tensor":
             np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["awq", "block fp8"])
+def test_a_cache_of_weights_gives_them_back(tmp_path, name):
+    write(tmp_path / "model", name)
+    config, expected = load(tmp_path / "model")
+    for source in ("safetensors", "orbax"):
+        params, provenance = load_or_restore(
+            tmp_path / "model", config, jnp.bfloat16, tmp_path / "cache", progress=False
+        )
+        assert provenance.source == source
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        assert jax.tree.map(lambda leaf: leaf.dtype, params) == jax.tree.map(lambda leaf: leaf.dtype, expected)
 
 
 def test_scales_of_a_cache_in_fp8_are_not_needed(tmp_path):
