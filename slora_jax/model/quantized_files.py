@@ -506,6 +506,6 @@ def _names(item: str, map_: str) -> bool:
     if item.startswith("re:"):
         try:
             return re.match(item.removeprefix("re:"), map_) is not None
-        except re.error as e:
+        except (re.error, RecursionError, OverflowError) as e:
             raise UnsupportedModel(f"quantization_config: {shown(item)} is not a regular expression: {e}") from None
     return item == "Linear" or f".{item}." in f".{map_}."

@@ -1,5 +1,6 @@
 """Checkpoints that are quantised already: what their maps mean on the device, and what is refused by file and field."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -8,17 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from slora_jax.errors import UnsupportedModel
 from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights
+from slora_jax.model.quantized_files import Unreadable
 from slora_jax.model.weights import load_params
 from tests.helpers.quantized_folders import CONFIG, FORMATS, compressed, read_tensors, write
 
@@ -269,3 +273,34 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path):
     write(tmp_path, "awq", quantization_config=FORMATS["awq"] | {"group_size": 48})
     with pytest.raises(UnsupportedModel, match=r"self_attn\.q_proj: 64 inputs are not a multiple of group_size 48"):
         load(tmp_path)
+
+
+def places(value, before: tuple = ()) -> list[tuple]:
+    found = [before] if before else []
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        found += places(inner, (*before, name))
+    return found
+
+
+_odd = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just([]) | st.just({})
+_odd |= st.lists(st.text(max_size=3), max_size=2) | st.sampled_from([[1, 2], [[]], {"a": {}}, 10**400, -1, 0, "re:.*"])
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=300, deadline=None, database=None)
+def test_whatever_stands_there_is_read_or_refused(data):
+    quantization = copy.deepcopy(FORMATS[data.draw(st.sampled_from(sorted(FORMATS)))])
+    *parents, field = data.draw(st.sampled_from(places(quantization)))
+    place = quantization
+    for parent in parents:
+        place = place[parent]
+    place[field] = data.draw(_odd)
+    try:
+        config = ModelConfig.from_hf(CONFIG | {"quantization_config": quantization})
+    except UnsupportedModel:
+        return
+    # What is read says which tensors it needs, or why there can be none.
+    if config.weight_files is not None:
+        with contextlib.suppress(Unreadable):
+            assert config.weight_files.parts(96, 64)
+        assert config.weight_bytes(2) > 0
