@@ -2,8 +2,11 @@
 
 A weight file is read one parameter at a time: the bytes go as they are into a host buffer for each device of this
 process, which joins the tensors that make one parameter (q, k, v; gate, up), and from there to the device, to be
-transposed and cast. With several devices each gets its slice only (``Shards``), and what other processes hold is
-neither read into memory nor sent anywhere.
+transposed and cast, or rounded to fp8 (``EngineConfig.quantization``). With several devices each gets its slice only
+(``Shards``), and what other processes hold is neither read into memory nor sent anywhere.
+
+The linear maps of a file that is quantised already (``quantized_files``) are read whole, one parameter at a time, and
+put into another order on the host.
 """
 
 import dataclasses
