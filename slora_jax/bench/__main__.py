@@ -575,7 +575,10 @@ def quality(against: tuple[str, ...], questions: int, tokens: int, dtype: str, o
     """What quantising costs in answers: the embedded model and its adapters, beside themselves unquantised."""
     from slora_jax.bench.quality import run_quality
 
-    result = run_quality(against, questions, tokens, dtype, command_line())
+    try:
+        result = run_quality(against, questions, tokens, dtype, command_line())
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
     for variant, rows in result["results"].items():
         for name, row in rows.items():
             click.echo(

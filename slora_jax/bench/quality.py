@@ -41,7 +41,7 @@ def run_quality(variants: Sequence[str], num_questions: int, num_tokens: int, dt
       command: for the result.
 
     Raises:
-      InvalidRequest: a folder is no checkpoint of this model.
+      InvalidRequest, BadAdapter: a folder is no checkpoint of this model.
       UnsupportedModel: a folder cannot be read.
     """
     held_out = [example for example in data.heldout_sample() if example.answer]

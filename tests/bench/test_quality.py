@@ -1,10 +1,11 @@
 """What ``bench quality`` counts, on the embedded model."""
 
 import pytest
+from click.testing import CliRunner
 
+from slora_jax.bench.__main__ import main
 from slora_jax.bench.quality import run_quality
 from slora_jax.demo import demo_adapters
-from slora_jax.errors import InvalidRequest
 from tests.helpers.quantized_folders import write
 
 
@@ -26,5 +27,6 @@ def test_fp8_costs_a_little_and_nothing_costs_nothing():
 @pytest.mark.timeout(600)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     write(tmp_path, "awq")
-    with pytest.raises(InvalidRequest, match="is no checkpoint of this model"):
-        run_quality([str(tmp_path)], num_questions=1, num_tokens=1, dtype="float32", command="")
+    done = CliRunner().invoke(main, ["quality", "--against", str(tmp_path), "--questions", "1", "--tokens", "1"])
+    assert done.exit_code == 1
+    assert "is it another base model's adapter?" in done.output
