@@ -122,6 +122,13 @@ FLAGS = {
             metavar="DTYPE",
         ),
         _flag(
+            "--quantization",
+            "Hold the layers' weights in 8 bits, by output channel, and round activations to 8 bits by token; adapters "
+            "see them unrounded. Left out: as the files have them.",
+            type=click.Choice(["fp8"]),
+            metavar="fp8",
+        ),
+        _flag(
             "--max-model-len",
             "Longest prompt plus output; the model's own limit if left out.",
             type=int,

@@ -192,6 +192,8 @@ class EngineConfig(Section):
         None takes half of what is free after the pool was made. On several hosts, of each.
       max_lora_rank: largest rank of an adapter; one with a larger is refused before its weights are read or downloaded.
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
+      quantization: how to hold the weights of the layers' projections; None as the files have them. ``fp8`` rounds
+        weights, by output channel, and activations, by token, to 8 bits; adapters see the activations unrounded.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
       generation_config: requests that do not say how to sample do as the model's ``generation_config.json`` says.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
@@ -215,6 +217,7 @@ class EngineConfig(Section):
     max_lora_rank: int = pydantic.Field(256, ge=1, le=256)
     gpu_memory_fraction: Share | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["fp8"] | None = None
     max_model_len: int | None = pydantic.Field(None, ge=1)
     generation_config: bool = True
     checkpoint_cache: Text | None = "~/.cache/slora-jax/checkpoints"

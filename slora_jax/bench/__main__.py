@@ -163,6 +163,7 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
 @click.option("--tp", type=_COUNT, default=1, show_default=True, help="Devices that share the model.")
+@click.option("--quantization", type=click.Choice(["fp8"]), help="Of the base model; without it, none.")
 @click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
 @click.option("--rate", type=_ABOVE_0, default=2.0, show_default=True, help="Open trace: requests a second.")
 @click.option(
@@ -178,7 +179,7 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
 def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
-               pool_gigabytes, tp, trace, rate, cv, alpha, profile, out):  # fmt: skip
+               pool_gigabytes, tp, quantization, trace, rate, cv, alpha, profile, out):  # fmt: skip
     """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
     A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
@@ -210,6 +211,7 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
             trace=OpenTrace(rate, cv, alpha) if trace == "open" else None,
             profile=profile,
             command=command_line(),
+            quantization=quantization,
         ),
         strict=True,
     ):
@@ -549,6 +551,41 @@ def structured(requests: int, tokens: int, repeats: int, out: Path | None):
     from slora_jax.bench.structured import run_structured
 
     _print_or_write(run_structured(requests, tokens, repeats, command_line()), out)
+
+
+@main.command()
+@click.option(
+    "--against",
+    default=("fp8",),
+    show_default=True,
+    multiple=True,
+    help="fp8, which is rounded at load, or a folder with a quantised checkpoint of the model; may be repeated.",
+)
+@click.option("--questions", type=_COUNT, default=48, show_default=True, help="Asked of the base and of each adapter.")
+@click.option("--tokens", type=_COUNT, default=48, show_default=True, help="Of an answer, at most.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of all that is not quantised.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def quality(against: tuple[str, ...], questions: int, tokens: int, dtype: str, out: Path | None):
+    """What quantising costs in answers: the embedded model and its adapters, beside themselves unquantised."""
+    from slora_jax.bench.quality import run_quality
+
+    try:
+        result = run_quality(against, questions, tokens, dtype, command_line())
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
+    for variant, rows in result["results"].items():
+        for name, row in rows.items():
+            click.echo(
+                f"{Path(variant).name:14} {name:8} perplexity {row['perplexity']:9.4f}   "
+                f"tokens {row['tokens_agreed']:7.2%}   answers {row['answers_agreed']:7.2%}"
+            )
+    _print_or_write(result, out)
 
 
 if __name__ == "__main__":

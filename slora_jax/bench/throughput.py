@@ -186,9 +186,11 @@ def run_throughput(
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
+    quantization: str | None = None,
 ) -> Iterator[dict]:
     """Starts an engine with random weights, and for each case warms it up and times the workload."""
-    parts = build_parts(random_config(model, requests, scheduler, pool, tp), progress=False)
+    config = random_config(model, requests, scheduler, pool, tp, quantization=quantization)
+    parts = build_parts(config, progress=False)
     try:
         yield from run_cases(parts, cases, requests, seed, longest, trace, profile, command)
     finally:
@@ -241,6 +243,7 @@ def run_cases(
                 "start_seconds": start_seconds,
                 "start_compiling_seconds": compiling,
                 "model": Path(config.model).stem,
+                "quantization": config.quantization,
                 "tp": config.mesh.tp,
                 "seed": seed,
                 "scheduler": config.scheduler.model_dump(),

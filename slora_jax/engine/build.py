@@ -33,6 +33,7 @@ from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig, default_sampling, ending_tokens
 from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import ModelMesh
+from slora_jax.model.quantization import ChannelFp8
 from slora_jax.model.weights import dummy_params, resolve_model, untied_where_different, weight_files
 from slora_jax.text.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
     dtype = dtype_of(config)
     if config.dummy:
         model_config = ModelConfig.from_hf(read_yaml(Path(config.model)), config.max_model_len, config.model)
+        model_config = _held(model_config, config)
         _agree_on_model(meeting, model_config, ())
         mesh = ModelMesh.create(model_config, config.mesh.tp)
         with _room_for_weights(model_config, dtype, mesh):
@@ -86,6 +88,7 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
         return BaseModel(model_config, params, None, name, mesh, meeting=meeting)
     folder = resolve_model(config.model)
     model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
+    model_config = _held(model_config, config)
     defaults = default_sampling(folder) if config.generation_config else MappingProxyType({})
     if defaults:
         told = ", ".join(f"{name} {value}" for name, value in defaults.items())
@@ -107,6 +110,11 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
     ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
     model_config = dataclasses.replace(model_config, eos_token_ids=ends)
     return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults, meeting)
+
+
+def _held(model: ModelConfig, config: EngineConfig) -> ModelConfig:
+    """The model with its weights held as is asked for."""
+    return model if config.quantization is None else dataclasses.replace(model, weight_layout=ChannelFp8())
 
 
 def make_model(base: BaseModel, lora_ops: LoraOps = GATHERED) -> Llama:
@@ -256,7 +264,7 @@ def follow(config: EngineConfig, meeting: Meeting, progress: bool = True) -> Non
 def _room_for_weights(model: ModelConfig, dtype: jnp.dtype, mesh: ModelMesh | None) -> Iterator[None]:
     """Refuses weights that the devices cannot hold, at once where that is known, else when they are full."""
     shape = mesh.shards.local if mesh else model
-    needed = shape.num_params() * dtype.itemsize
+    needed = shape.weight_bytes(dtype.itemsize)
     memory = DeviceMemory.now(mesh.size if mesh else 1)
     remedy = "take a smaller model or dtype, or share it among more devices (mesh.tp)"
     if memory is not None and needed > memory.free:
@@ -473,6 +481,7 @@ def _fields_that_must_agree(config: EngineConfig) -> dict[str, str | None]:
         "--tp": config.mesh.tp,
         "--dummy": config.dummy,
         "--dtype": config.dtype,
+        "--quantization": config.quantization,
         "--max-model-len": config.max_model_len,
         "--seed": config.seed if config.dummy else None,
         "--max-batch-tokens": limits.max_batch_tokens,

@@ -35,7 +35,7 @@ from slora_jax.model.weights import load_params, sharded_abstract_params, weight
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4  # raise when the parameter tree or the manifest changes; entries of other formats are then stale
+_FORMAT = 5  # raise when the parameter tree or the manifest changes; entries of other formats are then stale
 _PARAMS = "params"
 _MANIFEST = "manifest.json"
 _SMALL_FILE_BYTES = 2**16

@@ -19,6 +19,8 @@ from typing import Any
 
 from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
 from slora_jax.model.json_files import Fields, read_json, read_optional_json
+from slora_jax.model.quantization import WeightLayout
+from slora_jax.model.quantized_files import QuantizedFiles, read_quantization
 from slora_jax.model.rope import LinearRope, Llama3Rope, ProportionalRope, RopeScaling, ShortRope, YarnRope
 from slora_jax.request import ANSWER_TOKENS, SamplingParams, check_number
 
@@ -73,8 +75,7 @@ _DONE_WITHOUT: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (0, None)),
         # From other files.
         **dict.fromkeys(("transformers_weights", "configuration_files"), (None, [], {})),
-        # With quantized weights.
-        **dict.fromkeys(("quantization_config", "compression_config"), (None,)),
+        "compression_config": (None,),  # what compressed-tensors once called quantization_config
     }
 )
 """Fields that say how else a model computes, each with the values that mean: not at all."""
@@ -96,6 +97,8 @@ class ModelConfig:
       tie_word_embeddings: the output projection is the embedding, transposed.
       bos_token_id, eos_token_ids: special tokens; any of ``eos_token_ids`` ends a completion.
       dtype: the checkpoint's own dtype name.
+      weight_layout: how devices hold the projections' weights; None in the dtype of all else.
+      weight_files: how files hold them; None as they were trained.
     """
 
     vocab_size: int
@@ -113,6 +116,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    weight_layout: WeightLayout | None = None
+    weight_files: QuantizedFiles | None = None
 
     def __post_init__(self):
         for name in (
@@ -151,6 +156,21 @@ class ModelConfig:
         mlp = 3 * self.hidden_size * self.intermediate_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * self.hidden_size) + embeddings + self.hidden_size
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of the parameters on a device, ``itemsize`` for each that is not quantised."""
+        if self.weight_layout is None:
+            return self.num_params() * itemsize
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        maps = (
+            (hidden, self.q_size + 2 * self.kv_size, 0),
+            (self.q_size, hidden, self.head_dim),
+            (hidden, 2 * ffn, 0),
+            (ffn, hidden, ffn),
+        )
+        others = self.num_params() - self.num_layers * sum(d_in * d_out for d_in, d_out, _ in maps)
+        quantized = sum(self.weight_layout.num_bytes(*map_) for map_ in maps)
+        return self.num_layers * quantized + others * itemsize
 
     def num_step_params(self) -> int:
         """Parameters that a step reads: all but an embedding table that is not the output's too."""
@@ -218,11 +238,17 @@ class ModelConfig:
         _check_attention(fields, defaults.get("sliding_window"), context)
         theta, scaling = _rope(fields, head_dim, max_positions, context)
         bos = fields.tokens("bos_token_id", 1, vocab_size)
+        num_layers = size("num_hidden_layers", 32)
+        tied = fields.boolean("tie_word_embeddings", False)
+        quantization = fields.object("quantization_config")
+        files = None
+        if quantization is not None:
+            files = read_quantization(quantization, projection_names(num_layers), needs_head=not tied)
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=size("intermediate_size", defaults["intermediate_size"]),
-            num_layers=size("num_hidden_layers", 32),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -230,11 +256,19 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6, 0.0, 1.0),
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            tie_word_embeddings=tied,
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=fields.tokens("eos_token_id", None, vocab_size),
             dtype=_dtype(fields),
+            weight_layout=None if files is None else files.layout,
+            weight_files=files,
         )
+
+
+def projection_names(num_layers: int) -> list[str]:
+    """Of all linear maps of the layers, as files call them."""
+    maps = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    return [f"model.layers.{i}.{name}" for i in range(num_layers) for name in maps]
 
 
 def ending_tokens(config: ModelConfig, tokenizer_ids: Iterable[int]) -> tuple[int, ...]:

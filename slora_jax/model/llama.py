@@ -45,6 +45,7 @@ from pallas_kernels import (
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TP, param_spec
 from slora_jax.model.modules import MODULES, ROW_PARALLEL, local_shapes, split_ranks
+from slora_jax.model.projection import Projection, dot, group_unit
 from slora_jax.model.rope import plain_turns
 from slora_jax.model.shards import Shards
 
@@ -212,7 +213,7 @@ class Llama(nn.Module):
     def logits(self, hidden: jax.Array, group: Collectives | None = None) -> jax.Array:
         """Float32 logits ``[..., V]`` of final hidden states ``[..., h]``; on several devices of ``[S, h]``."""
         if self.config.tie_word_embeddings:
-            logits = _dot(hidden, self.embed.embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+            logits = dot(hidden, self.embed.embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
         else:
             logits = self.lm_head(hidden, out_dtype=jnp.float32)
         if group is None:
@@ -242,12 +243,13 @@ class Block(nn.Module):
     def setup(self):
         config = self.local
         self.attention_norm = RMSNorm(config.rms_norm_eps, self.dtype)
+        layout, units = config.weight_layout, {name: group_unit(name, config) for name in ("o", "down")}
         # Columns [q | k | v], heads in order, and [gate | up].
-        self.qkv = Projection(config.q_size + 2 * config.kv_size, self.dtype)
-        self.o = Projection(config.hidden_size, self.dtype)
+        self.qkv = Projection(config.q_size + 2 * config.kv_size, self.dtype, layout)
+        self.o = Projection(config.hidden_size, self.dtype, layout, units["o"])
         self.mlp_norm = RMSNorm(config.rms_norm_eps, self.dtype)
-        self.gate_up = Projection(2 * config.intermediate_size, self.dtype)
-        self.down = Projection(config.hidden_size, self.dtype)
+        self.gate_up = Projection(2 * config.intermediate_size, self.dtype, layout)
+        self.down = Projection(config.hidden_size, self.dtype, layout, units["down"])
 
     def __call__(
         self, x: jax.Array, step: StepTables, pool: jax.Array, layer: jax.Array
@@ -359,18 +361,6 @@ def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegmen
     return split, dataclasses.replace(segments, max_rank=num_shards * max_rank)
 
 
-class Projection(nn.Module):
-    """A linear map without bias; ``kernel`` is ``[in, features]``."""
-
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, out_dtype=None):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
-        return _dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), out_dtype or self.dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
 
@@ -383,12 +373,6 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * scale.astype(jnp.float32)).astype(self.dtype)
-
-
-def _dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
-    # Float32 means float32: without this a GPU would round the operands to tf32.
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, preferred_element_type=out_dtype)
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

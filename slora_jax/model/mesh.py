@@ -24,6 +24,9 @@ POOL = PartitionSpec(None, None, None, TP)
 TABLE = PartitionSpec(TP, None)
 """Of the argument that ``ModelMesh.collectives`` takes."""
 
+PROJECTIONS = ("qkv", "o", "gate_up", "down")
+"""The linear maps of a layer, as the parameter tree calls them: those that a quantised model quantises."""
+
 _INPUT, _OUTPUT = PartitionSpec(TP, None), PartitionSpec(None, TP)
 _PARAMS = {
     "embed": _INPUT,  # rows: vocabulary
@@ -36,8 +39,17 @@ _PARAMS = {
 
 
 def param_spec(path: ParamPath) -> PartitionSpec:
-    """Which axis of a parameter the devices share out; norms are whole on each."""
-    return _PARAMS.get(path[-2], PartitionSpec())
+    """Which axis of a parameter the devices share out; norms are whole on each.
+
+    Of a quantised map, ``weight`` is ``[out, in]`` where all else is ``[in, out]``, and ``channel_scale`` is ``[out]``.
+    """
+    spec = _PARAMS.get(path[-2], PartitionSpec())
+    match path[-1]:
+        case "weight":
+            return PartitionSpec(*reversed(spec))
+        case "channel_scale":
+            return PartitionSpec(*spec[1:])
+    return spec
 
 
 class ModelMesh:

@@ -2,15 +2,18 @@
 
 A weight file is read one parameter at a time: the bytes go as they are into a host buffer for each device of this
 process, which joins the tensors that make one parameter (q, k, v; gate, up), and from there to the device, to be
-transposed and cast. With several devices each gets its slice only (``Shards``), and what other processes hold is
-neither read into memory nor sent anywhere.
+transposed and cast, or rounded to fp8 (``EngineConfig.quantization``). With several devices each gets its slice only
+(``Shards``), and what other processes hold is neither read into memory nor sent anywhere.
+
+The linear maps of a file that is quantised already (``quantized_files``) are read whole, one parameter at a time, and
+put into another order on the host.
 """
 
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,24 @@ from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.json_files import parse_json, read_json
 from slora_jax.model.llama import abstract_params
-from slora_jax.model.mesh import ModelMesh, ParamPath
+from slora_jax.model.mesh import PROJECTIONS, ModelMesh, ParamPath
+from slora_jax.model.projection import group_unit, quantize_map
+from slora_jax.model.quantization import ChannelFp8, WeightLayout
+from slora_jax.model.quantized_files import Grid, QuantizedFiles, Unreadable
 from slora_jax.model.shards import Run, Shards, joined_runs
 
 logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES_OF_PARTS = _DTYPES | {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+"""Of tensors that belong to a quantised linear map."""
+_KV_SCALE = re.compile(r".*\.self_attn\.([kvq]_scale|[kvq]_proj\.output_scale)")  # of a KV cache in fp8
 _DOWNLOADED = ("*.safetensors", _INDEX, "config.json", "generation_config.json", "*token*.json", "*.jinja")
 _NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # buffers that old checkpoints carry along
@@ -41,6 +55,9 @@ _SCRATCH_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 100 * 10**6  # what safetensors allows
 _MAX_AXES = 8
 _SHARD = re.compile(r"[^/\\\0\ud800-\udfff]{1,250}\.safetensors")
+type _Leaves = dict[str, jax.ShapeDtypeStruct]
+"""The parameters of one module, by name."""
+
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -188,18 +205,34 @@ def load_params(
       UnsupportedModel: a tensor is missing, left over, or of another shape or dtype; the message names it.
     """
     tensors = _read_headers(folder)
-    recipes = _recipes(config, tensors, mesh.shards if mesh else Shards(config))
-    _check_tensors(folder, recipes, tensors, config)
-    total = sum(tensors[name].nbytes for recipe in recipes.values() for name in recipe.shapes)
+    shards = mesh.shards if mesh else Shards(config)
+    recipes = _recipes(config, tensors, shards)
+    maps = _quantized_maps(folder, config, recipes, tensors)
+    _check_tensors(folder, recipes, tensors, config, maps)
+
+    def names(recipe: _Recipe) -> Iterator[str]:
+        for name in recipe.shapes:
+            yield from maps[name].parts.values() if name in maps else [name]
+
+    total = sum(tensors[name].nbytes for recipe in recipes.values() for name in names(recipe))
     with tqdm(
         total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
     ) as bar:
 
-        def load(path: ParamPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            recipe = recipes[path]
-            param = _build(recipe, tensors, leaf)
-            bar.update(sum(tensors[name].nbytes for name in recipe.shapes))
-            return param
+        def load(module: ParamPath, leaves: _Leaves) -> dict[str, jax.Array]:
+            recipe = recipes[module]
+            if maps.keys() >= recipe.shapes.keys():
+                params = _convert(recipe, {name: maps[name].read(tensors) for name in recipe.shapes}, config, leaves)
+            elif config.weight_layout is not None and module[-1] in PROJECTIONS:
+                dtype = next(tensors[name].dtype for name in recipe.shapes)
+                kernel = _build(recipe, tensors, _unquantized(recipe, dtype, module, mesh))
+                unit = group_unit(module[-1], shards.local)
+                params = _quantize(kernel, config.weight_layout, unit, leaves)
+            else:
+                ((name, leaf),) = leaves.items()
+                params = {name: _build(recipe, tensors, leaf)}
+            bar.update(sum(tensors[name].nbytes for name in names(recipe)))
+            return params
 
         return _map_params(load, config, dtype, mesh)
 
@@ -208,19 +241,29 @@ def dummy_params(config: ModelConfig, dtype: jnp.dtype, seed: int, mesh: ModelMe
     """Random weights in the tree of ``abstract_params``, drawn on the devices.
 
     They depend on ``seed`` and the model's shapes only, not on the mesh, and are small enough for activations to stay
-    finite in 80 layers.
+    finite in 80 layers. A quantised layout holds the same ones, rounded.
     """
     num_drawn = 0
-    recipes = _recipes(config, (), mesh.shards if mesh else Shards(config))
+    shards = mesh.shards if mesh else Shards(config)
+    recipes = _recipes(config, (), shards)
 
-    def draw(path: ParamPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(module: ParamPath, leaves: _Leaves) -> dict[str, jax.Array]:
         nonlocal num_drawn
         num_drawn += 1
-        if path[-1] == "scale":
-            return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
+        if "scale" in leaves:
+            leaf = leaves["scale"]
+            return {"scale": jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)}
         # One program a shape, whatever the number of layers.
+        if config.weight_layout is not None and module[-1] in PROJECTIONS:
+            leaf = _unquantized(recipes[module], dtype, module, mesh)
+            kernel = draw_as(leaf, recipes[module])
+            return _quantize(kernel, config.weight_layout, group_unit(module[-1], shards.local), leaves)
+        ((name, leaf),) = leaves.items()
+        return {name: draw_as(leaf, recipes[module])}
+
+    def draw_as(leaf: jax.ShapeDtypeStruct, recipe: _Recipe) -> jax.Array:
         program = jax.jit(_draw, static_argnums=(2, 3), out_shardings=leaf.sharding)
-        return program(np.uint32(seed % 2**32), num_drawn, recipes[path].form, leaf.dtype)
+        return program(np.uint32(seed % 2**32), num_drawn, recipe.form, leaf.dtype)
 
     return _map_params(draw, config, dtype, mesh)
 
@@ -232,16 +275,25 @@ def default_sharding() -> Sharding:
 
 def sharded_abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: ModelMesh | None) -> dict[str, Any]:
     """``abstract_params`` with each leaf's sharding."""
-    return _map_params(lambda _, leaf: leaf, config, dtype, mesh)
+    return _map_params(lambda _, leaves: leaves, config, dtype, mesh)
 
 
-def _map_params(make: Callable[[ParamPath, jax.ShapeDtypeStruct], Any], config, dtype, mesh: ModelMesh | None):
-    def place(keys, leaf):
-        path = tuple(key.key for key in keys)
-        sharding = mesh.param(path) if mesh else default_sharding()
-        return make(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+def _map_params(make: Callable[[ParamPath, _Leaves], Mapping[str, Any]], config, dtype, mesh: ModelMesh | None):
+    """The tree of parameters of what ``make`` gives for each module: by name, one for each of its leaves."""
+    abstract = abstract_params(config, dtype, mesh.size if mesh else 1)
+    modules: dict[ParamPath, _Leaves] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        *module, name = (key.key for key in keys)
+        place = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding((*module, name), mesh))
+        modules.setdefault(tuple(module), {})[name] = place
+    made = {module: make(module, leaves) for module, leaves in modules.items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: made[tuple(key.key for key in keys[:-1])][keys[-1].key], abstract
+    )
 
-    return jax.tree_util.tree_map_with_path(place, abstract_params(config, dtype, mesh.size if mesh else 1))
+
+def _sharding(path: ParamPath, mesh: ModelMesh | None) -> Sharding:
+    return mesh.param(path) if mesh else default_sharding()
 
 
 def _draw(seed, index, form: "_Form", dtype):
@@ -270,7 +322,7 @@ class _Tensor:
 
     @property
     def dtype(self) -> np.dtype:
-        return _DTYPES[self.dtype_name]
+        return _DTYPES_OF_PARTS[self.dtype_name]
 
 
 @dataclass(frozen=True)
@@ -309,6 +361,13 @@ class _Recipe:
     transposed: bool
 
     @property
+    def joined_shape(self) -> tuple[int, ...]:
+        """Of the parameter over all devices, in its own order of axes."""
+        shape = list(next(iter(self.shapes.values())))
+        shape[self.axis] = sum(piece.size for piece in self.pieces)
+        return tuple(reversed(shape)) if self.transposed else tuple(shape)
+
+    @property
     def form(self) -> _Form:
         """The same, with the parameter on one device as the source."""
         starts, total = {}, 0
@@ -324,7 +383,7 @@ class _Recipe:
 
 
 def _recipes(config: ModelConfig, names, shards: Shards) -> dict[ParamPath, _Recipe]:
-    """Recipe of every parameter; ``names`` are those of the checkpoint."""
+    """By module, the recipe of its parameter; ``names`` are those of the checkpoint."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     each = range(shards.count)
 
@@ -356,29 +415,27 @@ def _recipes(config: ModelConfig, names, shards: Shards) -> dict[ParamPath, _Rec
     if config.tie_word_embeddings and f"{embedding}.weight" not in names and "lm_head.weight" in names:
         embedding = "lm_head"  # of two tied tensors a file may keep either
     recipes: dict[ParamPath, _Recipe] = {
-        ("embed", "embedding"): vocabulary(embedding, transposed=False),
-        ("norm", "scale"): whole("model.norm", hidden),
+        ("embed",): vocabulary(embedding, transposed=False),
+        ("norm",): whole("model.norm", hidden),
     }
     if not config.tie_word_embeddings:
-        recipes["lm_head", "kernel"] = vocabulary("lm_head", transposed=True)
+        recipes[("lm_head",)] = vocabulary("lm_head", transposed=True)
     for i in range(config.num_layers):
         layer, prefix = f"layers_{i}", f"model.layers.{i}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         recipes |= {
-            (layer, "attention_norm", "scale"): whole(f"{prefix}.input_layernorm", hidden),
-            (layer, "mlp_norm", "scale"): whole(f"{prefix}.post_attention_layernorm", hidden),
-            (layer, "qkv", "kernel"): outputs(
+            (layer, "attention_norm"): whole(f"{prefix}.input_layernorm", hidden),
+            (layer, "mlp_norm"): whole(f"{prefix}.post_attention_layernorm", hidden),
+            (layer, "qkv"): outputs(
                 {
                     f"{attention}.q_proj": (config.q_size, shards.query),
                     f"{attention}.k_proj": (config.kv_size, shards.key_value),
                     f"{attention}.v_proj": (config.kv_size, shards.key_value),
                 }
             ),
-            (layer, "o", "kernel"): inputs(f"{attention}.o_proj", config.q_size, shards.query),
-            (layer, "gate_up", "kernel"): outputs(
-                {f"{mlp}.gate_proj": (ffn, shards.ffn), f"{mlp}.up_proj": (ffn, shards.ffn)}
-            ),
-            (layer, "down", "kernel"): inputs(f"{mlp}.down_proj", ffn, shards.ffn),
+            (layer, "o"): inputs(f"{attention}.o_proj", config.q_size, shards.query),
+            (layer, "gate_up"): outputs({f"{mlp}.gate_proj": (ffn, shards.ffn), f"{mlp}.up_proj": (ffn, shards.ffn)}),
+            (layer, "down"): inputs(f"{mlp}.down_proj", ffn, shards.ffn),
         }
     return recipes
 
@@ -389,13 +446,132 @@ def _build(recipe: _Recipe, tensors: dict[str, _Tensor], leaf: jax.ShapeDtypeStr
     shape, place = leaf.shape, leaf.sharding
     if recipe.transposed:
         shape, place = shape[::-1], _file_sharding(place)
-    raw = _read(recipe, tensors, shape, place)
-    if recipe.transposed:
+    return _finished(_read(recipe, tensors, shape, place), recipe.transposed, leaf)
+
+
+def _finished(raw: jax.Array, transposed: bool, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A new array, as ``leaf`` says, of one in the file's dtype and order of axes."""
+    if transposed:
         raw = jax.jit(jnp.transpose, out_shardings=leaf.sharding)(raw)
-    if not recipe.transposed or raw.dtype != leaf.dtype:
+    if not transposed or raw.dtype != leaf.dtype:
         raw = jax.jit(_copy_as, static_argnums=1, out_shardings=leaf.sharding)(raw, leaf.dtype)
-    assert raw.shape == leaf.shape, (recipe, raw.shape, leaf.shape)
+    assert raw.shape == leaf.shape, (raw.shape, leaf.shape)
     return raw.block_until_ready()
+
+
+def _unquantized(recipe: _Recipe, dtype: jnp.dtype, module: ParamPath, mesh: ModelMesh | None) -> jax.ShapeDtypeStruct:
+    """A projection's parameter ahead of its quantisation."""
+    return jax.ShapeDtypeStruct(recipe.joined_shape, dtype, sharding=_sharding((*module, "kernel"), mesh))
+
+
+def _quantize(kernel: jax.Array, layout: WeightLayout, unit: int, leaves: _Leaves) -> dict[str, jax.Array]:
+    """A projection's parameters, from its weights ``[in, out]``; ``layout`` and ``unit`` are as in ``Projection``."""
+    # One program a shape, whatever the number of layers.
+    places = {name: leaf.sharding for name, leaf in leaves.items()}
+    program = jax.jit(quantize_map, static_argnums=(1, 2), out_shardings=places)
+    return jax.block_until_ready(program(kernel, layout, unit))
+
+
+def _convert(recipe: _Recipe, grids: dict[str, Grid], config: ModelConfig, leaves: _Leaves) -> dict[str, jax.Array]:
+    """A projection's parameters of the quantised maps that make it."""
+    if config.weight_layout == ChannelFp8():
+        grids = {name: grid.in_channel_fp8() for name, grid in grids.items()}
+
+    def put(leaf: jax.ShapeDtypeStruct, arrays: Sequence[np.ndarray], unit: int = 1, transposed: bool = False):
+        """Joins one array ``[out, in / unit]``, or ``[out]``, of each map."""
+        joined = arrays[0]
+        if recipe.axis < joined.ndim:
+            by_name = dict(zip(grids, arrays, strict=True))
+            joined = np.concatenate([_cut(by_name, piece, recipe.axis, unit) for piece in recipe.pieces], recipe.axis)
+        place = _file_sharding(leaf.sharding) if transposed else leaf.sharding
+        raw = jax.make_array_from_callback(joined.shape, place, lambda index: joined[index])
+        return _finished(raw, transposed, leaf)
+
+    params = {}
+    for name, leaf in leaves.items():
+        if name in ("weight", "kernel"):
+            params[name] = put(leaf, [grid.values for grid in grids.values()], transposed=name == "kernel")
+        elif name == "channel_scale":
+            params[name] = put(leaf, [grid.scales[:, 0] for grid in grids.values()])
+        else:
+            size = leaves["kernel"].shape[0] // leaf.shape[0]
+            scales, zeros = zip(*(grid.regrouped(size) for grid in grids.values()), strict=True)
+            arrays = zeros if name == "group_zero" else scales
+            params[name] = put(leaf, arrays, size if recipe.axis == 1 else 1, transposed=True)
+    return params
+
+
+def _cut(arrays: dict[str, np.ndarray], piece: _Piece, axis: int, unit: int) -> np.ndarray:
+    """A piece of the arrays along an axis, of which an element stands for ``unit`` of the map's."""
+    size = piece.size // unit
+    if piece.name is None:
+        like = next(iter(arrays.values()))
+        return np.zeros([size if at == axis else n for at, n in enumerate(like.shape)], like.dtype)
+    first = piece.first // unit
+    return arrays[piece.name][(slice(None),) * axis + (slice(first, first + size),)]
+
+
+@dataclass(frozen=True)
+class _QuantizedMap:
+    """A linear map whose file is quantised: ``parts`` are the names of its tensors by what they are to it."""
+
+    name: str
+    files: QuantizedFiles
+    shape: tuple[int, int]
+    parts: dict[str, str]
+
+    def read(self, tensors: dict[str, _Tensor]) -> Grid:
+        try:
+            return self.files.grid({part: _whole(tensors[name]) for part, name in self.parts.items()}, *self.shape)
+        except Unreadable as e:
+            file = tensors[next(iter(self.parts.values()))].file
+            raise UnsupportedModel(f"{file}: {self.name}: {e}") from None
+
+
+def _whole(tensor: _Tensor) -> np.ndarray:
+    array = np.empty(math.prod(tensor.shape), tensor.dtype)
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset)
+        _read_into(stream, array.view(np.uint8))
+    return array.reshape(tensor.shape)
+
+
+def _quantized_maps(
+    folder: Path, config: ModelConfig, recipes, tensors: dict[str, _Tensor]
+) -> dict[str, _QuantizedMap]:
+    """The maps that quantised files hold, by the name that their weights would have in others."""
+    files = config.weight_files
+    maps: dict[str, _QuantizedMap] = {}
+    if files is None:
+        return maps
+    for module, recipe in recipes.items():
+        if module[-1] not in PROJECTIONS:
+            continue
+        for weight, (d_out, d_in) in recipe.shapes.items():
+            name = weight.removesuffix(".weight")
+            try:
+                expected = files.parts(d_out, d_in)
+            except Unreadable as e:
+                raise UnsupportedModel(f"{folder}: {name}: {e}") from None
+            found = {}
+            for part, (dtypes, shapes, is_needed) in expected.items():
+                tensor = tensors.get(f"{name}.{part}")
+                if tensor is None and not is_needed:
+                    continue
+                if tensor is None:
+                    raise UnsupportedModel(
+                        f"{folder}: tensor {shown(f'{name}.{part}')} is missing, which quantization_config of "
+                        "config.json asks for"
+                    )
+                if tensor.dtype_name not in dtypes or tensor.shape not in shapes:
+                    raise UnsupportedModel(
+                        f"{tensor.file}: tensor {shown(f'{name}.{part}')} has dtype {shown(tensor.dtype_name)} and "
+                        f"shape {tensor.shape}; config.json and its quantization_config ask for "
+                        f"{' or '.join(dtypes)} and {' or '.join(map(str, shapes))}"
+                    )
+                found[part] = f"{name}.{part}"
+            maps[weight] = _QuantizedMap(name, files, (d_out, d_in), found)
+    return maps
 
 
 def _read(recipe: _Recipe, tensors: dict[str, _Tensor], shape: tuple[int, ...], place: Sharding) -> jax.Array:
@@ -552,15 +728,20 @@ def _tensor_of(file: Path, data: int, name: str, entry: Any) -> _Tensor:
     if len(offsets) != 2 or offsets[1] < offsets[0]:
         raise _Damaged(f"data_offsets of tensor {shown(name)} is {shown(offsets)}")
     start, end = offsets
-    dtype = _DTYPES.get(dtype_name)
+    dtype = _DTYPES_OF_PARTS.get(dtype_name)
     if dtype is not None and math.prod(shape) * dtype.itemsize != end - start:
         raise _Damaged(f"tensor {shown(name)} has {end - start} bytes, not those of its shape {tuple(shape)}")
     return _Tensor(file, dtype_name, tuple(shape), data + start, end - start)
 
 
-def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: ModelConfig) -> None:
-    used = set()
+def _check_tensors(
+    folder: Path, recipes, tensors: dict[str, _Tensor], config: ModelConfig, maps: dict[str, _QuantizedMap]
+) -> None:
+    """Whether the files hold all that is needed, which ``maps`` do, and nothing else."""
+    used = {part for map_ in maps.values() for part in map_.parts.values()}
     for recipe in recipes.values():
+        if maps.keys() >= recipe.shapes.keys():
+            continue
         first = next(iter(recipe.shapes))
         for name, shape in recipe.shapes.items():
             used.add(name)
@@ -573,7 +754,7 @@ def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: M
             if tensor.dtype_name not in _DTYPES:
                 raise UnsupportedModel(
                     f"{tensor.file}: tensor {shown(name)} has dtype {shown(tensor.dtype_name)}, supported are "
-                    f"{', '.join(_DTYPES)}; give the unquantized checkpoint"
+                    f"{', '.join(_DTYPES)}; quantized weights need a quantization_config in config.json, which says how"
                 )
             if tensor.shape != shape:
                 raise UnsupportedModel(
@@ -585,7 +766,10 @@ def _check_tensors(folder: Path, recipes, tensors: dict[str, _Tensor], config: M
                     f"{tensors[first].dtype_name}; save the model in one dtype"
                 )
     redundant = {_EMBEDDING, _LM_HEAD} if config.tie_word_embeddings else set()
-    extra = sorted(name for name in tensors.keys() - used - redundant if not _DERIVED.fullmatch(name))
+    derived = [_DERIVED, _KV_SCALE] if maps else [_DERIVED]
+    extra = sorted(
+        name for name in tensors.keys() - used - redundant if not any(pattern.fullmatch(name) for pattern in derived)
+    )
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UnsupportedModel(

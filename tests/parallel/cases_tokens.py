@@ -1,9 +1,15 @@
 """Tokens of a model on several devices are those of the oracle, and of one device."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 
-from tests.helpers.engine_cases import FIXTURES, Case, greedy, make_dummy_engine, run
+from slora_jax.adapters.synthetic import synthetic_weights
+from slora_jax.model.modules import MODULES
+from tests.helpers.engine_cases import FIXTURES, Case, greedy, make_dummy_engine, make_engine, run
+from tests.helpers.quantized_folders import CONFIG, write
 
 _LENGTH = 48
 
@@ -72,3 +78,26 @@ def test_eight_heads_on_eight_devices_sample_like_one(tmp_path):
         assert one.completions[0].token_ids == eight.completions[0].token_ids
         pairs = zip(one.completions[0].logprobs, eight.completions[0].logprobs, strict=True)
         np.testing.assert_allclose(*zip(*((a.logprob, b.logprob) for a, b in pairs), strict=True), atol=1e-4)
+
+
+def test_a_quantised_base_answers_on_four_devices_as_on_one(tmp_path):
+    write(tmp_path / "awq", "awq")
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(json.dumps(CONFIG))
+    logprobs = {}
+    for name, tp in itertools.product(("awq", "fp8", "plain"), (1, 4)):
+        if name == "awq":
+            engine = make_engine(tmp_path / "awq", pages=100, mesh={"tp": tp})
+        else:
+            engine = make_dummy_engine(shape, tp, quantization={"fp8": "fp8"}.get(name))
+        packed = synthetic_weights(8, MODULES, engine.pool_layout, engine.dtype, seed=8)
+        engine.register_loaded_adapter("r8", dict.fromkeys(MODULES, 8), packed, scale=4.0)
+        (answer,) = run(engine, engine.submit(greedy(range(1, 30), "r8", 1, prompt_logprobs=1)))
+        logprobs[name, tp] = np.array([token.logprob for token in answer.prompt_logprobs[1:]])
+    for name in ("awq", "plain"):
+        np.testing.assert_allclose(logprobs[name, 4], logprobs[name, 1], atol=1e-4)
+    # Activations that the devices share out are rounded on each by the scale of its own part.
+    apart, effect = (np.abs(logprobs["fp8", 4] - logprobs[other]).mean() for other in (("fp8", 1), ("plain", 1)))
+    print(apart, effect)
+    assert 0 < apart < 1.5 * effect
+    assert effect < 0.02

@@ -1,0 +1,151 @@
+"""Linear maps as the model applies them: in its own dtype, or quantised in one of the layouts of ``quantization``."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout
+
+_FP8 = jnp.float8_e4m3fn
+_LARGEST_FP8 = float(jnp.finfo(_FP8).max)
+_LEAST_AMPLITUDE = 1e-30
+"""Far below any activation or weight, and far above where 1 / 448 of it would be flushed to zero."""
+
+_FEW_ROWS, _LEAST_ROWS = 16, 4
+"""Up to so many rows programs on GPUs use XLA's own kernels for products; see ``engine.runner.compiler_options``."""
+
+
+def group_unit(projection: str, local: ModelConfig) -> int:
+    """``Projection.unit`` of one of ``mesh.PROJECTIONS``; ``local`` is what one device computes.
+
+    Devices share out the inputs of o by heads, those of down evenly, and those of the others not at all.
+    """
+    return {"o": local.head_dim, "down": local.intermediate_size}.get(projection, 0)
+
+
+class Projection(nn.Module):
+    """A linear map without bias from ``[T, in]`` to ``[T, features]``.
+
+    Attributes:
+      features: width of the output.
+      dtype: of the output and, without a layout, of the one parameter, ``kernel`` ``[in, features]``.
+      layout: how the weights are quantised, and what the parameters then are.
+      unit: a number of inputs that groups must divide, so that devices can share out multiples of it.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    layout: WeightLayout | None = None
+    unit: int = 0
+
+    @nn.compact
+    def __call__(self, x, out_dtype=None):
+        d_in, ones, zeros = x.shape[-1], nn.initializers.ones, nn.initializers.zeros
+        match self.layout:
+            case None:
+                kernel = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features), self.dtype)
+                return dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), out_dtype or self.dtype)
+            case ChannelFp8():
+                weight = self.param("weight", zeros, (self.features, d_in), _FP8)
+                scale = self.param("channel_scale", ones, (self.features,), jnp.float32)
+                return fp8_product(x, weight, scale, self.dtype)
+            case GroupedWeights() as layout:
+                kernel = self.param("kernel", zeros, (d_in, self.features), jnp.dtype(layout.values))
+                if layout.is_by_channel:
+                    scale = self.param("channel_scale", ones, (self.features,), jnp.float32)
+                    y = dot(x, kernel.astype(x.dtype), (((1,), (0,)), ((), ())), _summed_as(x.dtype))
+                    return (y.astype(jnp.float32) * scale).astype(self.dtype)
+                shape = d_in // layout.device_group(d_in, self.unit), self.features
+                scale = self.param("group_scale", ones, shape, jnp.float32)
+                zero = self.param("group_zero", zeros, shape, jnp.int8) if layout.has_zeros else None
+                return grouped_product(x, kernel, scale, zero, self.dtype)
+
+
+def dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
+    """``jax.lax.dot_general``, in which float32 means float32: without this a GPU would round the operands to tf32."""
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, preferred_element_type=out_dtype)
+
+
+def fp8_product(x: jax.Array, weight: jax.Array, channel_scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``x`` ``[T, in]`` times an fp8 weight ``[out, in]``, in ``dtype``; the values of each token are rounded to fp8.
+
+    Both operands have the summed axis last, as Hopper's fp8 instructions want them: any other order would cost a
+    transposed copy of the weights in each step. The scales factor out of the sum, and are applied behind it.
+    """
+    values, token_scale = quantize_rows(x)
+    y = jax.lax.dot_general(values, weight, (((1,), (1,)), ((), ())), preferred_element_type=_summed_as(dtype))
+    return (y.astype(jnp.float32) * token_scale[:, None] * channel_scale).astype(dtype)
+
+
+def grouped_product(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+    """``x`` ``[T, in]`` times grouped values ``[in, out]``, scales and zeros ``[G, out]``, in ``dtype``."""
+    num_rows = x.shape[0]
+    if num_rows > _FEW_ROWS:
+        return dot(x, dequantized(kernel, scale, zero).astype(x.dtype), (((1,), (0,)), ((), ())), dtype)
+    # A product for each group, whose scales come behind it: XLA's kernels then read the values as they are stored.
+    # Multiplied by scales ahead of it, all of the weights would be written to memory in each step, and read again. A
+    # single row XLA would make a sum of products of, which it writes to memory, too.
+    groups = jnp.pad(x, ((0, max(0, _LEAST_ROWS - num_rows)), (0, 0))).reshape(
+        -1, scale.shape[0], kernel.shape[0] // scale.shape[0]
+    )
+    values = kernel.reshape(scale.shape[0], -1, kernel.shape[1]).astype(x.dtype)
+    sums = dot(groups, values, (((2,), (1,)), ((1,), (0,))), jnp.float32)
+    if zero is not None:
+        sums = sums - jnp.sum(groups.astype(jnp.float32), axis=2).T[:, :, None] * zero.astype(jnp.float32)[:, None]
+    return jnp.sum(sums * scale[:, None], axis=0)[:num_rows].astype(dtype)
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``[n, m]`` as float8_e4m3fn ``[n, m]`` and the scale of each row ``[n]`` float32, by which to multiply."""
+    x = x.astype(jnp.float32)
+    amplitude = jnp.max(jnp.abs(x), axis=1)
+    scale = jnp.maximum(amplitude, _LEAST_AMPLITUDE) / _LARGEST_FP8
+    # No clipping: a quotient that rounding has put above 448 is rounded back to it.
+    return (x / scale[:, None]).astype(_FP8), scale
+
+
+def quantize_map(kernel: jax.Array, layout: WeightLayout, unit: int = 0) -> dict[str, jax.Array]:
+    """The parameters of a map ``[in, out]`` in a layout, each weight rounded to the nearest; ``unit``: see
+    ``Projection``."""
+    if isinstance(layout, ChannelFp8):
+        weight, scale = quantize_rows(kernel.T)
+        return {"weight": weight, "channel_scale": scale}
+    dtype = jnp.dtype(layout.values)
+    largest = float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
+    d_in, d_out = kernel.shape
+    group = d_in if layout.is_by_channel else layout.device_group(d_in, unit)
+    groups = kernel.astype(jnp.float32).reshape(-1, group, d_out)
+    scale = jnp.maximum(jnp.max(jnp.abs(groups), axis=1), _LEAST_AMPLITUDE) / largest
+    values = groups / scale[:, None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        values = jnp.round(values)
+    params = {"kernel": values.reshape(d_in, d_out).astype(dtype)}
+    if layout.is_by_channel:
+        return params | {"channel_scale": scale[0]}
+    zeros = {"group_zero": jnp.zeros_like(scale, jnp.int8)} if layout.has_zeros else {}
+    return params | {"group_scale": scale} | zeros
+
+
+def dequantized(kernel: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """Weights ``[in, out]`` float32 of grouped values ``[in, out]``, scales and zeros ``[G, out]``.
+
+    In a step with many rows XLA writes them to memory in the model's dtype ahead of their product: such layouts are for
+    few rows, and for memory. A kernel that does it while it reads is still to be written.
+    """
+    groups = kernel.astype(jnp.float32).reshape(scale.shape[0], -1, kernel.shape[1])
+    if zero is not None:
+        groups = groups - zero.astype(jnp.float32)[:, None]
+    return (groups * scale[:, None]).reshape(kernel.shape)
+
+
+def _summed_as(dtype):
+    """What a product whose scales are still to come is handed on as; it is summed in float32 in any case.
+
+    Half the bytes of float32 in a pass over the output that the unquantised product does not need. Not float16, which
+    ends at 65,504.
+    """
+    return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
