@@ -588,5 +588,39 @@ def quality(against: tuple[str, ...], questions: int, tokens: int, dtype: str, o
     _print_or_write(result, out)
 
 
+def _setting(text: str) -> dict[str, str]:
+    """Fields of the configuration from ``field=value,field=value``."""
+    fields = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{part} is not FIELD=VALUE, such as kv_cache_dtype=fp8")
+        fields[name] = value
+    return fields
+
+
+@main.command()
+@click.argument("settings", nargs=-1, required=True, metavar="FIELD=VALUE[,FIELD=VALUE...] ...")
+@click.option("--baseline", default="", metavar="FIELD=VALUE,...", help="Settings that the others are compared with.")
+@click.option("--texts", type=_COUNT, default=12, show_default=True, help="For the base model and for each adapter.")
+@click.option("--turns", type=_COUNT, default=6, show_default=True, help="Questions with their answers in a text.")
+@click.option("--tokens", type=_COUNT, default=32, show_default=True, help="Of each greedy answer, at most.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def accuracy(settings: tuple[str, ...], baseline: str, texts: int, turns: int, tokens: int, out: Path | None):
+    """What settings do to the embedded model's answers and its adapters': perplexity, agreement.
+
+    For example: accuracy dtype=bfloat16 kv_cache_dtype=fp8
+    """
+    from slora_jax.bench.accuracy import run_accuracy, table
+
+    try:
+        parsed = [_setting(setting) for setting in settings]
+        result = run_accuracy(parsed, _setting(baseline), texts, turns, tokens, command_line())
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(table(result), err=True)
+    _print_or_write(result, out)
+
+
 if __name__ == "__main__":
     main()

@@ -664,9 +664,9 @@ def test_no_capacity_in_what_a_pin_is_to_have():
 
 
 def test_no_capacity():
-    assert capacity(17, 30, 30, 5) == Capacity(0, 2, 30, 30, 5)
-    assert capacity(17, 40, 30, 5).requests == 0
-    assert capacity(16, 0, 30, 0).requests == 0
+    assert capacity(2, 30, 30, 5) == Capacity(0, 2, 30, 30, 5)
+    assert capacity(2, 40, 30, 5).requests == 0
+    assert capacity(1, 0, 30, 0).requests == 0
 
 
 # What goes first
@@ -687,7 +687,7 @@ def test_an_adapter_goes_before_a_prefix_only_if_it_is_cheaper_to_bring_back(in_
     loop.pages.allocate(2)
     assert (loop.pages.lookup(("adapter", "a")) is None) == in_host_memory
     base = make_sequence(2, [0] * 33)
-    assert (loop.pages.lookup(base.prefix_key(1)) is None) == (not in_host_memory)
+    assert (loop.pages.lookup(base.prefix_key(1, 16)) is None) == (not in_host_memory)
 
 
 def test_estimated_costs_stand_in_the_order_that_was_measured():
