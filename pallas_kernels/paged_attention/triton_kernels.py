@@ -308,7 +308,7 @@ def _walk_keys(
     n = tl.arange(0, BLOCK_N)
     pages = _pages(table, begin + n, tl.maximum(end, 1), PAGE)
     for start in tl.range(begin, stop, BLOCK_N):
-        if MASKED:  # noqa: SIM108  (decided when compiled: a ternary would compile both)
+        if MASKED or BLOCK_N % PAGE != 0:  # decided when compiled
             rows = _rows(pages, start + n, end, PAGE)
         else:
             # The same, where the block holds whole pages: nothing but the pages changes from block to block.
