@@ -608,8 +608,8 @@ def _setting(text: str) -> dict[str, str]:
 @main.command()
 @click.argument("settings", nargs=-1, required=True, metavar="FIELD=VALUE[,FIELD=VALUE...] ...")
 @click.option("--baseline", default="", metavar="FIELD=VALUE,...", help="Settings that the others are compared with.")
-@click.option("--texts", type=_COUNT, default=12, show_default=True, help="For the base model and for each adapter.")
-@click.option("--turns", type=_COUNT, default=6, show_default=True, help="Questions with their answers in a text.")
+@click.option("--texts", type=_COUNT, default=8, show_default=True, help="For the base model and for each adapter.")
+@click.option("--turns", type=_COUNT, default=4, show_default=True, help="Questions with their answers in a text.")
 @click.option("--tokens", type=_COUNT, default=32, show_default=True, help="Of each greedy answer, at most.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def accuracy(settings: tuple[str, ...], baseline: str, texts: int, turns: int, tokens: int, out: Path | None):

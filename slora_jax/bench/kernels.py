@@ -629,8 +629,8 @@ def _tuning_row(total: float, sizes: dict[str, int], micros: dict[str, float]) -
 def _affected(op: str, key: str) -> str:
     if op.startswith("lora"):
         return f"lora-{key}-*"
-    # Cases with float8 end so; the others end in a number.
-    end = "-float8" if key.endswith("float8") else "[0-9]"
+    # Cases with float8 end so; the others end in numbers of several digits.
+    end = "-float8" if key.endswith("float8") else "[0-9][0-9]"
     if op in ("prefill_attention", "mosaic_attention"):
         return f"attention-prefill-*{end}"
     if op == "decode_attention" and key.startswith(("multi_head", "grouped")):
