@@ -20,7 +20,6 @@ from slora_jax.bench.demo import cpu
 from slora_jax.config import build_config
 from slora_jax.demo import with_demo
 from slora_jax.demo.data import STYLES, Example, heldout_sample
-from slora_jax.text.tokenizer import Tokenizer
 
 _BASE = "base"
 
@@ -99,15 +98,14 @@ def _measure(setting: Mapping[str, Any], texts: int, turns: int, tokens: int) ->
     engine = Engine.create(with_demo(build_config(dict(setting))), progress=False)
     engine.start()
     try:
-        assert engine.tokenizer is not None, "the embedded model has one"
         score = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         greedy = SamplingParams(max_tokens=tokens, temperature=0.0)
         running = {}
         for name in (None, *engine.adapters()):
             chats = _chats(name, texts, turns)
-            whole = [_encoded(engine.tokenizer, chat) for chat in chats]
+            whole = [_encoded(engine, chat) for chat in chats]
             # All but the last answer.
-            open_ended = [_encoded(engine.tokenizer, chat[:-1]) for chat in chats]
+            open_ended = [_encoded(engine, chat[:-1]) for chat in chats]
             running[name or _BASE] = (
                 [engine.submit(Request(prompt, name, score)) for prompt in whole],
                 [engine.submit(Request(prompt, name, greedy)) for prompt in open_ended],
@@ -125,8 +123,9 @@ def _measure(setting: Mapping[str, Any], texts: int, turns: int, tokens: int) ->
         engine.close()
 
 
-def _encoded(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> tuple[int, ...]:
-    return tuple(tokenizer.encode_chat(chat))
+def _encoded(engine: Engine, chat: list[dict[str, str]]) -> tuple[int, ...]:
+    assert engine.tokenizer is not None, "the embedded model has one"
+    return tuple(engine.tokenizer.encode_chat(chat))
 
 
 def _chats(adapter: str | None, texts: int, turns: int) -> list[list[dict[str, str]]]:
