@@ -207,3 +207,31 @@ def test_what_only_the_reference_does(change):
 
     with pytest.raises(NotImplementedError, match="use the reference"):
         jax.eval_shape(attend, q, pool)
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("tokens_per_row", [1, 2])
+def test_float8_is_seen_in_the_memory_of_the_pool(tokens_per_row):
+    """As XLA gets it: there is no array of float8, only pointers to it inside of kernels."""
+
+    def step(qkv, rope, pool, rows, *ragged):
+        plan = attention.plan(*ragged, num_tokens=20, tokens_per_row=tokens_per_row)
+        sizes = {"num_kv_heads": 2, "head_dim": 64, "tokens_per_row": tokens_per_row}
+        q, pool = rotary_triton.rotary_write_kv(qkv, rope, pool, 1, rows, **sizes)
+        return attention.paged_attention(q, pool, 1, plan, num_kv_heads=2, scale=0.1), pool
+
+    struct = jax.ShapeDtypeStruct
+    arguments = (
+        struct((20, 8 * 64), jnp.bfloat16),
+        (struct((20, 32), jnp.float32),) * 2,
+        struct((2, 2, 64 * PAGE_SIZE, 128), jnp.bfloat16),
+        *(struct(shape, jnp.int32) for shape in ((20,), (3, 5), (4,), (3,))),
+    )
+    text = jax.jit(step, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+    assert len(calls) == 4
+    # Those that write and read K and V; the last puts parts of outputs together.
+    assert ["f8E4M3FN" in call for call in calls] == [tokens_per_row > 1] * 3 + [False]
+    assert "f8E4M3FN" not in "".join(line for line in text.splitlines() if line not in calls)
+    assert "bitcast_convert" not in text
