@@ -129,6 +129,13 @@ FLAGS = {
             metavar="fp8",
         ),
         _flag(
+            "--kv-cache-dtype",
+            "Of the KV cache; fp8 holds twice as many tokens as bfloat16. auto is --dtype.",
+            default="auto",
+            type=click.Choice(["auto", "fp8"]),
+            metavar="DTYPE",
+        ),
+        _flag(
             "--max-model-len",
             "Longest prompt plus output; the model's own limit if left out.",
             type=int,

@@ -15,21 +15,40 @@ Backend = Literal["reference", "triton", "hopper"]
 
 MOSAIC_HEAD_DIMS = (64, 128)
 MOSAIC_DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
+FLOAT8_CAPABILITY = (8, 9)
+"""The compute capability from which on GPUs convert float8."""
 
 _logger = logging.getLogger(__name__)
 
 
-def choose_backend(device: jax.Device, head_dim: int, dtype: jnp.dtype) -> Backend:
+def choose_backend(device: jax.Device, head_dim: int, dtype: jnp.dtype, tokens_per_row: int = 1) -> Backend:
     """The kernels for a model on a device, logged; call it once and pass the answer on.
 
     A shape that the chosen kernels cannot do raises NotImplementedError where it is used: there is no silent fallback.
+
+    Args:
+      device: one of those that run them, all of a kind.
+      head_dim, dtype: of the model.
+      tokens_per_row: above 1 where K and V are float8 (see ``pallas_kernels.pool``).
+
+    Raises:
+      NotImplementedError: float8 on a GPU that has no instructions for it.
     """
     if device.platform not in ("gpu", "cuda"):
         backend: Backend = "reference"
+    elif tokens_per_row > 1:
+        if tuple(map(int, device.compute_capability.split("."))) < FLOAT8_CAPABILITY:
+            raise NotImplementedError(
+                f"{device.device_kind} has compute capability {device.compute_capability}, and instructions for float8 "
+                "came with 8.9: keep the KV cache in the model's dtype"
+            )
+        # The Mosaic kernel multiplies K and V as they arrive in shared memory: it would need a pass over them there.
+        backend = "triton"
     # Others lack the instructions of the Mosaic kernel, later ones too.
     elif device.compute_capability == "9.0" and head_dim in MOSAIC_HEAD_DIMS and dtype in MOSAIC_DTYPES:
         backend = "hopper"
     else:
         backend = "triton"
-    _logger.info("kernels on %s for heads of %d, %s: %s", device.device_kind, head_dim, jnp.dtype(dtype), backend)
+    kind = f"{jnp.dtype(dtype)}{', float8 K and V' if tokens_per_row > 1 else ''}"
+    _logger.info("kernels on %s for heads of %d, %s: %s", device.device_kind, head_dim, kind, backend)
     return backend

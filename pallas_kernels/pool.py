@@ -1,4 +1,14 @@
-"""What every kernel knows of the unified pool, and the argument checks they share."""
+"""What every kernel knows of the unified pool, and the argument checks they share.
+
+K and V of tokens lie in the pool in its own dtype, one token a row, or in float8_e4m3fn, as many tokens a row as the
+pool's elements have bytes. Then a row of a plane holds one token's bytes after the other's::
+
+    bytes of row r     [0, W)              [W, 2 W)                 ...
+    hold token row     tokens_per_row * r  tokens_per_row * r + 1   ...
+
+So the same memory is an array of *token rows* of W bytes, a page has ``PAGE_SIZE * tokens_per_row`` of them in order,
+no two tokens share a byte, and a KV head of 128 elements is one line of 128 bytes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +19,49 @@ PAGE_SIZE = 16
 
 Layer = int | jax.Array
 """Which layer's planes of the pool: a Python int, or an int32 scalar, so that one traced function serves all layers."""
+
+FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
+"""What K and V are rounded to where several tokens share a row: 4 bits of exponent, 3 of mantissa, no infinities."""
+FLOAT8_MAX = 448.0
+"""Largest number of ``FLOAT8``; what is larger in magnitude is stored as that."""
+
+
+def check_tokens_per_row(pool: jax.Array, tokens_per_row: int) -> None:
+    """Raises ValueError unless rows of this pool can hold so many tokens, a whole number of elements each."""
+    size = pool.dtype.itemsize
+    if tokens_per_row not in (1, size) or pool.shape[3] % tokens_per_row:
+        raise ValueError(
+            f"tokens_per_row must be 1, for K and V in the pool's dtype, or the {size} bytes of an element of "
+            f"{pool.dtype}, for float8_e4m3fn, and divide W; got {tokens_per_row} and W {pool.shape[3]}"
+        )
+
+
+def token_rows(pool: jax.Array, tokens_per_row: int) -> jax.Array:
+    """The pool as ``[layers, 2, token rows, W / tokens_per_row]``, each row the bytes of one token's K or V."""
+    layers, planes, rows, width = pool.shape
+    return pool.reshape(layers, planes, rows * tokens_per_row, width // tokens_per_row)
+
+
+def rounded_for_rows(values: jax.Array, dtype: jnp.dtype, tokens_per_row: int) -> jax.Array:
+    """Values in the dtype that token rows of a pool of ``dtype`` hold."""
+    if tokens_per_row == 1:
+        return values.astype(dtype)
+    # A cast alone makes NaN of what is too large.
+    return jnp.clip(values, -FLOAT8_MAX, FLOAT8_MAX).astype(FLOAT8)
+
+
+def to_token_rows(values: jax.Array, dtype: jnp.dtype, tokens_per_row: int) -> jax.Array:
+    """Rounded values ``[..., W]`` as elements of a pool of ``dtype``: ``[..., W / tokens_per_row]``."""
+    if tokens_per_row == 1:
+        return values
+    return jax.lax.bitcast_convert_type(values.reshape(*values.shape[:-1], -1, tokens_per_row), dtype)
+
+
+def from_token_rows(rows: jax.Array, tokens_per_row: int) -> jax.Array:
+    """The rounded values ``[..., W]`` that ``to_token_rows`` made rows of."""
+    if tokens_per_row == 1:
+        return rows
+    return jax.lax.bitcast_convert_type(rows, FLOAT8).reshape(*rows.shape[:-1], -1)
 
 
 def check_pool(pool: jax.Array, layer: Layer, width: int | None = None) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lora import LoraSegments
-from pallas_kernels.pool import PAGE_SIZE
+from pallas_kernels.pool import PAGE_SIZE, rounded_for_rows, to_token_rows
 
 MAX_RANK = 256
 """Width of the partial sums in every case, as in an engine that serves any rank."""
@@ -50,16 +50,23 @@ class AttentionSpec:
     head_dim: int = 128
     layers: int = 8
     dtype: str = "bfloat16"
+    float8: bool = False
 
     @property
     def num_tokens(self) -> int:
         return self.sequences * self.queries
 
     @property
+    def tokens_per_row(self) -> int:
+        """As ``plan_attention`` takes it: above 1 where K and V are float8 in a pool of ``dtype``."""
+        return jnp.dtype(self.dtype).itemsize if self.float8 else 1
+
+    @property
     def bytes(self) -> int:
         """What one layer must move: K and V of every context, the queries, the output."""
         kv = 2 * self.sequences * self.context * self.kv_heads
-        return (kv + 2 * self.num_tokens * self.heads) * self.head_dim * jnp.dtype(self.dtype).itemsize
+        itemsize = jnp.dtype(self.dtype).itemsize
+        return (kv // self.tokens_per_row + 2 * self.num_tokens * self.heads) * self.head_dim * itemsize
 
     @property
     def flops(self) -> int:
@@ -84,14 +91,18 @@ class AttentionSpec:
     def build(self, seed: int) -> AttentionInputs:
         """Draws arguments; the pool has just the pages needed and the trash page 0."""
         rng = np.random.default_rng(seed)
-        pages_each = -(-self.context // PAGE_SIZE)
+        page_tokens = PAGE_SIZE * self.tokens_per_row
+        pages_each = -(-self.context // page_tokens)
         num_pages = 1 + self.sequences * pages_each
         table = rng.permutation(np.arange(1, num_pages, dtype=np.int32)).reshape(self.sequences, pages_each)
         key_q, key_pool = jax.random.split(jax.random.key(seed))
-        shape = (2, num_pages * PAGE_SIZE, self.kv_heads * self.head_dim)
+        shape = (2, num_pages * page_tokens, self.kv_heads * self.head_dim)
+        pool = normal(key_pool, self.layers, shape, self.dtype)
+        if self.float8:
+            pool = _as_float8(pool, self.tokens_per_row)
         return AttentionInputs(
             tuple(normal(key_q, self.layers, (self.num_tokens, self.heads, self.head_dim), self.dtype)),
-            normal(key_pool, self.layers, shape, self.dtype),
+            pool,
             jnp.asarray(table),
             jnp.arange(self.sequences + 1, dtype=jnp.int32) * self.queries,
             jnp.full(self.sequences, self.context, jnp.int32),
@@ -187,6 +198,14 @@ def normal(key: jax.Array, layers: int, shape: tuple[int, ...], dtype: str) -> j
     return draw(key)
 
 
+@partial(jax.jit, static_argnums=1)
+def _as_float8(values: jax.Array, tokens_per_row: int) -> jax.Array:
+    """A pool ``[layers, 2, rows, W]`` whose token rows hold values ``[layers, 2, tokens, W]``."""
+    layers, planes, tokens, width = values.shape
+    rows = to_token_rows(rounded_for_rows(values, values.dtype, tokens_per_row), values.dtype, tokens_per_row)
+    return rows.reshape(layers, planes, tokens // tokens_per_row, width)
+
+
 def _divided(size: int, divisor: int, least: int = 1) -> int:
     return max(least, size // divisor)
 
@@ -197,6 +216,16 @@ ATTENTION = {
     "attention-decode-gqa-4x32768": AttentionSpec(4, 1, 32768, heads=32, kv_heads=8),
     "attention-prefill-gqa-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=8),
     "attention-prefill-mha-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=32),
+}
+# With half of the bytes to read there are more layers, so that all of them never fit a cache.
+ATTENTION |= {
+    f"{name}-float8": dataclasses.replace(ATTENTION[name], float8=True, layers=16)
+    for name in (
+        "attention-decode-mha-128x512",
+        "attention-decode-gqa-128x2048",
+        "attention-decode-gqa-4x32768",
+        "attention-prefill-gqa-8192",
+    )
 }
 
 _TOKENS_IN_SERVICE = (3, 1, 4, 2, 2, 6, 3, 1, 2, 3, 5, 2, 4, 1) * 7

@@ -16,7 +16,7 @@ import yaml
 from slora_jax.errors import InvalidRequest, shown
 
 PAGE_SIZE = 16
-"""Token rows per page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
+"""Rows of a page. Fixed: kernels tile by it, and 16 rows suit the tensor cores' smallest tile."""
 
 _MAX_FILE_BYTES = 2**20
 _MAX_TEXT = 4096  # characters of a path; names are shorter
@@ -194,6 +194,8 @@ class EngineConfig(Section):
       dtype: weights, activations and pool; "auto" is bfloat16 on a GPU and float32 on a CPU.
       quantization: how to hold the weights of the layers' projections; None as the files have them. ``fp8`` rounds
         weights, by output channel, and activations, by token, to 8 bits; adapters see the activations unrounded.
+      kv_cache_dtype: what K and V of tokens are kept as: "auto" is ``dtype``; "fp8" is float8_e4m3fn, of which a page
+        of the same bytes holds twice as many tokens as of 16-bit numbers. Adapters are kept in ``dtype`` either way.
       max_model_len: longest sequence (prompt + output) in tokens; None takes the model's own limit.
       generation_config: requests that do not say how to sample do as the model's ``generation_config.json`` says.
       checkpoint_cache: where ready-to-serve weights are kept as Orbax checkpoints; None keeps none.
@@ -218,6 +220,7 @@ class EngineConfig(Section):
     gpu_memory_fraction: Share | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["fp8"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_model_len: int | None = pydantic.Field(None, ge=1)
     generation_config: bool = True
     checkpoint_cache: Text | None = "~/.cache/slora-jax/checkpoints"

@@ -11,10 +11,10 @@ from pallas_kernels.paged_attention import hopper, reference, rotary_reference, 
 from pallas_kernels.paged_attention.hopper import HopperAttentionPlan
 from pallas_kernels.paged_attention.reference import ReferenceAttentionPlan
 from pallas_kernels.paged_attention.triton import TritonAttentionPlan
-from pallas_kernels.pool import Layer, check_pool, expect_int32, expect_rank
+from pallas_kernels.pool import Layer, check_pool, check_tokens_per_row, expect_int32, expect_rank
 
 AttentionPlan = ReferenceAttentionPlan | TritonAttentionPlan | HopperAttentionPlan
-"""Opaque to callers; its type says which back end runs."""
+"""Opaque to callers but for ``tokens_per_row``, as given to ``plan_attention``; its type says which back end runs."""
 
 
 class _BackEnd(NamedTuple):
@@ -45,16 +45,20 @@ def plan_attention(
     num_tokens: int,
     backend: Backend,
     max_query_len: int | None = None,
+    tokens_per_row: int = 1,
 ) -> AttentionPlan:
     """Works out once a step what ``paged_attention`` needs in every layer.
 
     Args:
       page_table: ``[S, P]`` int32 page numbers.
       query_start: ``[S + 1]`` int32, non-decreasing from 0: first query token of each sequence.
-      context_len: ``[S]`` int32, tokens of each sequence including its query tokens; at most ``P * PAGE_SIZE``.
+      context_len: ``[S]`` int32, tokens of each sequence including its query tokens; at most
+        ``P * PAGE_SIZE * tokens_per_row``.
       num_tokens: T, the step's tokens with padding; static.
       backend: which implementation ``paged_attention`` is to run; static.
       max_query_len: static upper bound of query tokens a sequence, if known; 1 makes a decode-only step cheaper.
+      tokens_per_row: how many tokens have their K in one row of the pool: 1, in the pool's dtype, or as many as an
+        element of the pool has bytes, in float8_e4m3fn (see ``pallas_kernels.pool``); static.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
@@ -64,7 +68,8 @@ def plan_attention(
     expect_int32("query_start", query_start, (num_sequences + 1,))
     expect_int32("context_len", context_len, (num_sequences,))
     planner = _BACK_ENDS[backend].plan
-    return planner(page_table, query_start, context_len, num_tokens=num_tokens, max_query_len=max_query_len)
+    sizes = {"num_tokens": num_tokens, "max_query_len": max_query_len, "tokens_per_row": tokens_per_row}
+    return planner(page_table, query_start, context_len, **sizes)
 
 
 def paged_attention(
@@ -76,12 +81,12 @@ def paged_attention(
     query token t with ``query_start[s] <= t < query_start[s + 1]`` at position
     ``p = context_len[s] - query_start[s + 1] + t``, head h of KV head ``g = h // (H // num_kv_heads)``::
 
-        row(c)    = page_table[s, c // PAGE_SIZE] * PAGE_SIZE + c % PAGE_SIZE
+        row(c)    = page_table[s, c // N] * N + c % N,    N = PAGE_SIZE * tokens_per_row
         w[c]      = softmax over c in [0, p] of  scale * q[t, h] . K[row(c), g]
         out[t, h] = sum over c of  w[c] * V[row(c), g]
 
-    with ``K = pool[layer, 0]`` and ``V = pool[layer, 1]``, each row seen as ``[num_kv_heads, D]``. Both matmuls
-    and the softmax accumulate in float32.
+    with ``K = pool[layer, 0]`` and ``V = pool[layer, 1]`` as token rows, each seen as ``[num_kv_heads, D]``. Both
+    matmuls and the softmax accumulate in float32.
 
     Padding: tokens from ``query_start[S]`` on belong to no sequence; their output is 0. A sequence without
     query tokens is skipped. Entries of ``page_table`` past a sequence's context are never used.
@@ -103,6 +108,7 @@ def paged_attention(
     """
     _, num_heads, head_dim = expect_rank("q", q, 3)
     check_pool(pool, layer, num_kv_heads * head_dim)
+    check_tokens_per_row(pool, plan.tokens_per_row)
     if num_heads % num_kv_heads:
         raise ValueError(f"q has {num_heads} heads, which is not a multiple of num_kv_heads={num_kv_heads}")
     attend = _OF_PLAN[type(plan)].paged_attention
@@ -119,6 +125,7 @@ def rotary_write_kv(
     num_kv_heads: int,
     head_dim: int,
     backend: Backend,
+    tokens_per_row: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates q and k of new tokens (arXiv 2104.09864), and writes their K and V into the pool.
 
@@ -132,9 +139,9 @@ def rotary_write_kv(
         pool[layer, 0, rows[t], h] = rotate(k_h[t])
         pool[layer, 1, rows[t], h] = v_h[t]
 
-    with pool rows seen as ``[K, D]``; rotated in float32, cast to the dtype of ``qkv`` and of the pool. The two halves
-    of D are the pair's parts, as in Hugging Face checkpoints. The write is in place where the caller has donated
-    the pool.
+    with the pool's token rows seen as ``[K, D]``; rotated in float32, cast to the dtype of ``qkv`` and of the token
+    rows. Float8 takes what is beyond its largest number as that number. The two halves of D are the pair's parts, as
+    in Hugging Face checkpoints. The write is in place where the caller has donated the pool.
 
     Padding: padded tokens name a row of the trash page; rows of the trash page may repeat and hold any value after.
 
@@ -143,9 +150,10 @@ def rotary_write_kv(
       rope: cosine and sine, ``[T, D / 2]`` float32 each.
       pool: ``[layers, 2, rows, K * D]``.
       layer: which layer's planes to write.
-      rows: ``[T]`` int32, distinct outside the trash page.
+      rows: ``[T]`` int32 token rows, distinct outside the trash page.
       num_kv_heads, head_dim: static; ``head_dim`` even.
       backend: static.
+      tokens_per_row: as for ``plan_attention``; static.
 
     Returns:
       Rotated q ``[T, H, D]`` of qkv's dtype, and the pool.
@@ -155,6 +163,7 @@ def rotary_write_kv(
     """
     num_tokens, width = expect_rank("qkv", qkv, 2)
     check_pool(pool, layer, num_kv_heads * head_dim)
+    check_tokens_per_row(pool, tokens_per_row)
     group, rest = divmod(width - 2 * num_kv_heads * head_dim, num_kv_heads * head_dim)
     if group < 1 or rest or head_dim % 2:
         raise ValueError(
@@ -167,4 +176,5 @@ def rotary_write_kv(
             raise ValueError(f"{name} must be float32 {expected}, got {angles.dtype} {angles.shape}")
     expect_int32("rows", rows, (num_tokens,))
     write = _BACK_ENDS[backend].rotary_write_kv
-    return write(qkv, rope, pool, layer, rows, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "tokens_per_row": tokens_per_row}
+    return write(qkv, rope, pool, layer, rows, **sizes)

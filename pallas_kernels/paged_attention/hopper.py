@@ -25,9 +25,11 @@ class HopperAttentionPlan:
 
     Attributes:
       work: the batch, cut into work; Mosaic does the tiles and Triton the rest.
+      tokens_per_row: static; always 1.
     """
 
     work: Work
+    tokens_per_row: int = struct.field(pytree_node=False, default=1)
 
 
 def plan(
@@ -37,8 +39,15 @@ def plan(
     *,
     num_tokens: int,
     max_query_len: int | None = None,
+    tokens_per_row: int = 1,
 ) -> HopperAttentionPlan:
-    """Cuts the batch for this GPU; ``api.plan_attention`` has the arguments' meaning."""
+    """Cuts the batch for this GPU; ``api.plan_attention`` has the arguments' meaning.
+
+    Raises:
+      NotImplementedError: K and V in float8, which the tensor cores would need converted in shared memory.
+    """
+    if tokens_per_row != 1:
+        raise NotImplementedError("the Mosaic kernel takes K and V in the pool's dtype, not in float8: use triton")
     cut = work.cut(
         page_table,
         query_start,

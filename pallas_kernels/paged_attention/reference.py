@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.pool import PAGE_SIZE, owner, take
+from pallas_kernels.pool import PAGE_SIZE, from_token_rows, owner, take, token_rows
 
 QUERY_TILE = 16
-_PAGES_PER_BLOCK = 8
-_BLOCK = _PAGES_PER_BLOCK * PAGE_SIZE
+_BLOCK = 128
+"""Keys of a block; a whole number of pages."""
 
 
 @struct.dataclass
@@ -27,6 +27,7 @@ class ReferenceAttentionPlan:
       position: ``[N, M]`` int32, position of each query token, -1 beyond.
       num_blocks: int32, context blocks of the longest sequence.
       target: ``[N * M]`` int32, ``token`` with lanes beyond sent out of bounds.
+      tokens_per_row: static; see ``pallas_kernels.pool``.
     """
 
     pages: jax.Array
@@ -35,20 +36,31 @@ class ReferenceAttentionPlan:
     position: jax.Array
     num_blocks: jax.Array
     target: jax.Array
+    tokens_per_row: int = struct.field(pytree_node=False)
+
+    @property
+    def pages_per_block(self) -> int:
+        return _pages_per_block(self.tokens_per_row)
 
 
-def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None):
+def _pages_per_block(tokens_per_row: int) -> int:
+    return _BLOCK // (PAGE_SIZE * tokens_per_row)
+
+
+def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None, tokens_per_row=1):
     """Cuts the queries into tiles; ``api.plan_attention`` has the arguments' meaning."""
     tile = 1 if max_query_len == 1 else QUERY_TILE
     num_sequences, table_width = page_table.shape
     sequence, token, in_tile = _tiles(query_start, num_tokens, num_sequences, tile)
     position = jnp.where(in_tile, (context_len - query_start[1:])[sequence][:, None] + token, -1)
-    padded_width = -(-table_width // _PAGES_PER_BLOCK) * _PAGES_PER_BLOCK
+    unit = _pages_per_block(tokens_per_row)
+    padded_width = -(-table_width // unit) * unit
     pages = jnp.pad(page_table, ((0, 0), (0, padded_width - table_width)))[sequence]
     has_queries = query_start[1:] > query_start[:-1]
     num_blocks = (jnp.max(jnp.where(has_queries, context_len, 0)) + _BLOCK - 1) // _BLOCK
     target = jnp.where(in_tile, token, num_tokens).reshape(-1)
-    return ReferenceAttentionPlan(pages, jnp.minimum(token, num_tokens - 1), in_tile, position, num_blocks, target)
+    token = jnp.minimum(token, num_tokens - 1)
+    return ReferenceAttentionPlan(pages, token, in_tile, position, num_blocks, target, tokens_per_row)
 
 
 def _tiles(query_start, num_tokens, num_sequences, tile):
@@ -76,15 +88,17 @@ def paged_attention(q, pool, layer, plan: ReferenceAttentionPlan, *, num_kv_head
     num_tiles, tile = plan.token.shape
     queries = take(q, plan.token).astype(jnp.float32).reshape(num_tiles, tile, num_kv_heads, group, head_dim) * scale
 
-    num_rows = pool.shape[2]
-    flat, first_row = pool.reshape(-1, pool.shape[3]), 2 * layer * num_rows
+    by_token = token_rows(pool, plan.tokens_per_row)
+    num_rows, page_size = by_token.shape[2], PAGE_SIZE * plan.tokens_per_row
+    flat, first_row = by_token.reshape(-1, by_token.shape[3]), 2 * layer * num_rows
 
     def attend(i, carry):
         out, total, top = carry
-        pages = jax.lax.dynamic_slice_in_dim(plan.pages, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
-        rows = (pages[:, :, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)).reshape(num_tiles, _BLOCK)
+        pages = jax.lax.dynamic_slice_in_dim(plan.pages, i * plan.pages_per_block, plan.pages_per_block, axis=1)
+        rows = (pages[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(num_tiles, _BLOCK)
         # Without the barrier XLA fuses the gather into the matmuls, and repeats it for every query.
         k, v = jax.lax.optimization_barrier((take(flat, first_row + rows), take(flat, first_row + num_rows + rows)))
+        k, v = (from_token_rows(x, plan.tokens_per_row) for x in (k, v))
         k, v = (x.astype(jnp.float32).reshape(num_tiles, _BLOCK, num_kv_heads, head_dim) for x in (k, v))
         scores = jnp.einsum("ntkgd,nckd->nkgtc", queries, k, precision="highest")
         seen = (i * _BLOCK + jnp.arange(_BLOCK)) <= plan.position[:, :, None]

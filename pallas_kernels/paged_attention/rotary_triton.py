@@ -9,11 +9,11 @@ import triton
 
 from pallas_kernels import launch
 from pallas_kernels.paged_attention import rotary_triton_kernel
-from pallas_kernels.pool import layer_array
+from pallas_kernels.pool import FLOAT8_MAX, layer_array
 from pallas_kernels.tuning import block_sizes, device_kind
 
 
-def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
+def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim, tokens_per_row=1):
     """Rotates q and k, and writes K and V; ``api.rotary_write_kv`` has the arguments' meaning."""
     num_tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -24,7 +24,7 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
         *rope,
         rows,
         layer_array(layer),
-        pool.shape[2],
+        pool.shape[2] * tokens_per_row,
         pool_ref,
         kernel=rotary_triton_kernel._rotary_write_kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), qkv.dtype),
@@ -36,5 +36,6 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim):
         HALF=head_dim // 2,
         BLOCK_H=sizes["block_h"],
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        FLOAT8_MAX=FLOAT8_MAX if tokens_per_row > 1 else None,
     )
     return q, jax.freeze(pool_ref)

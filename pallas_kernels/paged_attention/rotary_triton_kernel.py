@@ -19,13 +19,14 @@ def _rotary_write_kernel(
     rows,  # [T]
     layer,  # [1]
     num_rows,
-    pool,  # [2 * layers, num_rows, KV_HEADS, 2 * HALF]
+    pool,  # [2 * layers, num_rows, KV_HEADS, 2 * HALF], or the memory of such an array of float8
     q,  # [T, HEADS, 2 * HALF]
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    FLOAT8_MAX: tl.constexpr,  # its largest number where K and V are float8, else None
 ):
     """One program does one token and ``BLOCK_H`` of its heads, whichever of q, k and v these are."""
     token = tl.program_id(0).to(tl.int64)
@@ -53,6 +54,10 @@ def _rotary_write_kernel(
     kv_head = tl.maximum(head - HEADS, 0)
     plane = 2 * tl.load(layer).to(tl.int64) + kv_head // KV_HEADS
     row = plane * num_rows + tl.load(rows + token)
+    if FLOAT8_MAX is not None:
+        pool = pool.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        turned_first = tl.clamp(turned_first, -FLOAT8_MAX, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        turned_second = tl.clamp(turned_second, -FLOAT8_MAX, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
     target = pool + (row * KV_HEADS + kv_head % KV_HEADS)[:, None] * (2 * HALF) + i[None, :]
     is_kv = (head >= HEADS)[:, None] & exists
     tl.store(target, turned_first.to(pool.dtype.element_ty), mask=is_kv)

@@ -6,6 +6,7 @@ chunks together, in order. All of them write into one output.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,11 @@ class TritonAttentionPlan:
 
     Attributes:
       work: the batch, cut into work; Triton does all of it.
+      tokens_per_row: static; see ``pallas_kernels.pool``.
     """
 
     work: Work
+    tokens_per_row: int = struct.field(pytree_node=False, default=1)
 
 
 def plan(
@@ -42,6 +45,7 @@ def plan(
     *,
     num_tokens: int,
     max_query_len: int | None = None,
+    tokens_per_row: int = 1,
 ) -> TritonAttentionPlan:
     """Cuts the batch for this GPU; ``api.plan_attention`` has the arguments' meaning."""
     sizes = block_sizes("attention_plan", device_kind(), "any")
@@ -54,7 +58,7 @@ def plan(
         query_tile=sizes["query_tile"],
         min_chunk=sizes["min_chunk"],
     )
-    return TritonAttentionPlan(cut)
+    return TritonAttentionPlan(cut, tokens_per_row)
 
 
 def paged_attention(
@@ -67,10 +71,15 @@ def paged_attention(
     """
     check_supported(q, pool, num_kv_heads=num_kv_heads, scale=scale)
     page_table, tiles = plan.work.page_table, plan.work.tiles
+    options: dict[str, Any] = {
+        "num_kv_heads": num_kv_heads,
+        "scale": scale,
+        "tokens_per_row": plan.tokens_per_row,
+    }
     out = None
     if tiles is not None:
-        out = _attend_tiles(q, pool, layer, page_table, tiles, num_kv_heads=num_kv_heads, scale=scale)
-    return attend_decoding(q, pool, layer, plan.work, out, num_kv_heads=num_kv_heads, scale=scale)
+        out = _attend_tiles(q, pool, layer, page_table, tiles, **options)
+    return attend_decoding(q, pool, layer, plan.work, out, **options)
 
 
 def check_supported(q: jax.Array, pool: jax.Array, *, num_kv_heads: int, scale: float) -> None:
@@ -93,6 +102,7 @@ def attend_decoding(
     *,
     num_kv_heads: int,
     scale: float,
+    tokens_per_row: int = 1,
 ) -> jax.Array:
     """Attention of the decoding tokens, written in place beside what ``out`` holds for the others.
 
@@ -102,14 +112,17 @@ def attend_decoding(
       layer: an int, or an int32 scalar array.
       work: the batch, cut into work.
       out: ``[T or more, H, D]`` of q's dtype, with the attention of the tiles' tokens; None when there are no tiles.
-      num_kv_heads, scale: static.
+      num_kv_heads, scale, tokens_per_row: static.
 
     Returns:
       ``[T, H, D]`` of q's dtype.
     """
-    constants = _constants(q, pool, work.page_table, num_kv_heads=num_kv_heads, scale=scale)
+    options = {"num_kv_heads": num_kv_heads, "scale": scale, "tokens_per_row": tokens_per_row}
+    constants = _constants(q, pool, work.page_table, **options)
     group, num_heads = constants["GROUP"], constants["HEADS"]
     key = "multi_head" if group == 1 else "float32" if constants["FLOAT32"] else "grouped"
+    if tokens_per_row > 1 and key != "float32":
+        key += "_float8"
     sizes = block_sizes("decode_attention", device_kind(), key)
     enough = (decode for decode in work.decode if decode.level * num_kv_heads >= sizes["programs"])
     decode = next(enough, work.decode[-1])
@@ -120,7 +133,7 @@ def attend_decoding(
     )
     call = partial(
         launch.triton_call,
-        *(q, pool, work.page_table, decode.items, layer_array(layer), pool.shape[2]),
+        *(q, pool, work.page_table, decode.items, layer_array(layer), pool.shape[2] * tokens_per_row),
         kernel=triton_kernels._decode_kernel,
         grid=(num_kv_heads, num_items),
         num_warps=sizes["num_warps"],
@@ -161,10 +174,12 @@ def attend_decoding(
     return jax.freeze(out_ref)[: q.shape[0]]
 
 
-def _attend_tiles(q, pool, layer, page_table, tiles: Tiles, *, num_kv_heads, scale):
+def _attend_tiles(q, pool, layer, page_table, tiles: Tiles, *, num_kv_heads, scale, tokens_per_row):
     """Attention ``[T, H, D]`` of the tiles' tokens; the output's other tokens are not written."""
-    constants = _constants(q, pool, page_table, num_kv_heads=num_kv_heads, scale=scale)
-    sizes = block_sizes("prefill_attention", device_kind(), "float32" if constants["FLOAT32"] else "half")
+    options = {"num_kv_heads": num_kv_heads, "scale": scale, "tokens_per_row": tokens_per_row}
+    constants = _constants(q, pool, page_table, **options)
+    key = "float32" if constants["FLOAT32"] else "float8" if tokens_per_row > 1 else "half"
+    sizes = block_sizes("prefill_attention", device_kind(), key)
     split = tiles.size // sizes["block_m"]
     num_tiles, fields = tiles.records.shape
     return launch.triton_call(
@@ -174,7 +189,7 @@ def _attend_tiles(q, pool, layer, page_table, tiles: Tiles, *, num_kv_heads, sca
         tiles.records,
         tiles.count,
         layer_array(layer),
-        pool.shape[2],
+        pool.shape[2] * tokens_per_row,
         kernel=triton_kernels._tile_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         # Most of ``tiles`` is padding when many sequences decode, and a program of this size does not start for free.
@@ -189,7 +204,7 @@ def _attend_tiles(q, pool, layer, page_table, tiles: Tiles, *, num_kv_heads, sca
     )
 
 
-def _constants(q, pool, page_table, *, num_kv_heads, scale):
+def _constants(q, pool, page_table, *, num_kv_heads, scale, tokens_per_row):
     """What both kernels that read K and V are compiled for."""
     _, num_heads, head_dim = q.shape
     return {
@@ -199,7 +214,8 @@ def _constants(q, pool, page_table, *, num_kv_heads, scale):
         "D": head_dim,
         "W": pool.shape[3],
         "TABLE_WIDTH": page_table.shape[1],
-        "PAGE": PAGE_SIZE,
+        "PAGE": PAGE_SIZE * tokens_per_row,
+        "FLOAT8": tokens_per_row > 1,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "FLOAT32": q.dtype == jnp.float32 or q.dtype != pool.dtype,
     }

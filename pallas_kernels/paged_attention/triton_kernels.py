@@ -6,6 +6,7 @@ Semantics, for query token t of sequence s at position p, head h of KV head ``g 
     out[t, h] = sum over c of  w[c] * V[row(s, c), g]
 
 Shapes: ``q [T, H, D]``, pool ``[layers, 2, rows, num_kv_heads * D]``, ``page_table [S, P]``; padding tokens give 0.
+Rows and pages are those of tokens: with float8 the pool's memory is that of such an array of float8.
 
 K and V rows are never loaded under a mask over keys: a lane past the context reads the last row of the context, which
 costs no memory traffic, and its score is masked. Sums are float32 and their order does not depend on timing.
@@ -16,8 +17,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _planes(pool, layer, num_rows, W: tl.constexpr):
-    """Returns where the layer's K and V begin."""
+def _planes(pool, layer, num_rows, W: tl.constexpr, FLOAT8: tl.constexpr):
+    """Returns where the layer's K and V begin, of float8 where the pool's memory holds that."""
+    if FLOAT8:
+        pool = pool.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
     plane_size = tl.cast(num_rows, tl.int64) * W
     k_base = pool + 2 * tl.load(layer).to(tl.int64) * plane_size
     return k_base, k_base + plane_size
@@ -36,16 +39,27 @@ def _rows(pages, position, end, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(base, rows, d, D: tl.constexpr, W: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT32: tl.constexpr):
-    """Loads these rows of one plane and head: ``[rows, BLOCK_D]``, 0 past D."""
+def _load_rows(base, rows, d, D: tl.constexpr, W: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr):
+    """Loads these rows of one plane and head: ``[rows, BLOCK_D]`` of a type, 0 past D."""
     pointers = base + rows[:, None] * W + d[None, :]
     if D == BLOCK_D:  # noqa: SIM108  (decided when compiled: a ternary would compile both)
         block = tl.load(pointers)
     else:
         block = tl.load(pointers, mask=d[None, :] < D, other=0.0)
-    if FLOAT32:
-        block = block.to(tl.float32)
+    block = block.to(TYPE)
     return block
+
+
+@triton.jit
+def _as_factor(query, FLOAT32: tl.constexpr, FLOAT8: tl.constexpr):
+    """Returns the queries in the type in which they are multiplied with keys."""
+    if FLOAT32:
+        query = query.to(tl.float32)
+    elif FLOAT8:
+        # Hopper makes float16 of two float8 numbers in one instruction. On to bfloat16 it takes three more, two of them
+        # on a unit with an eighth of the speed. What float16 cannot hold is held at its largest number.
+        query = tl.clamp(query.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    return query
 
 
 @triton.jit
@@ -66,6 +80,7 @@ def _decode_kernel(
     W: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    FLOAT8: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FLOAT32: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -85,7 +100,7 @@ def _decode_kernel(
     is_part = tl.load(record + 4)
     if begin < end:
         d = tl.arange(0, BLOCK_D)
-        k_base, v_base = _planes(pool, layer, num_rows, W)
+        k_base, v_base = _planes(pool, layer, num_rows, W, FLOAT8)
         k_base += kv_head * D
         v_base += kv_head * D
         if DOT:
@@ -115,8 +130,8 @@ def _decode_single(
     pages = _pages(table, begin + n, end, PAGE)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         rows = _rows(pages, start + n, end, PAGE)
-        k = _load_rows(k_base, rows, d, D, W, BLOCK_D, True)
-        v = _load_rows(v_base, rows, d, D, W, BLOCK_D, True)
+        k = _load_rows(k_base, rows, d, D, W, BLOCK_D, tl.float32)
+        v = _load_rows(v_base, rows, d, D, W, BLOCK_D, tl.float32)
         # The next block's pages, so that its rows can be asked for without waiting.
         pages = _pages(table, start + BLOCK_N + n, end, PAGE)
         scores = tl.where(start + n < end, tl.sum(k * query[None, :], axis=1), float("-inf"))
@@ -147,16 +162,15 @@ def _decode_grouped(
     heads = kv_head * GROUP + g
     inside = (g[:, None] < GROUP) & (d[None, :] < D)
     query = tl.load(q + (token * HEADS + heads[:, None]) * D + d[None, :], mask=inside, other=0.0)
-    if FLOAT32:
-        query = query.to(tl.float32)
+    query = _as_factor(query, FLOAT32, k_base.dtype.element_ty == tl.float8e4nv)
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     pages = _pages(table, begin + n, end, PAGE)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         rows = _rows(pages, start + n, end, PAGE)
-        k = _load_rows(k_base, rows, d, D, W, BLOCK_D, FLOAT32)
-        v = _load_rows(v_base, rows, d, D, W, BLOCK_D, FLOAT32)
+        k = _load_rows(k_base, rows, d, D, W, BLOCK_D, query.dtype)
+        v = _load_rows(v_base, rows, d, D, W, BLOCK_D, query.dtype)
         pages = _pages(table, start + BLOCK_N + n, end, PAGE)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee") * SCALE
         scores = tl.where((start + n < end)[None, :], scores, float("-inf"))
@@ -234,6 +248,7 @@ def _tile_kernel(
     W: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    FLOAT8: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FLOAT32: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -263,9 +278,8 @@ def _tile_kernel(
             offsets = m[:, None] * (HEADS * D) + d[None, :]
             inside = (m[:, None] < count) & (d[None, :] < D)
             query = tl.load(q + base + offsets, mask=inside, other=0.0)
-            if FLOAT32:
-                query = query.to(tl.float32)
-            k_base, v_base = _planes(pool, layer, num_rows, W)
+            query = _as_factor(query, FLOAT32, FLOAT8)
+            k_base, v_base = _planes(pool, layer, num_rows, W, FLOAT8)
             k_base += head // GROUP * D
             v_base += head // GROUP * D
             top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -273,11 +287,11 @@ def _tile_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             acc, total, top = _walk_keys(
                 query, acc, total, top, k_base, v_base, table, position + m, 0, whole, end, d,
-                SCALE, D, W, PAGE, BLOCK_D, FLOAT32, BLOCK_N, False,
+                SCALE, D, W, PAGE, BLOCK_D, BLOCK_N, False,
             )  # fmt: skip
             acc, total, top = _walk_keys(
                 query, acc, total, top, k_base, v_base, table, position + m, whole, end, end, d,
-                SCALE, D, W, PAGE, BLOCK_D, FLOAT32, BLOCK_N, True,
+                SCALE, D, W, PAGE, BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
             # Padding tokens see no key.
             acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -288,19 +302,19 @@ def _tile_kernel(
 def _walk_keys(
     query, acc, total, top, k_base, v_base, table, position, begin, stop, end, d,
     SCALE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    FLOAT32: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of ``[begin, stop)`` to a running softmax, where the last query sees those before ``end``."""
     n = tl.arange(0, BLOCK_N)
     pages = _pages(table, begin + n, tl.maximum(end, 1), PAGE)
     for start in tl.range(begin, stop, BLOCK_N):
-        if MASKED:  # noqa: SIM108  (decided when compiled: a ternary would compile both)
+        if MASKED or BLOCK_N % PAGE != 0:  # decided when compiled
             rows = _rows(pages, start + n, end, PAGE)
         else:
             # The same, where the block holds whole pages: nothing but the pages changes from block to block.
             rows = pages.to(tl.int64) * PAGE + n % PAGE
-        k = _load_rows(k_base, rows, d, D, W, BLOCK_D, FLOAT32)
-        v = _load_rows(v_base, rows, d, D, W, BLOCK_D, FLOAT32)
+        k = _load_rows(k_base, rows, d, D, W, BLOCK_D, query.dtype)
+        v = _load_rows(v_base, rows, d, D, W, BLOCK_D, query.dtype)
         pages = _pages(table, start + BLOCK_N + n, end, PAGE)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee")
         if MASKED:

@@ -18,7 +18,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from slora_jax.api.traffic import Traffic
-from slora_jax.config import PAGE_SIZE
 
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine
@@ -110,9 +109,10 @@ class _EngineCollector(Collector):
         )
         yield _gauge(
             "vllm:cache_config_info",
-            "How the pool is divided: tokens in a page, and pages.",
+            "How the pool is divided: tokens in a page, what their KV is kept as, and pages.",
             1,
-            block_size=str(PAGE_SIZE),
+            block_size=str(self._engine.pool_layout.page_tokens),
+            cache_dtype=self._engine.config.kv_cache_dtype,
             num_gpu_blocks=str(stats["pages_total"]),
         )
         counts = seen.pool.count()

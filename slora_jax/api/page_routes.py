@@ -11,7 +11,6 @@ import flask
 import numpy as np
 
 from slora_jax.api.traffic import Served, Traffic, quantile
-from slora_jax.config import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +91,7 @@ def _shown(engine: "Engine", traffic: Traffic, seen: "Observation") -> dict[str,
         "model": engine.model_name,
         "takes_text": tokenizer is not None,
         "takes_chats": tokenizer is not None and tokenizer.has_chat_template,
-        "page_tokens": PAGE_SIZE,
+        "page_tokens": engine.pool_layout.page_tokens,
         "pages": seen.pool.count(),
         **_picture(seen),
         "tiers": tiers,

@@ -22,6 +22,9 @@ _COUNT = click.IntRange(1)
 _RANK = click.IntRange(1, MAX_RANK)
 _SEED = click.IntRange(0)
 _ABOVE_0 = click.FloatRange(0, min_open=True)
+_KV_CACHE_DTYPE = click.option(
+    "--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True, help="As the engine's."
+)
 
 
 class _Shape(NamedTuple):
@@ -164,6 +167,7 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
 @click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
 @click.option("--tp", type=_COUNT, default=1, show_default=True, help="Devices that share the model.")
 @click.option("--quantization", type=click.Choice(["fp8"]), help="Of the base model; without it, none.")
+@_KV_CACHE_DTYPE
 @click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
 @click.option("--rate", type=_ABOVE_0, default=2.0, show_default=True, help="Open trace: requests a second.")
 @click.option(
@@ -179,7 +183,7 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
 def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
-               pool_gigabytes, tp, quantization, trace, rate, cv, alpha, profile, out):  # fmt: skip
+               pool_gigabytes, tp, quantization, kv_cache_dtype, trace, rate, cv, alpha, profile, out):  # fmt: skip
     """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
     A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
@@ -208,6 +212,7 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
             },
             pool={"gigabytes": pool_gigabytes},
             tp=tp,
+            kv_cache_dtype=kv_cache_dtype,
             trace=OpenTrace(rate, cv, alpha) if trace == "open" else None,
             profile=profile,
             command=command_line(),
@@ -243,8 +248,9 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
     show_default=True,
     help="As the engine's.",
 )
+@_KV_CACHE_DTYPE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fraction, as_json):
+def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fraction, kv_cache_dtype, as_json):
     """What fits on GPUs of a kind, and the least time of a step; no GPU is needed."""
     from slora_jax.bench.plan import GPUS, Load, plan, table
     from slora_jax.model.modules import MODULES
@@ -257,7 +263,7 @@ def plan(model, tp, gpu, sequences, context, adapters, rank, modules, memory_fra
     load = Load(sequences, context, adapters, dict.fromkeys(names, rank))
     shape = _shape(model).config
     try:
-        result = plan(shape, tp, GPUS[gpu], load, memory_fraction)
+        result = plan(shape, tp, GPUS[gpu], load, memory_fraction, float8_kv=kv_cache_dtype == "fp8")
     except SLoRAError as e:
         raise click.ClickException(str(e)) from None
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
@@ -585,6 +591,40 @@ def quality(against: tuple[str, ...], questions: int, tokens: int, dtype: str, o
                 f"{Path(variant).name:14} {name:8} perplexity {row['perplexity']:9.4f}   "
                 f"tokens {row['tokens_agreed']:7.2%}   answers {row['answers_agreed']:7.2%}"
             )
+    _print_or_write(result, out)
+
+
+def _setting(text: str) -> dict[str, str]:
+    """Fields of the configuration from ``field=value,field=value``."""
+    fields = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{part} is not FIELD=VALUE, such as kv_cache_dtype=fp8")
+        fields[name] = value
+    return fields
+
+
+@main.command()
+@click.argument("settings", nargs=-1, required=True, metavar="FIELD=VALUE[,FIELD=VALUE...] ...")
+@click.option("--baseline", default="", metavar="FIELD=VALUE,...", help="Settings that the others are compared with.")
+@click.option("--texts", type=_COUNT, default=8, show_default=True, help="For the base model and for each adapter.")
+@click.option("--turns", type=_COUNT, default=4, show_default=True, help="Questions with their answers in a text.")
+@click.option("--tokens", type=_COUNT, default=32, show_default=True, help="Of each greedy answer, at most.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def accuracy(settings: tuple[str, ...], baseline: str, texts: int, turns: int, tokens: int, out: Path | None):
+    """What settings do to the embedded model's answers and its adapters': perplexity, agreement.
+
+    For example: accuracy dtype=bfloat16 kv_cache_dtype=fp8
+    """
+    from slora_jax.bench.accuracy import run_accuracy, table
+
+    try:
+        parsed = [_setting(setting) for setting in settings]
+        result = run_accuracy(parsed, _setting(baseline), texts, turns, tokens, command_line())
+    except SLoRAError as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(table(result), err=True)
     _print_or_write(result, out)
 
 

@@ -133,6 +133,7 @@ class KernelBench:
         self.profiles = profiles
         # Every case has heads of 128 and bfloat16.
         self.backend = choose_backend(jax.devices()[0], 128, jnp.dtype(jnp.bfloat16))
+        self._float8_backend: Backend = "reference" if self.backend == "reference" else "triton"
         self.time_attention = cache(self._time_attention)
         self.time_lora = cache(self._time_lora)
         self.time_qkv = cache(self._time_qkv)
@@ -143,6 +144,10 @@ class KernelBench:
         error = checked_error(out, reference)
         busy = busy_seconds_per_execution(run) if self.profiles else None
         return Timing(seconds_per_execution(run) / calls, busy / calls if busy else None, error)
+
+    def backend_for(self, spec: AttentionSpec) -> Backend:
+        """What the engine would run."""
+        return self._float8_backend if spec.float8 else self.backend
 
     # The device.
 
@@ -245,7 +250,11 @@ def _attend(spec: AttentionSpec) -> Callable[..., jax.Array]:
 
 
 def _attention_plan(spec: AttentionSpec, inputs: AttentionInputs, backend: Backend) -> AttentionPlan:
-    sizes = {"num_tokens": spec.num_tokens, "max_query_len": spec.queries}
+    sizes = {
+        "num_tokens": spec.num_tokens,
+        "max_query_len": spec.queries,
+        "tokens_per_row": spec.tokens_per_row,
+    }
     return jax.jit(partial(plan_attention, backend=backend, **sizes))(
         inputs.page_table, inputs.query_start, inputs.context_len
     )
@@ -290,7 +299,7 @@ class StepBench:
         self.params = dummy_params(self.config, self.dtype, _SEED)
         self.pool_layout = PoolLayout.for_model(self.config)
         adapter_pages = sum(layout.num_pages for layout in self._adapters(self.sequences, _MIXED))
-        num_pages = 1 + self.sequences * PoolLayout.token_pages(self.context) + adapter_pages
+        num_pages = 1 + self.sequences * self.pool_layout.token_pages(self.context) + adapter_pages
         self.pool = self._draw_pool(num_pages)
         self.time = cache(self._time)
 
@@ -310,9 +319,9 @@ class StepBench:
     def batch(self, sequences: int, ranks: tuple[int, ...], seed: int = _SEED) -> TokenBatch:
         """A decode-only batch in which sequence i has an adapter of its own, of rank ``ranks[i mod len(ranks)]``."""
         rng = np.random.default_rng(seed)
-        pages_each = PoolLayout.token_pages(self.context)
+        pages_each = self.pool_layout.token_pages(self.context)
         free = rng.permutation(np.arange(1, self.pool.shape[2] // PAGE_SIZE, dtype=np.int32))
-        table = np.zeros((sequences, PoolLayout.token_pages(self.config.max_position_embeddings)), np.int32)
+        table = np.zeros((sequences, self.pool_layout.token_pages(self.config.max_position_embeddings)), np.int32)
         table[:, :pages_each] = free[: sequences * pages_each].reshape(sequences, pages_each)
         last = self.context - 1
         rows = table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE
@@ -413,7 +422,7 @@ def _address(x: jax.Array) -> int:
 
 def _bandwidth(name: str, target: str | None, bench: KernelBench) -> Result:
     spec = ATTENTION.get(name) or LORA[name]
-    timing = bench.time_attention(spec, bench.backend) if name in ATTENTION else bench.time_lora(spec)
+    timing = bench.time_attention(spec, bench.backend_for(spec)) if name in ATTENTION else bench.time_lora(spec)
     rate = spec.scaled(bench.scale).bytes / timing.device
     details = {"bytes": spec.scaled(bench.scale).bytes, "bytes_per_second": rate}
     return Result(timing, "of copy", rate / bench.copy["bytes_per_second"], target, details)
@@ -439,6 +448,16 @@ def _prefill_attention(name: str, target: str | None, bench: KernelBench) -> Res
         triton = bench.time_attention(spec, "triton")
         details |= {"triton_seconds": triton.seconds, "triton_busy": triton.busy}
     return Result(timing, "of cuDNN", peer.device / timing.device, target, details)
+
+
+def _prefill_float8(name: str, target: str | None, bench: KernelBench) -> Result:
+    """Beside the same with K and V in the pool's dtype, on the kernel that this GPU runs for that."""
+    spec = ATTENTION[name]
+    timing = bench.time_attention(spec, bench.backend_for(spec))
+    plain = bench.time_attention(dataclasses.replace(spec, float8=False), bench.backend)
+    rate = spec.scaled(bench.scale).flops / timing.device
+    details = {"flops_per_second": rate, "plain_seconds": plain.seconds, "plain_busy": plain.busy}
+    return Result(timing, "x plain", timing.device / plain.device, target, details)
 
 
 def _prefill_lora(name: str, target: str | None, bench: KernelBench) -> Result:
@@ -479,6 +498,9 @@ CASES: dict[str, Callable[[KernelBench], Result]] = {
             "attention-decode-mha-128x512": ">= 0.88",
             "attention-decode-gqa-128x2048": ">= 0.80",
             "attention-decode-gqa-4x32768": ">= 0.75",
+            "attention-decode-mha-128x512-float8": ">= 0.90",
+            "attention-decode-gqa-128x2048-float8": ">= 0.90",
+            "attention-decode-gqa-4x32768-float8": ">= 0.75",
             "lora-decode-r64": ">= 0.80",
             "lora-decode-mixed": ">= 0.70",
             "lora-decode-r16": ">= 0.60",
@@ -489,6 +511,7 @@ CASES: dict[str, Callable[[KernelBench], Result]] = {
     "lora-decode-r64-one": _one_adapter,
     "attention-prefill-gqa-8192": partial(_prefill_attention, "attention-prefill-gqa-8192", ">= 0.80"),
     "attention-prefill-mha-8192": partial(_prefill_attention, "attention-prefill-mha-8192", None),
+    "attention-prefill-gqa-8192-float8": partial(_prefill_float8, "attention-prefill-gqa-8192-float8", "<= 1.00"),
     "lora-prefill-r64": partial(_prefill_lora, "lora-prefill-r64", "<= 0.15"),
     "lora-prefill-r16": partial(_prefill_lora, "lora-prefill-r16", "<= 0.08"),
     "step-128": _step_base,
@@ -520,7 +543,7 @@ def run_kernels(only: str, scale: int, peers: bool, command: str, out: Path | No
         f"{report['device']}, jax {report['jax']}: copy {bench.copy['bytes_per_second'] / 1e12:.3f} TB/s "
         f"({bench.copy['way']}), matmul {bench.matmul_flops / 1e12:.0f} TFLOP/s"
     )
-    click.echo(f"{'case':30} {'µs':>10} {'busy µs':>10} {'error':>8} {'value':>8} {'':12} {'target':8}")
+    click.echo(f"{'case':37} {'µs':>10} {'busy µs':>10} {'error':>8} {'value':>8} {'':12} {'target':8}")
     all_right = True
     for name in fnmatch.filter(CASES, only):
         try:
@@ -530,7 +553,7 @@ def run_kernels(only: str, scale: int, peers: bool, command: str, out: Path | No
             report["cases"][name] = {"failure": f"{type(e).__name__}: {e}"}
             if not isinstance(e, WrongResult):
                 traceback.print_exc()
-            click.echo(f"{name:30} FAILED: {type(e).__name__}: {str(e)[:300]}")
+            click.echo(f"{name:37} FAILED: {type(e).__name__}: {str(e)[:300]}")
         else:
             report["cases"][name] = _as_json(result)
             click.echo(_as_row(name, result))
@@ -561,7 +584,7 @@ def _as_row(name: str, result: Result) -> str:
     value = "" if result.value is None else f"{result.value:.3f}"
     verdict = {True: "met", False: "missed", None: ""}[result.met]
     return (
-        f"{name:30} {seconds * 1e6:10.1f} {busy:>10} {error:8.1e} {value:>8} {result.quantity:12} "
+        f"{name:37} {seconds * 1e6:10.1f} {busy:>10} {error:8.1e} {value:>8} {result.quantity:12} "
         f"{result.target or '':8} {verdict}"
     )
 
@@ -580,11 +603,13 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
         bench = KernelBench(scale, peers=False, profiles=False)
         try:
             # Kernels that this GPU would not choose can be tuned too.
-            backend = "triton" if op == "prefill_attention" else bench.backend
             with tuning.override(op, key, sizes):
-                timing = (
-                    bench.time_attention(ATTENTION[name], backend) if name in ATTENTION else bench.time_lora(LORA[name])
-                )
+                if name in ATTENTION:
+                    spec = ATTENTION[name]
+                    backend = "triton" if op == "prefill_attention" else bench.backend_for(spec)
+                    timing = bench.time_attention(spec, backend)
+                else:
+                    timing = bench.time_lora(LORA[name])
             row[name] = timing.seconds * 1e6
             click.echo(f"{row[name]:10.1f} {name} {json.dumps(sizes)}")
         except Exception as e:
@@ -604,8 +629,10 @@ def _tuning_row(total: float, sizes: dict[str, int], micros: dict[str, float]) -
 def _affected(op: str, key: str) -> str:
     if op.startswith("lora"):
         return f"lora-{key}-*"
+    # Cases with float8 end so; the others end in numbers of several digits.
+    end = "-float8" if key.endswith("float8") else "[0-9][0-9]"
     if op in ("prefill_attention", "mosaic_attention"):
-        return "attention-prefill-*"
-    if op == "decode_attention" and key in ("multi_head", "grouped"):
-        return "attention-decode-mha-*" if key == "multi_head" else "attention-decode-gqa-*"
+        return f"attention-prefill-*{end}"
+    if op == "decode_attention" and key.startswith(("multi_head", "grouped")):
+        return f"attention-decode-{'mha' if key.startswith('multi_head') else 'gqa'}-*{end}"
     return "attention-*"

@@ -8,7 +8,6 @@ section 6): of an array over N devices 2 (N - 1) / N for an all-reduce, (N - 1) 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from slora_jax.config import PAGE_SIZE
 from slora_jax.engine.batch import padded_rank
 from slora_jax.errors import InvalidRequest
 from slora_jax.gpu_memory import default_share
@@ -89,11 +88,12 @@ def plan(
     memory_fraction: float = 0.9,
     itemsize: int = 2,
     gpu_share: float | None = None,
+    float8_kv: bool = False,
 ) -> dict[str, float | dict]:
     """Memory, what fits, and the least time of a step.
 
     ``gpu_share`` is what JAX has of the GPU (``gpu_memory_fraction``), ``memory_fraction`` what the pool has of that
-    less the weights.
+    less the weights. With ``float8_kv`` K and V take a byte each, as with ``--kv-cache-dtype fp8``.
 
     ``kv_share`` is what one device holds of a token's K and V: 1 / N, or more where KV heads are not a multiple of N.
 
@@ -103,7 +103,7 @@ def plan(
     Raises:
       InvalidRequest: so many devices cannot share the model, or the weights do not fit.
     """
-    layout = PoolLayout.for_model(model, tp)
+    layout = PoolLayout.for_model(model, tp, itemsize if float8_kv else 1)
     local = layout.shards.local
     weights = local.num_params() * itemsize
     usable = gpu.memory * (default_share(tp) if gpu_share is None else gpu_share)
@@ -120,7 +120,7 @@ def plan(
     adapter_elements = model.num_layers * adapter.num_entries * layout.row_width
     read = {
         "weights": local.num_step_params() * itemsize,
-        "kv": load.sequences * load.context * page / PAGE_SIZE,
+        "kv": load.sequences * load.context * page / layout.page_tokens,
         "adapters": load.adapters * adapter_elements * itemsize,
     }
     operations = 2 * load.sequences * local.num_step_params()
@@ -138,12 +138,18 @@ def plan(
         "devices_without_heads": layout.shards.num_idle,
         "kv_share": layout.row_width / model.kv_size,
         "memory": {"usable": usable, "weights": weights, "pool": pages * page},
-        "pages": {"total": pages - 1, "bytes": page, "adapter": adapter_pages, "step": needed},
+        "pages": {
+            "total": pages - 1,
+            "bytes": page,
+            "tokens": layout.page_tokens,
+            "adapter": adapter_pages,
+            "step": needed,
+        },
         "fits": {
             "step": needed <= pages - 1,
-            "tokens": (pages - 1) * PAGE_SIZE,
+            "tokens": (pages - 1) * layout.page_tokens,
             "adapters": (pages - 1) // adapter_pages if adapter_pages else 0,
-            "tokens_beside_the_steps_adapters": max(0, pages - 1 - load.adapters * adapter_pages) * PAGE_SIZE,
+            "tokens_beside_the_steps_adapters": max(0, pages - 1 - load.adapters * adapter_pages) * layout.page_tokens,
         },
         "step": {"load": asdict(load), "read": read, "operations": operations, "sent": sent, "seconds": seconds},
         "floor_seconds": max(seconds["bytes"], seconds["operations"]) + seconds["messages"],
@@ -167,7 +173,8 @@ def table(result: dict) -> str:
     lines: Iterable[str] = [
         devices,
         f"  memory      {parts(memory)} GB",
-        f"  pages       {pages['total']:,} of {pages['bytes'] / 1e6:.2f} MB; an adapter takes {pages['adapter']}",
+        f"  pages       {pages['total']:,} of {pages['bytes'] / 1e6:.2f} MB and {pages['tokens']} tokens; "
+        f"an adapter takes {pages['adapter']}",
         f"  fits        {fits['tokens']:,} tokens, or {fits['adapters']:,} adapters, or "
         f"{fits['tokens_beside_the_steps_adapters']:,} tokens beside {load['adapters']} adapters",
         f"a step of {load['sequences']} sequences with {load['context']} tokens, {load['adapters']} adapters: "

@@ -187,9 +187,11 @@ def run_throughput(
     profile: Path | None,
     command: str,
     quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Iterator[dict]:
     """Starts an engine with random weights, and for each case warms it up and times the workload."""
-    config = random_config(model, requests, scheduler, pool, tp, quantization=quantization)
+    kinds = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    config = random_config(model, requests, scheduler, pool, tp, **kinds)
     parts = build_parts(config, progress=False)
     try:
         yield from run_cases(parts, cases, requests, seed, longest, trace, profile, command)
@@ -245,6 +247,7 @@ def run_cases(
                 "model": Path(config.model).stem,
                 "quantization": config.quantization,
                 "tp": config.mesh.tp,
+                "kv_cache_dtype": config.kv_cache_dtype,
                 "seed": seed,
                 "scheduler": config.scheduler.model_dump(),
                 "trace": trace and dataclasses.asdict(trace),

@@ -258,10 +258,11 @@ class BatchShape:
         fields = self._fields.items()
         return packed, {name: packed[at].view(dtype).reshape(shape) for name, (at, shape, dtype) in fields}
 
-    def unpack(self, packed: jax.Array, previous_tokens: jax.Array) -> TokenBatch:
+    def unpack(self, packed: jax.Array, previous_tokens: jax.Array, tokens_per_row: int = 1) -> TokenBatch:
         """The batch of a packed vector, inside jit.
 
-        Negative token ids refer to the previous step: ``-1 - i`` is ``previous_tokens[i]``.
+        Negative token ids refer to the previous step: ``-1 - i`` is ``previous_tokens[i]``. ``tokens_per_row`` is the
+        pool's.
         """
         arrays = {}
         for name, (at, shape, dtype) in self._fields.items():
@@ -270,7 +271,7 @@ class BatchShape:
         token_ids = arrays.pop("token_ids")
         token_ids = jnp.where(token_ids < 0, previous_tokens[jnp.maximum(-1 - token_ids, 0)], token_ids)
         page_table, query_start, context_len = (arrays.pop(n) for n in ("page_table", "query_start", "context_len"))
-        positions, rows = _place_tokens(self.tokens, page_table, query_start, context_len)
+        positions, rows = _place_tokens(self.tokens, page_table, query_start, context_len, PAGE_SIZE * tokens_per_row)
         lora = None
         if self.total_rank:
             lora = LoraSegments(
@@ -311,15 +312,15 @@ def _places(batch: BatchShape) -> dict[str, tuple[slice, tuple[int, ...], np.dty
     return places
 
 
-def _place_tokens(num_tokens, page_table, query_start, context_len):
-    """Position ``[T]`` of each token in its sequence, and pool row ``[T]`` of its K and V; padding: 0, a trash row."""
+def _place_tokens(num_tokens, page_table, query_start, context_len, page_tokens):
+    """Position ``[T]`` of each token in its sequence, and token row ``[T]`` of its K and V; padding: 0, a trash row."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = owner(query_start, token)
     real = sequence < context_len.shape[0]
     sequence = jnp.minimum(sequence, context_len.shape[0] - 1)
     position = jnp.where(real, context_len[sequence] - query_start[sequence + 1] + token, 0)
-    page = jnp.where(real, page_table[sequence, position // PAGE_SIZE], TRASH_PAGE)
-    return position, page * PAGE_SIZE + position % PAGE_SIZE
+    page = jnp.where(real, page_table[sequence, position // page_tokens], TRASH_PAGE)
+    return position, page * page_tokens + position % page_tokens
 
 
 @dataclass(frozen=True, slots=True)

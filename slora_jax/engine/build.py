@@ -18,7 +18,7 @@ import psutil
 
 from pallas_kernels import choose_backend
 from slora_jax.adapters.store import AdapterStore
-from slora_jax.config import PAGE_SIZE, EngineConfig, PoolConfig, read_yaml
+from slora_jax.config import EngineConfig, PoolConfig, read_yaml
 from slora_jax.engine.batch import Buckets
 from slora_jax.engine.device import ModelDevice
 from slora_jax.engine.hosts import Follower, Followers
@@ -117,11 +117,19 @@ def _held(model: ModelConfig, config: EngineConfig) -> ModelConfig:
     return model if config.quantization is None else dataclasses.replace(model, weight_layout=ChannelFp8())
 
 
-def make_model(base: BaseModel, lora_ops: LoraOps = GATHERED) -> Llama:
-    """What steps compute, on the kernels that suit the device."""
+def make_model(base: BaseModel, lora_ops: LoraOps = GATHERED, tokens_per_row: int = 1) -> Llama:
+    """What steps compute, on the kernels that suit the device.
+
+    Raises:
+      InvalidRequest: the device has no instructions for what K and V are kept as.
+    """
     dtype = jax.tree.leaves(base.params)[0].dtype
-    backend = choose_backend(jax.devices()[0], base.model_config.head_dim, dtype)
-    return Llama(base.model_config, dtype, backend, base.mesh.size if base.mesh else 1, lora_ops)
+    try:
+        backend = choose_backend(jax.devices()[0], base.model_config.head_dim, dtype, tokens_per_row)
+    except NotImplementedError as e:
+        raise InvalidRequest(f"kv_cache_dtype (--kv-cache-dtype) is fp8, and {e}") from None
+    num_shards = base.mesh.size if base.mesh else 1
+    return Llama(base.model_config, dtype, backend, num_shards, lora_ops, tokens_per_row)
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,8 @@ def make_parts(
     """
     model, mesh = base.model_config, base.mesh
     dtype = jax.tree.leaves(base.params)[0].dtype
-    layout = pool_layout_of(model, mesh)
+    layout = pool_layout_of(config, model, mesh, dtype)
+    llama = make_model(base, lora_ops, layout.tokens_per_row)
     pool, max_len = make_pool(config, model, layout, dtype, mesh, base.meeting)
     if layout.shards.num_idle:
         logger.warning(
@@ -210,7 +219,7 @@ def make_parts(
         max_rank=config.max_lora_rank,
     )
     runner = Runner(
-        make_model(base, lora_ops),
+        llama,
         base.params,
         pool,
         buckets or make_buckets(config),
@@ -232,7 +241,9 @@ def make_parts(
         max_model_len=max_len,
         device=ModelDevice(runner, pool, followers),
         store=store,
-        costs=PageCosts.estimate(model, page_bytes, layout.shards.count, jax.default_backend() != "cpu"),
+        costs=PageCosts.estimate(
+            model, page_bytes, layout.shards.count, jax.default_backend() != "cpu", layout.page_tokens
+        ),
         max_rank=lora_ops.max_rank,
         wake_event=wake_event,
     )
@@ -251,11 +262,13 @@ def follow(config: EngineConfig, meeting: Meeting, progress: bool = True) -> Non
     """
     base = load_base(config, progress, meeting)
     model, mesh = base.model_config, base.mesh
-    layout = pool_layout_of(model, mesh)
-    pool, max_len = make_pool(config, model, layout, jax.tree.leaves(base.params)[0].dtype, mesh, meeting)
+    dtype = jax.tree.leaves(base.params)[0].dtype
+    layout = pool_layout_of(config, model, mesh, dtype)
+    llama = make_model(base, tokens_per_row=layout.tokens_per_row)
+    pool, max_len = make_pool(config, model, layout, dtype, mesh, meeting)
     # Host 0 decides what is kept, and each host keeps the same.
     _least(meeting, "adapter memory", host_adapter_bytes(config))
-    runner = Runner(make_model(base), base.params, pool, make_buckets(config), max_len, mesh)
+    runner = Runner(llama, base.params, pool, make_buckets(config), max_len, mesh)
     meeting.follow()
     Follower(meeting, model, layout, pool, runner).follow()
 
@@ -287,8 +300,10 @@ def _told_when_full(problem: str, remedy: str) -> Iterator[None]:
         raise InvalidRequest(f"{problem} ({first_line}); {remedy}, or end what else uses the memory") from None
 
 
-def pool_layout_of(model: ModelConfig, mesh: ModelMesh | None) -> PoolLayout:
-    return PoolLayout.for_model(model, mesh.size if mesh else 1)
+def pool_layout_of(config: EngineConfig, model: ModelConfig, mesh: ModelMesh | None, dtype: jnp.dtype) -> PoolLayout:
+    """Of a pool of ``dtype``, with the KV cache in what the configuration says."""
+    tokens_per_row = dtype.itemsize if config.kv_cache_dtype == "fp8" else 1
+    return PoolLayout.for_model(model, mesh.size if mesh else 1, tokens_per_row)
 
 
 def make_pool(
@@ -319,9 +334,10 @@ def make_pool(
         pool = UnifiedPool(layout, num_pages, dtype, mesh.pool if mesh else None)
         pool.array.block_until_ready()
     start.info(
-        "KV cache and adapters: %s pages of %d tokens, %.3g GiB%s%s",
+        "KV cache and adapters: %s pages of %d tokens%s, %.3g GiB%s%s",
         f"{num_pages:,}",
-        PAGE_SIZE,
+        layout.page_tokens,
+        " in float8" if layout.tokens_per_row > 1 else "",
         num_pages * page_bytes / 2**30,
         f" on each of {layout.shards.count} devices" if layout.shards.count > 1 else "",
         f" ({memory.source})" if memory else "",
@@ -333,7 +349,7 @@ def make_pool(
             model.max_position_embeddings,
         )
     limit = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    tokens = (num_pages - 1) * PAGE_SIZE
+    tokens = (num_pages - 1) * layout.page_tokens
     if tokens < limit:
         start.warning(
             "The pool holds %d tokens, fewer than the %d of the longest request that the model takes: longer ones are "
@@ -482,6 +498,7 @@ def _fields_that_must_agree(config: EngineConfig) -> dict[str, str | None]:
         "--dummy": config.dummy,
         "--dtype": config.dtype,
         "--quantization": config.quantization,
+        "--kv-cache-dtype": config.kv_cache_dtype,
         "--max-model-len": config.max_model_len,
         "--seed": config.seed if config.dummy else None,
         "--max-batch-tokens": limits.max_batch_tokens,

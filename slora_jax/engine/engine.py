@@ -133,7 +133,14 @@ class Engine:
                 raise ValueError(
                     f"{budget.pages.num_pages} pages are more than the pool's {parts.device.pool.num_pages}"
                 )
-            return Scheduler(settings, budget.pages, time.monotonic, costs=parts.costs, budget=budget)
+            return Scheduler(
+                settings,
+                budget.pages,
+                time.monotonic,
+                costs=parts.costs,
+                budget=budget,
+                page_tokens=parts.pool_layout.page_tokens,
+            )
 
         self.device.forget()
         self._core = Core(create_scheduler, self.device, observe)

@@ -112,7 +112,7 @@ class WholeForward:
         """The function that is compiled, of ``(table, params, packed, tokens, pool, hidden)``."""
 
         def step(group, params, packed, tokens, pool, hidden):
-            batch = shape.unpack(packed, tokens)
+            batch = shape.unpack(packed, tokens, self._model.tokens_per_row)
             states, pool = self._model.apply({"params": params}, batch, pool, group)
             return _written(hidden, states), pool
 
@@ -172,7 +172,7 @@ class ForwardInParts:
 
     def _begin(self, shape: BatchShape, row_width: int):
         def step(group, params, packed, tokens):
-            batch = shape.unpack(packed, tokens)
+            batch = shape.unpack(packed, tokens, self._model.tokens_per_row)
             x, tables = self._model.apply({"params": params}, batch, row_width, group, method=Llama.begin)
             return x, tables
 

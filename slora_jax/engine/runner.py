@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from slora_jax.adapters.peft import MAX_RANK
+from slora_jax.config import PAGE_SIZE
 from slora_jax.engine.batch import AdapterRoom, AdapterSlice, BatchShape, Buckets, HostBatch, build_batch, padded_rank
 from slora_jax.engine.core import StepResult
 from slora_jax.engine.forward import Part, ProgramKey, choose_forward, on_each_device, table_of
@@ -20,7 +21,7 @@ from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.engine.scoring import Piece, ScorerArguments, ScorerShape, Scores, plan_scores, read_scores, score
 from slora_jax.engine.transfer import Transfer
-from slora_jax.memory.layout import PoolLayout
+from slora_jax.memory.layout import cdiv
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.llama import Llama
 from slora_jax.model.mesh import ModelMesh
@@ -184,7 +185,7 @@ class Runner:
         self._pool = pool
         self._buckets = buckets
         self._vocab_size = model.config.vocab_size
-        self._table_width = PoolLayout.token_pages(max_len)
+        self._table_width = cdiv(max_len, PAGE_SIZE * model.tokens_per_row)
         self._rows: dict[int, int] = {}
         self.reset()
         # One device has no reason to count ranks: its kernels work on real ones.
@@ -193,7 +194,14 @@ class Runner:
             self._lower,
             lambda shape: compiler_options(_num_rows(shape)),
             program_folder,
-            (model.config, model.backend, mesh and mesh.collectives(None), pool.array.aval, self._tokens.aval),
+            (
+                model.config,
+                model.backend,
+                model.tokens_per_row,
+                mesh and mesh.collectives(None),
+                pool.array.aval,
+                self._tokens.aval,
+            ),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
         )

@@ -21,7 +21,7 @@ class PageCosts:
     """Seconds for each page of a block, all pages having as many bytes.
 
     Attributes:
-      prefix: computing 16 tokens of a prompt again.
+      prefix: computing a page's tokens of a prompt again.
       adapter: copying an adapter from host memory.
       adapter_from_disk: reading it from disk before that.
     """
@@ -31,17 +31,21 @@ class PageCosts:
     adapter_from_disk: float
 
     @classmethod
-    def estimate(cls, model: ModelConfig, page_bytes: int, num_devices: int, on_gpu: bool) -> "PageCosts":
+    def estimate(
+        cls, model: ModelConfig, page_bytes: int, num_devices: int, on_gpu: bool, page_tokens: int = PAGE_SIZE
+    ) -> "PageCosts":
         """For a base model.
 
         Args:
           page_bytes: of a page on one device.
           num_devices: that share model and pool, each with a link of its own.
+          on_gpu: whether they are GPUs.
+          page_tokens: whose KV a page holds.
         """
         products, link = (_GPU_PRODUCTS, _GPU_LINK) if on_gpu else (_CPU_PRODUCTS, _CPU_LINK)
         copying = page_bytes / link
         return cls(
-            prefix=2 * model.num_params() * PAGE_SIZE / (products * num_devices),
+            prefix=2 * model.num_params() * page_tokens / (products * num_devices),
             adapter=copying,
             adapter_from_disk=copying + page_bytes * num_devices / _DISK,
         )

@@ -3,7 +3,9 @@
 Only this module knows the arithmetic. No JAX: the scheduler prices requests with it.
 
 The pool is one array ``[layers, 2, rows, W]`` with ``W = kv_heads * head_dim``, rows grouped in pages of
-``PAGE_SIZE``. A token takes one row in both planes (plane 0: its K, plane 1: its V) of every layer.
+``PAGE_SIZE``. A token takes one row in both planes (plane 0: its K, plane 1: its V) of every layer. With K and V in
+float8 it takes W bytes of one, so that a row holds 2 tokens in a pool of 16-bit elements and 4 in one of 32-bit
+elements, one's bytes after the other's; adapters stay what they are.
 
 An adapter takes the same rows in every layer too. Each of its vectors (a row of A, a column of B) is cut into
 *chunks* of W elements, the last one zero-padded. In one layer the chunks form one list::
@@ -39,6 +41,7 @@ from functools import cached_property
 import numpy as np
 
 from slora_jax.config import PAGE_SIZE
+from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.modules import MODULES, ROW_PARALLEL, ModuleShape, local_shapes, module_shapes, split_ranks
 from slora_jax.model.shards import Run, Shards
@@ -59,21 +62,29 @@ class PoolLayout:
       row_width: W, of one device.
       shapes: width of every projection of the whole model.
       shards: how devices share the model.
+      tokens_per_row: tokens whose K lie in one row: 1, or the bytes of the pool's elements where K and V are float8.
     """
 
     num_layers: int
     row_width: int
     shapes: Mapping[str, ModuleShape]
     shards: Shards
+    tokens_per_row: int = 1
 
     @classmethod
-    def for_model(cls, model: ModelConfig, num_shards: int = 1) -> "PoolLayout":
+    def for_model(cls, model: ModelConfig, num_shards: int = 1, tokens_per_row: int = 1) -> "PoolLayout":
         """
         Raises:
-          InvalidRequest: so many devices cannot share the model.
+          InvalidRequest: so many devices cannot share the model, or so many tokens of it a row.
         """
         shards = Shards(model, num_shards)
-        return cls(model.num_layers, shards.local.kv_size, module_shapes(model), shards)
+        width = shards.local.kv_size
+        if width % tokens_per_row:
+            raise InvalidRequest(
+                f"the K of a token has {width} elements on each device, which float8 cannot put into whole elements of "
+                f"{tokens_per_row} bytes; leave kv_cache_dtype out"
+            )
+        return cls(model.num_layers, width, module_shapes(model), shards, tokens_per_row)
 
     @cached_property
     def local_shapes(self) -> Mapping[str, ModuleShape]:
@@ -87,10 +98,14 @@ class PoolLayout:
         """``[layers, 2, rows, N * W]``."""
         return (self.num_layers, NUM_PLANES, num_pages * PAGE_SIZE, self.shards.count * self.row_width)
 
-    @staticmethod
-    def token_pages(num_tokens: int) -> int:
+    @property
+    def page_tokens(self) -> int:
+        """Tokens whose KV a page holds."""
+        return PAGE_SIZE * self.tokens_per_row
+
+    def token_pages(self, num_tokens: int) -> int:
         """Pages that hold the KV of ``num_tokens`` tokens of one sequence."""
-        return cdiv(num_tokens, PAGE_SIZE)
+        return cdiv(num_tokens, self.page_tokens)
 
     def adapter(self, ranks: Mapping[str, int]) -> "AdapterLayout":
         """Where an adapter with these module ranks (missing: 0) keeps its chunks."""

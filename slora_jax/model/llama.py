@@ -59,7 +59,7 @@ class TokenBatch:
     Attributes:
       token_ids: ``[T]`` int32.
       positions: ``[T]`` int32, position of each token in its sequence.
-      rows: ``[T]`` int32, pool row that takes each token's K and V.
+      rows: ``[T]`` int32, token row of the pool that takes each token's K and V.
       page_table: ``[S, P]`` int32.
       query_start: ``[S + 1]`` int32.
       context_len: ``[S]`` int32.
@@ -116,7 +116,7 @@ class Llama(nn.Module):
     """The decoder. Parameters are in ``dtype``; norms, rope and softmax compute in float32.
 
     ``config`` is the whole model's; ``backend`` says which kernels it calls, ``lora_ops`` what computes low-rank
-    updates.
+    updates. ``tokens_per_row`` is the pool's: above 1, K and V are in float8 (see ``pallas_kernels.pool``).
     """
 
     config: ModelConfig
@@ -124,6 +124,7 @@ class Llama(nn.Module):
     backend: Backend = "reference"
     num_shards: int = 1
     lora_ops: LoraOps = GATHERED
+    tokens_per_row: int = 1
 
     def setup(self):
         config = Shards(self.config, self.num_shards).local
@@ -206,6 +207,7 @@ class Llama(nn.Module):
             num_tokens=num_tokens,
             backend=self.backend,
             max_query_len=1 if batch.decode_only else None,
+            tokens_per_row=self.tokens_per_row,
         )
         angles = rotary_angles(batch.positions, self.config)
         return StepTables(batch.rows, angles, attention, lora, lora_split, group)
@@ -297,6 +299,7 @@ class Block(nn.Module):
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             backend=self.backend,
+            tokens_per_row=step.attention.tokens_per_row,
         )
         scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(q, pool, layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale)

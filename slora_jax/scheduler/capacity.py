@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from slora_jax.memory.layout import PoolLayout
-
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -24,8 +22,7 @@ class Capacity:
     sequences_available: int
 
 
-def capacity(num_tokens: int, adapter_pages: int, pages_available: int, sequences_available: int) -> Capacity:
-    """Of requests of ``num_tokens``, prompt and output, at their full length."""
-    pages_each = PoolLayout.token_pages(num_tokens)
+def capacity(pages_each: int, adapter_pages: int, pages_available: int, sequences_available: int) -> Capacity:
+    """Of requests that take ``pages_each`` for prompt and output, at their full length."""
     by_pages = max(pages_available - adapter_pages, 0) // pages_each
     return Capacity(min(by_pages, sequences_available), pages_each, adapter_pages, pages_available, sequences_available)

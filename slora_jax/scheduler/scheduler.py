@@ -20,7 +20,7 @@ from typing import Any
 from slora_jax.config import PAGE_SIZE, SchedulerConfig
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.costs import EQUAL_COSTS, PageCosts
-from slora_jax.memory.layout import PoolLayout
+from slora_jax.memory.layout import cdiv
 from slora_jax.memory.pages import PageAllocator
 from slora_jax.scheduler.capacity import Capacity, capacity
 from slora_jax.scheduler.policies import create_policy
@@ -54,6 +54,7 @@ class Scheduler:
       clock: seconds; the same that ``Sequence.arrival`` is read from.
       costs: which of the pages that nobody uses go first.
       budget: who may take how many of the pages; None for the unified pool.
+      page_tokens: tokens whose KV a page holds.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Scheduler:
         *,
         costs: PageCosts = EQUAL_COSTS,
         budget: PageBudget | None = None,
+        page_tokens: int = PAGE_SIZE,
     ):
         self._costs = costs
+        self._page_tokens = page_tokens
         self._config = config
         self._pages = pages
         self._budget = budget or PageBudget(pages)
@@ -97,7 +100,7 @@ class Scheduler:
     def refusal(self, num_tokens: int, adapter: AdapterHandle | None) -> str | None:
         """Why a sequence of this length can never run, however little else does; None if it can."""
         return self._budget.refusal(
-            PoolLayout.token_pages(num_tokens),
+            self._token_pages(num_tokens),
             0 if adapter is None or self._adapters.is_pinned(adapter) else adapter.num_pages,
             self._adapters.pinned_pages,
         )
@@ -109,7 +112,11 @@ class Scheduler:
             adapter_pages = self._adapters.pages_to_take(adapter)
         pages = max(self._pages.num_available - self._adapters.pinned_pages_to_come, 0)
         sequences = max(self._config.max_sequences - len(self._running), 0)
-        return capacity(num_tokens, adapter_pages, pages, sequences)
+        return capacity(self._token_pages(num_tokens), adapter_pages, pages, sequences)
+
+    def _token_pages(self, num_tokens: int) -> int:
+        """Pages that hold the KV of so many tokens of one sequence."""
+        return cdiv(num_tokens, self._page_tokens)
 
     def whereabouts(self, adapter: AdapterHandle) -> Whereabouts:
         """Where an adapter is, between disk and the pool."""
@@ -264,7 +271,7 @@ class Scheduler:
             before, done = sequence.num_done, start + count
             if done > before:
                 sequence.num_done = done
-                if prefix_cache and done // PAGE_SIZE > before // PAGE_SIZE:
+                if prefix_cache and done // self._page_tokens > before // self._page_tokens:
                     self._publish_full_pages(sequence)
             if sequence.followers and sequence.num_done >= sequence.num_prompt:
                 self._release_followers(sequence)
@@ -292,7 +299,7 @@ class Scheduler:
                 and sequence.state is State.RUNNING
                 and not (any_arriving and is_arriving(sequence.adapter_key))
             ):
-                if scheduled < len(sequence.pages) * PAGE_SIZE:
+                if scheduled < len(sequence.pages) * self._page_tokens:
                     builder.add(sequence, 1)
                 else:
                     self._schedule(sequence, 1, builder)
@@ -314,7 +321,7 @@ class Scheduler:
 
     def _schedule(self, sequence: Sequence, count: int, builder: "_PlanBuilder") -> None:
         """Adds ``count`` tokens of a running sequence, preempting those after it (or itself) if pages run out."""
-        needed = PoolLayout.token_pages(sequence.num_scheduled + count) - len(sequence.pages)
+        needed = self._token_pages(sequence.num_scheduled + count) - len(sequence.pages)
         while needed > 0:
             pages = self._budget.allocate_kv(needed)
             if pages is not None:
@@ -360,11 +367,11 @@ class Scheduler:
             sequence.adapter_key = None
 
     def _publish_full_pages(self, sequence: Sequence) -> None:
-        full = min(sequence.num_done, len(sequence.tokens)) // PAGE_SIZE
+        full = min(sequence.num_done, len(sequence.tokens)) // self._page_tokens
         for i in range(full - 1, -1, -1):
             if sequence.page_keys[i] is not None:
                 break
-            key = sequence.prefix_key(i)
+            key = sequence.prefix_key(i, self._page_tokens)
             if self._pages.publish(key, [sequence.pages[i]]):
                 sequence.page_keys[i] = key
 
@@ -451,7 +458,7 @@ class Scheduler:
         """Takes the pages a sequence needs to compute all its known tokens, and its adapter's, or nothing."""
         adapter = sequence.adapter
         prefix = self._cached_prefix(sequence)
-        kv_pages = PoolLayout.token_pages(sequence.num_tokens) - len(prefix)
+        kv_pages = self._token_pages(sequence.num_tokens) - len(prefix)
         # Acquiring cached blocks takes them from what is available, so count them in.
         revived = sum(self._pages.is_cached(key) for key in prefix)
         adapter_pages = self._adapters.pages_to_take(adapter) if adapter else 0
@@ -466,7 +473,7 @@ class Scheduler:
         assert pages is not None, "there was room before the prefix was acquired"
         sequence.pages.extend(pages)
         sequence.page_keys.extend([None] * kv_pages)
-        sequence.num_scheduled = sequence.num_done = len(prefix) * PAGE_SIZE
+        sequence.num_scheduled = sequence.num_done = len(prefix) * self._page_tokens
         sequence.state = State.RUNNING
         if not sequence.was_admitted:
             sequence.was_admitted = True
@@ -478,8 +485,8 @@ class Scheduler:
         """Keys of the leading pages found in the prefix cache; the last token is always left to compute."""
         keys: list[Hashable] = []
         if self._config.prefix_cache and not sequence.scores_prompt:
-            for page in range((len(sequence.tokens) - 1) // PAGE_SIZE):
-                key = sequence.prefix_key(page)
+            for page in range((len(sequence.tokens) - 1) // self._page_tokens):
+                key = sequence.prefix_key(page, self._page_tokens)
                 if self._pages.lookup(key) is None:
                     break
                 keys.append(key)

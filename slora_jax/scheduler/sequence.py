@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from slora_jax.config import PAGE_SIZE
 from slora_jax.request import SamplingParams
 
 NOT_FINITE = -1
@@ -157,16 +156,17 @@ class Sequence:
     def num_output(self) -> int:
         return self.num_tokens - self.num_prompt
 
-    def prefix_key(self, page: int) -> Hashable:
-        """Key of a full page of known tokens: a hash chained over the adapter's content and all tokens up to it.
+    def prefix_key(self, page: int, page_tokens: int) -> Hashable:
+        """Key of a page full of known tokens: a hash chained over the adapter's content and all tokens up to its end.
 
-        128-bit BLAKE2b, so that no tenant can find another's pages by a collision.
+        ``page_tokens``, of every page, must be the same in every call. The hash is 128-bit BLAKE2b, so that no tenant
+        can find another's pages by a collision.
         """
         while len(self._digests) <= page:
             i = len(self._digests)
             previous = self._digests[-1] if i else self._adapter_salt()
-            content = array("q", self.tokens[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
-            assert len(content) == PAGE_SIZE, "only full pages of known tokens have a key"
+            content = array("q", self.tokens[i * page_tokens : (i + 1) * page_tokens])
+            assert len(content) == page_tokens, "only full pages of known tokens have a key"
             self._digests.append(hashlib.blake2b(content.tobytes(), key=previous, digest_size=16).digest())
         return self._digests[page]
 

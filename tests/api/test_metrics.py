@@ -161,7 +161,7 @@ def test_the_pool_is_as_the_engine_says(engine, app):
         == (stats["pages_cached"])
     )
     (labels,) = scraped.labels("vllm:cache_config_info")
-    assert labels == {"block_size": "16", "num_gpu_blocks": str(stats["pages_total"])}
+    assert labels == {"block_size": "16", "cache_dtype": "auto", "num_gpu_blocks": str(stats["pages_total"])}
     rank = str(engine.adapter(ADAPTERS[0]).rank)
     assert scraped.labels("vllm:lora_adapter_loaded") == [
         {"adapter_name": ADAPTERS[0], "level": "gpu", "pinned": "false", "rank": rank}

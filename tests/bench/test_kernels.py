@@ -13,6 +13,7 @@ from slora_jax.bench.__main__ import main
 from slora_jax.bench.timing import KernelEvent, gpu_events, union_seconds
 
 SMALL = "attention-decode-gqa-4x32768"
+FLOAT8 = "attention-prefill-gqa-8192-float8"
 
 
 def test_kernels_report(tmp_path):
@@ -28,6 +29,29 @@ def test_kernels_report(tmp_path):
     assert case["seconds"] > 0 and case["busy_seconds"] is None and 0 < case["error"] < 1e-2
     assert case["target"] == ">= 0.75" and case["met"] == (case["value"] >= 0.75)
     assert case["value"] == pytest.approx(case["bytes_per_second"] / report["copy"]["bytes_per_second"])
+
+
+def test_a_prompt_with_float8_is_compared_with_one_without(tmp_path):
+    out = tmp_path / "kernels.json"
+    arguments = ["kernels", "--only", FLOAT8, "--scale", "128", "--no-peers", "--out", str(out)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    (case,) = json.loads(out.read_text())["cases"].values()
+    assert 0 < case["error"] < 1e-2
+    assert case["value"] == pytest.approx(case["seconds"] / case["plain_seconds"])
+
+
+def test_sizes_are_tuned_on_the_cases_that_take_them():
+    from fnmatch import filter
+
+    for op, key, names in (
+        ("decode_attention", "multi_head", ["attention-decode-mha-128x512"]),
+        ("decode_attention", "multi_head_float8", ["attention-decode-mha-128x512-float8"]),
+        ("decode_attention", "grouped", ["attention-decode-gqa-128x2048", "attention-decode-gqa-4x32768"]),
+        ("prefill_attention", "float8", [FLOAT8]),
+        ("mosaic_attention", "half", ["attention-prefill-gqa-8192", "attention-prefill-mha-8192"]),
+    ):
+        assert filter(ATTENTION, kernels._affected(op, key)) == names
 
 
 def test_a_result_that_differs_fails_the_command(monkeypatch, tmp_path):

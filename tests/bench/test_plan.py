@@ -38,6 +38,18 @@ def test_the_floor_is_below_a_measured_step():
     assert 0.7 * 14.3e-3 < floor < 11.1e-3
 
 
+def test_float8_halves_what_a_kv_cache_takes_and_nothing_else():
+    plain, float8 = (
+        plan(shape("llama-3.1-8b"), 1, GPUS["h200"], Load(128, 512, 10, QKVO), float8_kv=float8)
+        for float8 in (False, True)
+    )
+    assert float8["pages"] | {"tokens": 0, "step": 0} == plain["pages"] | {"tokens": 0, "step": 0}
+    assert (plain["pages"]["tokens"], float8["pages"]["tokens"]) == (16, 32)
+    assert float8["fits"]["tokens"] == 2 * plain["fits"]["tokens"]
+    assert float8["fits"]["adapters"] == plain["fits"]["adapters"]
+    assert float8["step"]["read"] == plain["step"]["read"] | {"kv": plain["step"]["read"]["kv"] / 2}
+
+
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_messages_are_the_papers(tp):
     model = shape("llama-70b")

@@ -41,11 +41,13 @@ class CheckingDevice:
 
     Attributes:
       copy_turns: turns of the loop after which a copy has arrived.
+      page_tokens: tokens that a page holds.
       kv: by page, the (adapter, page of the sequence, tokens up to and including its rows) that it holds.
       weights: by page, the adapter whose weights it holds.
     """
 
     copy_turns: int = 1
+    page_tokens: int = PAGE_SIZE
     pages: PageAllocator | None = None
     kv: dict = field(default_factory=dict)
     weights: dict = field(default_factory=dict)
@@ -85,7 +87,7 @@ class CheckingDevice:
         for entry in batch:
             sequence = entry.sequence
             assert sequence.state is State.RUNNING
-            assert entry.count > 0 and (entry.start + entry.count) <= len(sequence.pages) * PAGE_SIZE
+            assert entry.count > 0 and (entry.start + entry.count) <= len(sequence.pages) * self.page_tokens
             self._write(entry)
             if sequence.adapter is not None:
                 adapter_pages = self.pages.lookup(sequence.adapter_key)
@@ -105,15 +107,15 @@ class CheckingDevice:
         tokens = [*sequence.tokens, *(["pending"] * sequence.num_pending)][: entry.start + entry.count]
         identity = sequence.adapter.content_hash if sequence.adapter else None
         for position in range(entry.start + entry.count):
-            page = sequence.pages[position // PAGE_SIZE]
+            page = sequence.pages[position // self.page_tokens]
             if position >= entry.start:
-                if position % PAGE_SIZE == 0:
+                if position % self.page_tokens == 0:
                     self.weights.pop(page, None)
-                    self.kv[page] = (identity, position // PAGE_SIZE, [])
-                self.kv[page][2][position % PAGE_SIZE :] = [tokens[position]]
+                    self.kv[page] = (identity, position // self.page_tokens, [])
+                self.kv[page][2][position % self.page_tokens :] = [tokens[position]]
             held_by, index, held = self.kv[page]
-            assert (held_by, index) == (identity, position // PAGE_SIZE)
-            assert held[position % PAGE_SIZE] in (tokens[position], "pending")
+            assert (held_by, index) == (identity, position // self.page_tokens)
+            assert held[position % self.page_tokens] in (tokens[position], "pending")
 
 
 class RecordingScheduler(Scheduler):
@@ -136,6 +138,7 @@ class CheckedLoop:
       device: in place of a plain ``CheckingDevice``.
       kind: of the scheduler.
       costs: of the scheduler.
+      page_tokens: of the scheduler, and of a plain device.
     """
 
     def __init__(
@@ -146,13 +149,14 @@ class CheckedLoop:
         device: CheckingDevice | None = None,
         kind: type[RecordingScheduler] = RecordingScheduler,
         costs: PageCosts = EQUAL_COSTS,
+        page_tokens: int = PAGE_SIZE,
     ):
-        self.device = device or CheckingDevice()
+        self.device = device or CheckingDevice(page_tokens=page_tokens)
         self.memory = None
 
         def create() -> RecordingScheduler:
             self.pages = self.device.pages = PageAllocator(num_pages)
-            return kind(config, self.pages, clock, costs=costs)
+            return kind(config, self.pages, clock, costs=costs, page_tokens=page_tokens)
 
         self.core = Core(create, self.device)
         self.computed_tokens = 0

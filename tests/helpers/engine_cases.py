@@ -128,7 +128,7 @@ CASES = ("llama1_mha", "llama3_gqa", "smollm_gqa3")
 
 def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.ndarray:
     """The model's logits ``[len(tokens), V]`` with the given tokens as one prompt, past the scheduler and sampler."""
-    pages = list(range(1, 1 + -(-len(tokens) // 16)))
+    pages = list(range(1, 1 + engine.pool_layout.token_pages(len(tokens))))
     sequence = Sequence(0, list(tokens), len(tokens), 1, SamplingParams(), 0, pages=array("i", pages))
     slices = {}
     if adapter is not None:
@@ -153,5 +153,5 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
 
 @partial(jax.jit, static_argnames=("model", "shape"), donate_argnames="pool", compiler_options=FAST_TO_COMPILE)
 def _forced_hidden(params, packed, pool, *, model, shape):
-    batch = shape.unpack(packed, jax.numpy.zeros(1, "int32"))
+    batch = shape.unpack(packed, jax.numpy.zeros(1, "int32"), model.tokens_per_row)
     return model.apply({"params": params}, batch, pool)

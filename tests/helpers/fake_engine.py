@@ -197,7 +197,7 @@ class FakeEngine:
     def capacity(self, adapter: str | None, num_tokens: int) -> Capacity:
         if adapter is not None and adapter not in self._adapters:
             raise UnknownAdapter(f"no adapter is named {adapter!r}")
-        return capacity(num_tokens, 0 if adapter is None else 3, pages_available=42, sequences_available=100)
+        return capacity(-(-num_tokens // 16), 0 if adapter is None else 3, pages_available=42, sequences_available=100)
 
     def answer(self, request: Request) -> list[int]:
         text = f"{request.adapter or self.model_name} says {self._backend.decode(request.prompt)}. "

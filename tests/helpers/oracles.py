@@ -5,8 +5,45 @@ import numpy as np
 ROWS_IN_PAGE = 16
 
 
-def attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale):
-    """Causal attention of every query token over its sequence's pages; 0 for tokens of no sequence."""
+def _float8(byte):
+    """What a byte means in float8_e4m3fn (arXiv 2209.05433): a sign, 4 bits of exponent, 3 of mantissa, two NaN."""
+    sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return np.nan
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+
+
+FLOAT8 = np.array([_float8(byte) for byte in range(256)])
+"""By byte."""
+_BYTES_IN_ORDER = np.array(sorted(set(range(256)) - {127, 128, 255}, key=lambda byte: FLOAT8[byte]), np.uint8)
+
+
+def nearest_float8(values):
+    """Bytes of the float8 numbers nearest to these values, the largest for what is beyond, NaN for NaN."""
+    ordered = FLOAT8[_BYTES_IN_ORDER]
+    above = np.clip(np.searchsorted(ordered, values), 1, len(ordered) - 1)
+    nearer_below = np.abs(values - ordered[above - 1]) < np.abs(ordered[above] - values)
+    found = _BYTES_IN_ORDER[np.where(nearer_below, above - 1, above)]
+    return np.where(np.isnan(values), np.uint8(127), found)
+
+
+def rows_of_float8(pool):
+    """The memory of a pool as float8 numbers, in float64: ``[layers, 2, rows * bytes of an element, W]``."""
+    layers, planes, rows, width = pool.shape
+    return FLOAT8[np.ascontiguousarray(pool).view(np.uint8)].reshape(layers, planes, rows * pool.itemsize, width)
+
+
+def pool_of_float8(values, dtype):
+    """A pool of ``dtype`` whose memory holds these values ``[layers, 2, rows * bytes of an element, W]`` as float8."""
+    layers, planes, rows, width = values.shape
+    return nearest_float8(values).view(dtype).reshape(layers, planes, rows // np.dtype(dtype).itemsize, width)
+
+
+def attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, page=ROWS_IN_PAGE):
+    """Causal attention of every query token over its sequence's pages; 0 for tokens of no sequence.
+
+    ``page`` is the number of the pool's rows, one for each token, in a page.
+    """
     q, pool = np.asarray(q, np.float64), np.asarray(pool)
     num_heads, depth = q.shape[1:]
     out = np.zeros(q.shape)
@@ -15,7 +52,7 @@ def attention(q, pool, layer, page_table, query_start, context_len, *, num_kv_he
         if not len(tokens):
             continue
         at = np.arange(context_len[s])
-        rows = page_table[s][at // ROWS_IN_PAGE] * ROWS_IN_PAGE + at % ROWS_IN_PAGE
+        rows = page_table[s][at // page] * page + at % page
         keys = pool[layer, 0][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
         values = pool[layer, 1][rows].astype(np.float64).reshape(-1, num_kv_heads, depth)
         position = context_len[s] - query_start[s + 1] + tokens

@@ -1,7 +1,8 @@
 """Interprets or compiles Triton kernels on the CPU, where the code under test calls ``triton_call``.
 
 To interpret, ``TRITON_INTERPRET=1`` must be in the environment before the first import of the kernels. The
-interpreter's product of bfloat16 blocks is wrong: give it float32 or float16.
+interpreter's product of bfloat16 blocks is wrong: give it float32 or float16. So is its rounding to float8, which drops
+what is carried into the exponent: that is done here in its place.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.runtime import interpreter
 
 TRITON_DTYPE = {
     np.dtype(np.float32): "fp32",
@@ -91,12 +93,22 @@ def _interpret(*args, kernel, out_type, grid, num_warps, num_stages, **metaparam
     return jax.tree.unflatten(tree, [jax.numpy.asarray(output) for output in outputs])
 
 
+_convert_as_it_does = interpreter._convert_float
+
+
+def _convert_float(values, from_type, to_type, rounding):
+    if (from_type.name, to_type.name) == ("fp32", "fp8e4nv"):
+        return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return _convert_as_it_does(values, from_type, to_type, rounding)
+
+
 @contextlib.contextmanager
 def interpreted(module):
     """Inside, ``module`` runs its kernels in the interpreter, operation by operation."""
     stub = SimpleNamespace(triton_call=_interpret)
     with (
         mock.patch.object(module, "launch", stub),
+        mock.patch.object(interpreter, "_convert_float", _convert_float),
         mock.patch.object(jax, "new_ref", _Ref),
         mock.patch.object(jax, "freeze", lambda ref: jax.numpy.asarray(ref.array)),
     ):

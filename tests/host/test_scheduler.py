@@ -99,9 +99,9 @@ class CachedAdapter:
             self.memory.cache.let_go(self)
 
 
-def make_loop(num_pages=100, costs=EQUAL_COSTS, **config):
+def make_loop(num_pages=100, costs=EQUAL_COSTS, page_tokens=16, **config):
     defaults = {"max_batch_tokens": 32, "max_sequences": 8}
-    return CheckedLoop(SchedulerConfig(**(defaults | config)), num_pages, costs=costs)
+    return CheckedLoop(SchedulerConfig(**(defaults | config)), num_pages, costs=costs, page_tokens=page_tokens)
 
 
 def make_sequence(i, prompt, max_tokens=4, adapter=None, leader=None):
@@ -268,10 +268,11 @@ def test_finish_gives_back_every_page_in_any_state():
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, prefix_cache):
+@pytest.mark.parametrize(("prefix_cache", "page_tokens"), [(True, 16), (False, 16), (True, 32)])
+def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, prefix_cache, page_tokens):
     rng = random.Random(seed)
-    loop = make_loop(num_pages=24, max_batch_tokens=24, max_sequences=6, prefix_cache=prefix_cache)
+    sizes = {"num_pages": 24 if page_tokens == 16 else 14, "page_tokens": page_tokens}
+    loop = make_loop(**sizes, max_batch_tokens=24, max_sequences=6, prefix_cache=prefix_cache)
     loop.device.copy_turns = 1 + seed % 3
     adapters = [None, *(StubAdapter(name, rng.randrange(1, 6)) for name in "abcd")]
     shared = [rng.randrange(1000) for _ in range(60)]
@@ -295,6 +296,21 @@ def test_random_traffic_in_a_tiny_pool_gives_everyone_the_right_tokens(seed, pre
         prompt = sequence.tokens[: sequence.num_prompt]
         assert sequence.tokens[sequence.num_prompt :] == expected_output(prompt, sequence.max_tokens)
     assert loop.pages.num_used == 0
+
+
+def test_pages_of_32_tokens_are_counted_published_and_found():
+    loop = make_loop(num_pages=20, page_tokens=32)
+    first, second = make_sequence(0, range(70)), make_sequence(1, range(70), max_tokens=60)
+    loop.core.add(first)
+    loop.run()
+    loop.core.add(second)
+    loop.step()
+    assert second.cached_tokens == 64 and len(second.pages) == 3
+    loop.run()
+    assert second.tokens[70:] == expected_output(range(70), 60)
+    assert loop.scheduler.capacity(32 * 19, None).requests == 1
+    assert loop.scheduler.capacity(32 * 19 + 1, None).requests == 0
+    assert loop.scheduler.refusal(32 * 19, None) is None and "needs 20 pages" in loop.scheduler.refusal(609, None)
 
 
 # Adapters on their way to the pool
@@ -664,9 +680,9 @@ def test_no_capacity_in_what_a_pin_is_to_have():
 
 
 def test_no_capacity():
-    assert capacity(17, 30, 30, 5) == Capacity(0, 2, 30, 30, 5)
-    assert capacity(17, 40, 30, 5).requests == 0
-    assert capacity(16, 0, 30, 0).requests == 0
+    assert capacity(2, 30, 30, 5) == Capacity(0, 2, 30, 30, 5)
+    assert capacity(2, 40, 30, 5).requests == 0
+    assert capacity(1, 0, 30, 0).requests == 0
 
 
 # What goes first
@@ -687,7 +703,7 @@ def test_an_adapter_goes_before_a_prefix_only_if_it_is_cheaper_to_bring_back(in_
     loop.pages.allocate(2)
     assert (loop.pages.lookup(("adapter", "a")) is None) == in_host_memory
     base = make_sequence(2, [0] * 33)
-    assert (loop.pages.lookup(base.prefix_key(1)) is None) == (not in_host_memory)
+    assert (loop.pages.lookup(base.prefix_key(1, 16)) is None) == (not in_host_memory)
 
 
 def test_estimated_costs_stand_in_the_order_that_was_measured():

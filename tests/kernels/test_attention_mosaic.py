@@ -116,6 +116,17 @@ def test_what_runs_where():
     assert choose_backend(device("gpu", "9.0"), 128, jnp.dtype(jnp.float32)) == "triton"
     assert choose_backend(device("gpu", "10.0"), 128, bfloat16) == "triton"
     assert choose_backend(device("gpu", "8.0"), 64, bfloat16) == "triton"
+    for capability in ("8.9", "9.0", "10.0"):
+        assert choose_backend(device("gpu", capability), 128, bfloat16, tokens_per_row=2) == "triton"
+    assert choose_backend(device("cpu"), 128, bfloat16, tokens_per_row=2) == "reference"
+    with pytest.raises(NotImplementedError, match=r"a device has compute capability 8.6, and .*float8 came with 8.9"):
+        choose_backend(device("gpu", "8.6"), 128, bfloat16, tokens_per_row=2)
+
+
+def test_float8_is_for_another():
+    ragged = jnp.zeros((1, 1), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.int32)
+    with pytest.raises(NotImplementedError, match="not in float8: use triton"):
+        plan_attention(*ragged, num_tokens=3, backend="hopper", tokens_per_row=2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from pallas_kernels import tuning
 from pallas_kernels.paged_attention import rotary_triton, work
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
-from tests.helpers import oracles
 from tests.helpers.triton_on_cpu import compiled, interpreted
 from tests.kernels.test_references import ATTENTION, BFLOAT16, COMPILER_OPTIONS, ROTARY, Attention, assert_close
 
@@ -29,6 +28,10 @@ INTERPRETED = {
     ),
     "chunks, grouped": Attention(((1, 700), (1, 3), (1, 513), (0, 4)), 4, 2, 80),
     "chunks, multi-head": Attention(((1, 700), (1, 3), (1, 513)), 2, 2, 96),
+    "float8, several tiles, several chunks": Attention(
+        ((1, 700), (150, 400), (1, 513), (130, 130), (2, 2)), 4, 2, 64, BFLOAT16, padding=140, float8=True
+    ),
+    "float8, chunks, multi-head": Attention(((1, 700), (1, 3), (1, 513)), 2, 2, 96, BFLOAT16, float8=True),
 }
 
 
@@ -52,14 +55,16 @@ def test_attention_by_interpreter(seed, name, monkeypatch):
 
     monkeypatch.setattr(attention, "block_sizes", few_programs)
     monkeypatch.setattr(work, "ITEM_LEVELS", (4, 8))
-    if case.dtype == BFLOAT16 and case.query_dtype is None:
+    # With float8 the factors are float16.
+    if case.dtype == BFLOAT16 and case.query_dtype is None and not case.float8:
         case = dataclasses.replace(case, dtype=HALF)
     q, pool, *ragged = case.build(seed)
-    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3)
+    expected = case.expected(q, pool, *ragged, scale=0.3)
     longest = max(n for n, _ in case.sequences)
     for max_query_len in (None, 1) if longest <= 1 else (None,):
         with interpreted(attention):
-            plan = attention.plan(*map(jnp.asarray, ragged), num_tokens=q.shape[0], max_query_len=max_query_len)
+            sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len, "tokens_per_row": case.tokens_per_row}
+            plan = attention.plan(*map(jnp.asarray, ragged), **sizes)
             out = attention.paged_attention(
                 jnp.asarray(q), jnp.asarray(pool), case.layer, plan, num_kv_heads=case.kv_heads, scale=0.3
             )
@@ -80,6 +85,7 @@ def test_rotary_write_by_interpreter(seed, name):
             *arguments,
             num_kv_heads=case.kv_heads,
             head_dim=case.depth,
+            tokens_per_row=case.tokens_per_row,
         )
     case.check((q, written), qkv, cos, sin, pool, rows)
 
@@ -127,26 +133,38 @@ def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
         assert written == set(range(num_tokens))
 
 
-COMPILED = {  # tokens, query heads, KV heads, head size, dtype of q, dtype of the pool
-    "7B": (300, 32, 32, 128, jnp.bfloat16, jnp.bfloat16),
-    "8B": (300, 32, 8, 128, jnp.bfloat16, jnp.bfloat16),
-    "16 heads a KV head of 80": (300, 16, 1, 80, jnp.float16, jnp.float16),
-    "f32 queries": (300, 9, 3, 64, jnp.float32, jnp.bfloat16),
+COMPILED = {  # tokens, query heads, KV heads, head size, dtype of q, dtype of the pool, tokens a row
+    "7B": (300, 32, 32, 128, jnp.bfloat16, jnp.bfloat16, 1),
+    "8B": (300, 32, 8, 128, jnp.bfloat16, jnp.bfloat16, 1),
+    "16 heads a KV head of 80": (300, 16, 1, 80, jnp.float16, jnp.float16, 1),
+    "f32 queries": (300, 9, 3, 64, jnp.float32, jnp.bfloat16, 1),
+    "7B, float8": (300, 32, 32, 128, jnp.bfloat16, jnp.bfloat16, 2),
+    "8B, float8": (300, 32, 8, 128, jnp.bfloat16, jnp.bfloat16, 2),
+    "float8 in f32": (300, 9, 3, 64, jnp.float32, jnp.float32, 4),
 }
+FLOAT8 = [name for name, (*_, tokens_per_row) in COMPILED.items() if tokens_per_row > 1]
 
 
 @pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
-@pytest.mark.parametrize(("name", "capability"), [*itertools.product(COMPILED, (80, 90)), ("8B", 86)])
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        *itertools.product([name for name in COMPILED if name not in FLOAT8], (80, 90)),
+        ("8B", 86),
+        *itertools.product(FLOAT8, (89, 90)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_attention_compiles(name, capability, monkeypatch):
-    num_tokens, num_heads, num_kv_heads, head_dim, dtype, pool_dtype = COMPILED[name]
-    kind = {80: "NVIDIA A100-SXM4-40GB", 86: "NVIDIA A10G", 90: "NVIDIA H200"}[capability]
+    num_tokens, num_heads, num_kv_heads, head_dim, dtype, pool_dtype, tokens_per_row = COMPILED[name]
+    kind = {80: "NVIDIA A100-SXM4-40GB", 86: "NVIDIA A10G", 89: "NVIDIA L40S", 90: "NVIDIA H200"}[capability]
     monkeypatch.setattr(attention, "device_kind", lambda: kind)
     monkeypatch.setattr(rotary_triton, "device_kind", lambda: kind)
 
     def step(qkv, rope, pool, layer, rows, page_table, query_start, context_len):
-        plan = attention.plan(page_table, query_start, context_len, num_tokens=num_tokens)
-        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        per_row = {"tokens_per_row": tokens_per_row}
+        plan = attention.plan(page_table, query_start, context_len, num_tokens=num_tokens, **per_row)
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim} | per_row
         q, pool = rotary_triton.rotary_write_kv(qkv, rope, pool, layer, rows, **sizes)
         return pool, attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=0.1)
 
@@ -170,7 +188,7 @@ def test_attention_compiles(name, capability, monkeypatch):
         "_decode_kernel",
         "_combine_kernel",
     ]
-    shared_memory = {80: 163, 86: 99, 90: 227}[capability] * 1024
+    shared_memory = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
     assert all(code.metadata.shared <= shared_memory for _, code in kernels)
 
 
@@ -189,3 +207,31 @@ def test_what_only_the_reference_does(change):
 
     with pytest.raises(NotImplementedError, match="use the reference"):
         jax.eval_shape(attend, q, pool)
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("tokens_per_row", [1, 2])
+def test_float8_is_seen_in_the_memory_of_the_pool(tokens_per_row):
+    """As XLA gets it: there is no array of float8, only pointers to it inside of kernels."""
+
+    def step(qkv, rope, pool, rows, *ragged):
+        plan = attention.plan(*ragged, num_tokens=20, tokens_per_row=tokens_per_row)
+        sizes = {"num_kv_heads": 2, "head_dim": 64, "tokens_per_row": tokens_per_row}
+        q, pool = rotary_triton.rotary_write_kv(qkv, rope, pool, 1, rows, **sizes)
+        return attention.paged_attention(q, pool, 1, plan, num_kv_heads=2, scale=0.1), pool
+
+    struct = jax.ShapeDtypeStruct
+    arguments = (
+        struct((20, 8 * 64), jnp.bfloat16),
+        (struct((20, 32), jnp.float32),) * 2,
+        struct((2, 2, 64 * PAGE_SIZE, 128), jnp.bfloat16),
+        *(struct(shape, jnp.int32) for shape in ((20,), (3, 5), (4,), (3,))),
+    )
+    text = jax.jit(step, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+    assert len(calls) == 4
+    # Those that write and read K and V; the last puts parts of outputs together.
+    assert ["f8E4M3FN" in call for call in calls] == [tokens_per_row > 1] * 3 + [False]
+    assert "f8E4M3FN" not in "".join(line for line in text.splitlines() if line not in calls)
+    assert "bitcast_convert" not in text

@@ -32,12 +32,22 @@ CASES = {
     "decode, 128, 4 heads, f16": Attention(DECODE, 8, 2, 128, HALF),
     "decode, 80, 16 heads, f32": Attention(DECODE, 16, 1, 80, SINGLE),
     "decode, 96, 7 heads, bf16": Attention(DECODE, 14, 2, 96, BFLOAT16),
+    "float8, 64, 3 heads, bf16": Attention(MIXTURE, 9, 3, 64, BFLOAT16, float8=True),
+    "float8, 80, 5 heads, f16": Attention(MIXTURE, 5, 1, 80, HALF, float8=True),
+    "float8, 128, 4 heads, bf16": Attention(MIXTURE, 8, 2, 128, BFLOAT16, padding=200, float8=True),
+    "float8, 128, 1 head, bf16": Attention(MIXTURE, 4, 4, 128, BFLOAT16, float8=True),
+    "float8, 96, 2 heads, f32": Attention(MIXTURE, 2, 1, 96, SINGLE, float8=True),
+    "decode, float8, 128, 1 head, bf16": Attention(DECODE, 32, 32, 128, BFLOAT16, float8=True),
+    "decode, float8, 128, 4 heads, bf16": Attention(DECODE, 8, 2, 128, BFLOAT16, float8=True),
 }
 
 
-@partial(jax.jit, static_argnames=("layer", "num_kv_heads", "scale", "max_query_len"))
-def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, max_query_len=None):
-    plan = attention.plan(page_table, query_start, context_len, num_tokens=q.shape[0], max_query_len=max_query_len)
+@partial(jax.jit, static_argnames=("layer", "num_kv_heads", "scale", "max_query_len", "tokens_per_row"))
+def attend(
+    q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, max_query_len=None, tokens_per_row=1
+):
+    sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len, "tokens_per_row": tokens_per_row}
+    plan = attention.plan(page_table, query_start, context_len, **sizes)
     return attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
@@ -57,12 +67,13 @@ def moved_far(num_pages, pool, table):
 
 def check(case, seed, scale=0.2, pool_of=lambda pool, table: (pool, table)):
     q, pool, *ragged = case.build(seed)
-    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=scale)
+    expected = case.expected(q, pool, *ragged, scale=scale)
     assert np.isfinite(expected).all()
     pool, ragged[0] = pool_of(pool, ragged[0])
     q, pool = jnp.asarray(q), jnp.asarray(pool)
     decode = max(n for n, _ in case.sequences) == 1
     options = {"num_kv_heads": case.kv_heads, "scale": scale, "max_query_len": 1 if decode else None}
+    options["tokens_per_row"] = case.tokens_per_row
     poison()
     out = attend(q, pool, case.layer, *ragged, **options)
     assert out.dtype == q.dtype
@@ -92,6 +103,12 @@ def test_a_pool_of_more_than_2_to_31_elements():
     check(case, 0, pool_of=partial(moved_far, 140_000))
 
 
+def test_a_pool_of_more_than_2_to_31_elements_with_float8():
+    case = Attention(((1, 700), (150, 400), (1, 30)), 8, 8, 64, BFLOAT16, float8=True)
+
+    check(case, 0, pool_of=partial(moved_far, 140_000))
+
+
 def test_a_page_table_in_the_middle_of_a_buffer():
     case = CASES["128, 4 heads, bf16"]
     q, pool, *ragged = case.build(0)
@@ -113,6 +130,7 @@ ROTARY_ON_THE_GPU = {
     **ROTARY,
     "7B": Rotary(32, 32, 128, BFLOAT16, tokens=60),
     "8B": Rotary(32, 8, 128, BFLOAT16, tokens=60),
+    "8B, float8": Rotary(32, 8, 128, BFLOAT16, tokens=100, float8=True),
 }
 
 
@@ -120,7 +138,8 @@ ROTARY_ON_THE_GPU = {
 def test_rotary_write_on_the_gpu(seed, name):
     case = ROTARY_ON_THE_GPU[name]
     qkv, cos, sin, pool, rows = case.build(seed)
-    write = partial(rotary_triton.rotary_write_kv, num_kv_heads=case.kv_heads, head_dim=case.depth)
+    sizes = {"num_kv_heads": case.kv_heads, "head_dim": case.depth, "tokens_per_row": case.tokens_per_row}
+    write = partial(rotary_triton.rotary_write_kv, **sizes)
     arguments = jnp.asarray(qkv), (jnp.asarray(cos), jnp.asarray(sin)), jnp.asarray(pool), jnp.int32(1)
     compiled = jax.jit(write).lower(*arguments, rows).compile()
     poison()

@@ -23,6 +23,7 @@ from pallas_kernels import (
 from tests.helpers import oracles
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+HALF = np.dtype(np.float16)
 BACKENDS = ("reference", pytest.param("triton", marks=pytest.mark.gpu))
 TOLERANCE = {np.dtype(np.float32): 2e-6, np.dtype(np.float16): 1e-3, BFLOAT16: 8e-3}
 
@@ -48,13 +49,25 @@ class Attention:
     query_dtype: np.dtype | None = None
     padding: int = 3
     layer: int = 1
+    float8: bool = False
+
+    @property
+    def tokens_per_row(self) -> int:
+        return self.dtype.itemsize if self.float8 else 1
+
+    def expected(self, q, pool, *ragged, scale):
+        """The oracle's attention over the arrays that ``build`` gave."""
+        page = PAGE_SIZE * self.tokens_per_row
+        rows = oracles.rows_of_float8(pool) if self.float8 else pool
+        return oracles.attention(q, rows, self.layer, *ragged, num_kv_heads=self.kv_heads, scale=scale, page=page)
 
     def build(self, seed: int):
         rng = np.random.default_rng(seed)
         width = self.kv_heads * self.depth
-        num_pages = [-(-context // PAGE_SIZE) for _, context in self.sequences]
-        pool = np.full((3, 2, (sum(num_pages) + 4) * PAGE_SIZE, width), np.nan, self.dtype)
-        free = list(rng.permutation(np.arange(1, pool.shape[2] // PAGE_SIZE)))
+        page = PAGE_SIZE * self.tokens_per_row
+        num_pages = [-(-context // page) for _, context in self.sequences]
+        pool = np.full((3, 2, (sum(num_pages) + 4) * page, width), np.nan, "float64" if self.float8 else self.dtype)
+        free = list(rng.permutation(np.arange(1, pool.shape[2] // page)))
         # Entries past a context: nobody's page, and numbers that are no page at all.
         table = np.full((len(self.sequences), max(num_pages) + 2), 10**6, np.int32)
         table[:, -1] = -7
@@ -63,8 +76,10 @@ class Attention:
             pages = [free.pop() for _ in range(num_pages[s])]
             table[s, : len(pages)] = pages
             if num_queries:
-                rows = (np.array(pages)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[:context]
+                rows = (np.array(pages)[:, None] * page + np.arange(page)).reshape(-1)[:context]
                 pool[self.layer, :, rows] = rng.normal(size=(context, 2, width))
+        if self.float8:
+            pool = oracles.pool_of_float8(pool, self.dtype)
         query_start = np.cumsum([0] + [n for n, _ in self.sequences]).astype(np.int32)
         q = rng.normal(size=(query_start[-1] + self.padding, self.heads, self.depth))
         q[query_start[-1] :] = np.nan
@@ -84,11 +99,30 @@ ATTENTION = {
     "f32 queries, bf16 pool": Attention(((2, 30), (1, 18)), 4, 2, 64, BFLOAT16, np.dtype(np.float32)),
     "chunks of a prompt": Attention(((32, 170), (33, 33), (17, 160)), 4, 1, 64, layer=2, padding=30),
     "nothing but padding": Attention(((0, 0), (0, 40)), 4, 2, 64, padding=4),
+    "decode float8 in bf16": Attention(DECODE, 4, 2, 64, BFLOAT16, float8=True),
+    "decode multi-head float8 in f16": Attention(DECODE, 2, 2, 80, HALF, float8=True),
+    "mixture float8 in f32": Attention(
+        ((1, 70), (37, 37), (1, 1), (0, 12), (16, 16), (5, 140), (1, 129)), 6, 2, 96, float8=True
+    ),
+    "mixture float8 in bf16": Attention(((3, 3), (1, 200), (20, 45), (0, 0)), 4, 2, 128, BFLOAT16, float8=True),
 }
 
 
-def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, backend, max_query_len=None):
-    sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len}
+def attend(
+    q,
+    pool,
+    layer,
+    page_table,
+    query_start,
+    context_len,
+    *,
+    num_kv_heads,
+    scale,
+    backend,
+    max_query_len=None,
+    tokens_per_row=1,
+):
+    sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len, "tokens_per_row": tokens_per_row}
     plan = plan_attention(page_table, query_start, context_len, backend=backend, **sizes)
     return paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
@@ -97,7 +131,7 @@ def attend(q, pool, layer, page_table, query_start, context_len, *, num_kv_heads
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 jitted_attend = jax.jit(
     attend,
-    static_argnames=("layer", "num_kv_heads", "scale", "max_query_len", "backend"),
+    static_argnames=("layer", "num_kv_heads", "scale", "max_query_len", "backend", "tokens_per_row"),
     compiler_options=COMPILER_OPTIONS,
 )
 
@@ -107,12 +141,13 @@ jitted_attend = jax.jit(
 def test_paged_attention(seed, name, backend):
     case = ATTENTION[name]
     q, pool, *ragged = case.build(seed)
-    expected = oracles.attention(q, pool, case.layer, *ragged, num_kv_heads=case.kv_heads, scale=0.3)
+    expected = case.expected(q, pool, *ragged, scale=0.3)
     assert np.isfinite(expected).all()
 
     longest = max(n for n, _ in case.sequences)
     for max_query_len in (None, 1) if longest <= 1 and case.dtype == np.float32 else (longest,):
         options = {"num_kv_heads": case.kv_heads, "scale": 0.3, "max_query_len": max_query_len, "backend": backend}
+        options["tokens_per_row"] = case.tokens_per_row
         out = jitted_attend(q, pool, case.layer, *ragged, **options)
         assert out.dtype == q.dtype
         assert_close(out, expected)
@@ -140,6 +175,7 @@ def test_large_scores_do_not_overflow(backend):
         ({"page_table": jnp.zeros((1, 2), jnp.float32)}, "page_table must be int32"),
         ({"query_start": jnp.zeros(1, jnp.int32)}, "query_start must be int32"),
         ({"context_len": jnp.zeros(2, jnp.int32)}, "context_len must be int32"),
+        ({"tokens_per_row": 2}, "tokens_per_row must be 1, .* or the 4 bytes of an element of float32"),
     ],
 )
 def test_paged_attention_refuses(change, message):
@@ -150,10 +186,10 @@ def test_paged_attention_refuses(change, message):
         "query_start": jnp.zeros(2, jnp.int32),
         "context_len": jnp.zeros(1, jnp.int32),
     }
-    layer = change.get("layer", 0)
-    arrays = arguments | {name: array for name, array in change.items() if name != "layer"}
+    static = {"layer": 0, "tokens_per_row": 1} | {k: v for k, v in change.items() if isinstance(v, int)}
+    arrays = arguments | {name: array for name, array in change.items() if name not in static}
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(attend, layer=layer, num_kv_heads=2, scale=1.0, backend="reference"), **arrays)
+        jax.eval_shape(partial(attend, **static, num_kv_heads=2, scale=1.0, backend="reference"), **arrays)
 
 
 # Rotary embedding and the KV write.
@@ -169,21 +205,35 @@ class Rotary:
     dtype: np.dtype = np.dtype(np.float32)  # noqa: RUF009
     pool_dtype: np.dtype | None = None
     tokens: int = 12
+    float8: bool = False
+
+    @property
+    def tokens_per_row(self) -> int:
+        return (self.pool_dtype or self.dtype).itemsize if self.float8 else 1
 
     def build(self, seed: int):
         """Returns ``qkv``, cosine, sine, the pool and the rows; NaN in the layers that must be left alone."""
         rng = np.random.default_rng(seed)
-        pool = rng.normal(size=(3, 2, 5 * PAGE_SIZE, self.kv_heads * self.depth)).astype(self.pool_dtype or self.dtype)
+        page = PAGE_SIZE * self.tokens_per_row
+        pool = rng.normal(size=(3, 2, 5 * page, self.kv_heads * self.depth))
         pool[[0, 2]] = np.nan
+        dtype = self.pool_dtype or self.dtype
+        pool = oracles.pool_of_float8(pool, dtype) if self.float8 else pool.astype(dtype)
         qkv = rng.normal(size=(self.tokens, (self.heads + 2 * self.kv_heads) * self.depth)).astype(self.dtype)
         angle = rng.uniform(0, 6, (self.tokens, self.depth // 2))
-        rows = rng.permutation(np.arange(PAGE_SIZE, pool.shape[2]))[: self.tokens].astype(np.int32)
+        rows = rng.permutation(np.arange(page, 5 * page))[: self.tokens].astype(np.int32)
         rows[[3, -2, -1]] = 5
         qkv[3] = np.nan
+        if self.float8:
+            qkv[4] *= 1000  # beyond the largest number
+            qkv[5] /= 100  # where numbers are no longer normal
         return qkv, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32), pool, rows
 
     def check(self, actual, qkv, cos, sin, pool, rows):
         """Compares a call's ``(q, pool)`` for layer 1 with the oracle."""
+        if self.float8:
+            self._check_float8(actual, qkv, cos, sin, pool, rows)
+            return
         q, written = actual
         expected_q, expected = oracles.rotary_write(
             qkv, cos, sin, pool, 1, rows, num_kv_heads=self.kv_heads, head_dim=self.depth
@@ -200,8 +250,33 @@ class Rotary:
         v = qkv[:, -self.kv_heads * self.depth :].astype(pool.dtype)
         assert written[1, 1][rows[real]].tobytes() == v[real].tobytes()
 
+    def _check_float8(self, actual, qkv, cos, sin, pool, rows):
+        q, written = actual
+        before, real = oracles.rows_of_float8(pool), rows != 5
+        expected_q, expected = oracles.rotary_write(
+            qkv, cos, sin, before, 1, rows, num_kv_heads=self.kv_heads, head_dim=self.depth
+        )
+        assert q.dtype == qkv.dtype and written.dtype == pool.dtype and written.shape == pool.shape
+        tolerance = TOLERANCE[qkv.dtype] * np.abs(expected_q[real]).max()
+        np.testing.assert_allclose(np.asarray(q, np.float64)[real], expected_q[real], rtol=0, atol=tolerance)
+        after, exact = oracles.rows_of_float8(np.asarray(written)), np.clip(expected, -448, 448)
+        at = rows[real]
+        # Half of what lies between two neighbours, and what K is off by before it is rounded.
+        apart = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(np.abs(exact[1][:, at]), 1e-9))), -6) - 3)
+        assert (np.abs(after[1][:, at] - exact[1][:, at]) <= apart / 2 + 2e-6 * np.abs(exact[1][:, at])).all()
+        # Every other token's bytes are as they were, those of the same row of the pool, too.
+        bytes_before, bytes_after = (_bytes_of_tokens(p, self.tokens_per_row) for p in (pool, np.asarray(written)))
+        others = np.setdiff1d(np.arange(before.shape[2]), rows)
+        assert bytes_after[1][:, others].tobytes() == bytes_before[1][:, others].tobytes()
+        assert bytes_after[[0, 2]].tobytes() == bytes_before[[0, 2]].tobytes()
 
-HALF = np.dtype(np.float16)
+
+def _bytes_of_tokens(pool, tokens_per_row):
+    """``[layers, 2, tokens, W]``."""
+    layers, planes, rows, width = pool.shape
+    return np.ascontiguousarray(pool).view(np.uint8).reshape(layers, planes, rows * tokens_per_row, width)
+
+
 ROTARY = {
     "multi-head": Rotary(4, 4, 64),
     "grouped, halves of 40": Rotary(6, 2, 80, HALF),
@@ -209,10 +284,13 @@ ROTARY = {
     "many heads": Rotary(32, 8, 16, HALF),
     "bf16": Rotary(9, 3, 64, BFLOAT16),
     "f32 input, f16 pool": Rotary(2, 1, 24, pool_dtype=HALF, tokens=40),
+    "float8 in bf16": Rotary(4, 2, 64, BFLOAT16, tokens=60, float8=True),
+    "float8 in f32": Rotary(3, 1, 20, tokens=60, float8=True),
+    "float8 in f16": Rotary(2, 2, 80, HALF, tokens=60, float8=True),
 }
 jitted_rotary = jax.jit(
     rotary_write_kv,
-    static_argnames=("num_kv_heads", "head_dim", "backend"),
+    static_argnames=("num_kv_heads", "head_dim", "backend", "tokens_per_row"),
     compiler_options=COMPILER_OPTIONS,
 )
 
@@ -222,14 +300,16 @@ jitted_rotary = jax.jit(
 def test_rotary_write_kv(seed, name, backend):
     case = ROTARY[name]
     qkv, cos, sin, pool, rows = case.build(seed)
-    options = {"num_kv_heads": case.kv_heads, "head_dim": case.depth, "backend": backend}
+    options = {"num_kv_heads": case.kv_heads, "head_dim": case.depth, "tokens_per_row": case.tokens_per_row}
+    options["backend"] = backend
     out = jitted_rotary(qkv, (cos, sin), pool, np.int32(1), rows, **options)
     case.check(out, qkv, cos, sin, pool, rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
+@pytest.mark.parametrize(("dtype", "float8"), [(jnp.float32, False), (jnp.bfloat16, False), (jnp.bfloat16, True)])
+def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, float8, backend):
+    per_row = 2 if float8 else 1
     tokens, heads, kv_heads, depth, layers = 24, 4, 2, 64, 2
     width = kv_heads * depth
     pool = jnp.zeros((layers, 2, 2048 * PAGE_SIZE, width), dtype)
@@ -237,12 +317,14 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
     segments, *_ = adapters.build(0)
 
     def step(pool, x, rope, rows, table, query_start, context_len, segments):
-        attention = plan_attention(table, query_start, context_len, num_tokens=tokens, max_query_len=1, backend=backend)
+        sizes = {"num_tokens": tokens, "max_query_len": 1, "tokens_per_row": per_row}
+        attention = plan_attention(table, query_start, context_len, **sizes, backend=backend)
         lora = plan_lora(segments, num_tokens=tokens, row_width=width, widths=adapters.widths, backend=backend)
         for layer in range(layers):
             q = x + lora_delta(x, pool, layer, lora, (0,))
             qkv = jnp.concatenate([q, x], axis=1)
-            q, pool = rotary_write_kv(qkv, rope, pool, layer, rows, num_kv_heads=2, head_dim=depth, backend=backend)
+            sizes = {"num_kv_heads": 2, "head_dim": depth, "tokens_per_row": per_row}
+            q, pool = rotary_write_kv(qkv, rope, pool, layer, rows, **sizes, backend=backend)
             out = paged_attention(q, pool, layer, attention, num_kv_heads=kv_heads, scale=0.1)
             x = x + out.reshape(tokens, -1)
         return pool, x
@@ -251,7 +333,7 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
     arguments = (
         jnp.ones((tokens, heads * depth)),
         (jnp.ones((tokens, depth // 2)), jnp.zeros((tokens, depth // 2))),
-        table[:, 0] * PAGE_SIZE,
+        table[:, 0] * PAGE_SIZE * per_row,
         table,
         jnp.arange(tokens + 1, dtype=jnp.int32),
         jnp.ones(tokens, jnp.int32),
@@ -280,6 +362,18 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, backend):
         ({"layer": 5}, "layer must be in"),
         ({"layer": jnp.zeros(1, jnp.int32)}, r"layer must be int32 \(\)"),
         ({"layer": jnp.zeros(())}, "layer must be int32"),
+        ({"tokens_per_row": 3}, "tokens_per_row must be 1"),
+        (
+            {
+                "num_kv_heads": 3,
+                "head_dim": 6,
+                "pool": jnp.zeros((2, 2, 32, 18)),
+                "tokens_per_row": 4,
+                "qkv": jnp.zeros((4, 54)),
+                "rope": (jnp.zeros((4, 3)),) * 2,
+            },
+            "divide W; got 4 and W 18",
+        ),
     ],
 )
 def test_rotary_write_kv_refuses(change, message):

@@ -15,21 +15,29 @@ def test_bytes_and_operations():
     spec = AttentionSpec(3, 2, 5, heads=4, kv_heads=2, head_dim=8)
     assert spec.bytes == 2 * (2 * 3 * 5 * 2 * 8 + 2 * 3 * 2 * 4 * 8)
     assert spec.flops == 3 * (4 + 5) * 4 * (2 * 8 + 2 * 8)
+    float8 = AttentionSpec(3, 2, 5, heads=4, kv_heads=2, head_dim=8, float8=True)
+    assert float8.bytes == 2 * 3 * 5 * 2 * 8 + 2 * 2 * 3 * 2 * 4 * 8
     lora = LoraSpec((4, 2), (1, 5), 4, widths=((16, 32), (16, 8)), row_width=16)
     assert lora.bytes == 2 * ((4 + 2) * (16 + 32 + 16 + 8) + 6 * (16 + 32 + 8))
 
 
-@pytest.mark.parametrize("name", ["attention-decode-gqa-4x32768", "attention-prefill-gqa-8192"])
+@pytest.mark.parametrize(
+    "name",
+    ["attention-decode-gqa-4x32768", "attention-prefill-gqa-8192", "attention-decode-gqa-128x2048-float8"],
+)
 def test_attention_specs(name):
     spec = ATTENTION[name].scaled(256)
     inputs = spec.build(3)
     assert len(np.unique(inputs.page_table)) == inputs.page_table.size and inputs.page_table.min() > 0
     assert inputs.page_table.max() < inputs.pool.shape[2] // PAGE_SIZE
-    plan = plan_attention(*inputs[2:], num_tokens=spec.num_tokens, backend="reference", max_query_len=spec.queries)
+    sizes = {"num_tokens": spec.num_tokens, "max_query_len": spec.queries, "tokens_per_row": spec.tokens_per_row}
+    plan = plan_attention(*inputs[2:], **sizes, backend="reference")
     out = jax.jit(partial(paged_attention, num_kv_heads=spec.kv_heads, scale=0.1), static_argnums=2)(
         inputs.qs[1].astype("float32"), inputs.pool, 1, plan
     )
-    expected = oracles.attention(inputs.qs[1], inputs.pool, 1, *inputs[2:], num_kv_heads=spec.kv_heads, scale=0.1)
+    rows = oracles.rows_of_float8(np.asarray(inputs.pool)) if spec.float8 else inputs.pool
+    page = PAGE_SIZE * spec.tokens_per_row
+    expected = oracles.attention(inputs.qs[1], rows, 1, *inputs[2:], num_kv_heads=spec.kv_heads, scale=0.1, page=page)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ files, ml_dtypes.
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,13 @@ def load_adapter(folder: Path) -> Adapter:
     return adapter
 
 
-def logits(model: Model, tokens: list[int], adapter: Adapter | None = None) -> Array:
-    """Next-token logits after each of ``tokens``: [len(tokens), vocab]."""
+def logits(
+    model: Model,
+    tokens: list[int],
+    adapter: Adapter | None = None,
+    kept: Callable[[Array], Array] = lambda values: values,
+) -> Array:
+    """Next-token logits after each of ``tokens``: [len(tokens), vocab]. ``kept`` is what a cache makes of K and V."""
     config, weights = model.config, model.weights
     hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
     num_kv_heads = config.get("num_key_value_heads", num_heads)
@@ -99,8 +105,8 @@ def logits(model: Model, tokens: list[int], adapter: Adapter | None = None) -> A
             q = project(f"{prefix}.self_attn.q_proj", h).reshape(num_heads, head_dim)
             k = project(f"{prefix}.self_attn.k_proj", h).reshape(num_kv_heads, head_dim)
             v = project(f"{prefix}.self_attn.v_proj", h).reshape(num_kv_heads, head_dim)
-            past_keys[layer].append(np.stack([rotate(head, position * frequencies) for head in k]))
-            past_values[layer].append(v)
+            past_keys[layer].append(kept(np.stack([rotate(head, position * frequencies) for head in k])))
+            past_values[layer].append(kept(v))
             keys, values = np.stack(past_keys[layer]), np.stack(past_values[layer])
             heads = []
             for head in range(num_heads):

@@ -58,6 +58,17 @@ def test_a_mixed_batch_gives_the_oracles_tokens_in_a_pool_too_small_for_it(name,
     assert {shard.device.id for shard in engine.device.pool.array.addressable_shards} == set(range(tp))
 
 
+@pytest.mark.parametrize("tp", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_kv_cache_in_float8_is_that_of_one_device(tp):
+    case = Case(FIXTURES / "smollm_gqa3")
+    answers = {}
+    for number in (1, tp):
+        engine = case.engine(kv_cache_dtype="fp8", mesh={"tp": number})
+        running = [engine.submit(greedy(r["prompt"], r["adapter"], 24)) for r in case.requests]
+        answers[number] = [result.completions[0].token_ids for result in run(engine, *running)]
+    assert answers[1] == answers[tp]
+
+
 @pytest.mark.slow
 def test_eight_heads_on_eight_devices_sample_like_one(tmp_path):
     shape = tmp_path / "shape.yaml"
