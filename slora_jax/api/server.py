@@ -27,9 +27,10 @@ import waitress.server
 import waitress.task
 import waitress.wasyncore
 
-from slora_jax.api.access import is_loopback
+from slora_jax.api.access import Access, is_loopback
 from slora_jax.api.app import error_body
 from slora_jax.api.drain import Drain
+from slora_jax.api.folders import AdapterFolders
 from slora_jax.api.parsing import RequestParser
 from slora_jax.config import Secret, Section, Text
 
@@ -122,6 +123,26 @@ class ServerConfig(Section):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+/?", origin.lower()):
                 raise ValueError(f"must be origins such as https://example.org, or *; {origin} is none")
         return origins
+
+
+def rules(config: ServerConfig) -> tuple[Access, AdapterFolders]:
+    """Who may do what, and which adapters may be registered on request.
+
+    Raises:
+      InvalidRequest: the keys file cannot be used.
+    """
+    access = Access(
+        keys=[key.get_secret_value() for key in config.api_keys],
+        keys_file=config.api_keys_file,
+        admin_key=None if config.admin_key is None else config.admin_key.get_secret_value(),
+        allow_adapter_loading=config.allow_adapter_loading,
+        host=config.host,
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+    )
+    # Whoever runs programs on this machine sees its folders anyway.
+    roots = config.adapter_roots or (None if is_loopback(config.host) else ())
+    return access, AdapterFolders(roots, config.adapter_hubs)
 
 
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:

@@ -1,0 +1,57 @@
+"""What an ingress makes of requests and answers that it hands on, without reading more of them than it must."""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from slora_jax.api.access import WATCH_PATHS
+from slora_jax.api.app import error_body
+from slora_jax.api.body import inflated, read_json
+from slora_jax.api.bounds import check_parts
+from slora_jax.errors import SLoRAError
+from slora_jax.fleet.wsgi import Answer, Head, Sent
+
+LOST = "the replica that answered has ended; send the request again"
+
+
+class About(NamedTuple):
+    """What an ingress must know of its replicas: the base model's name, and the largest body they read."""
+
+    model_name: str
+    max_body_bytes: int
+
+    def adapter_of(self, sent: Sent) -> str:
+        """The adapter that a request asks for; empty if it asks for the base model, or is none that can be read.
+
+        Whether there is such an adapter, and what is wrong with a request, is the replica's to say. Whoever looks on
+        is to see one and the same replica each time, so the paths to look at count as adapters too.
+        """
+        if sent.method != "POST":
+            return sent.path if sent.path in WATCH_PATHS else ""
+        headers = dict(sent.headers)
+        try:
+            body, encoding = inflated(sent.body, headers.get("content-encoding"), self.max_body_bytes)
+            check_parts(body)
+            fields = read_json(body, headers.get("content-type"), encoding)
+        except SLoRAError:
+            return ""
+        model = fields.get("model") if isinstance(fields, dict) else None
+        if not isinstance(model, str) or model == self.model_name:
+            return ""
+        return model.removeprefix(f"{self.model_name}:")
+
+
+def lost_event(path: str, events: int) -> bytes:
+    """The last event of a stream of this path whose replica ended; ``events`` came before."""
+    if path != "/v1/responses":
+        return b"data: " + error_body(LOST, 500) + b"\n\n"
+    event = {"type": "error", "code": "server_error", "message": LOST, "param": None, "sequence_number": events}
+    return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
+
+
+def partly_refused(refused: Sequence[Answer], count: int) -> Answer:
+    """What is said if only some of ``count`` replicas could make a change: the word of one that could not."""
+    said = json.loads(refused[0].body)["error"]["message"]
+    message = f"{len(refused)} of {count} replicas refused what the others did, so undo it or do it again: {said}"
+    status = refused[0].head.status
+    return Answer(Head(status, (("Content-Type", "application/json"),)), error_body(message, status))
