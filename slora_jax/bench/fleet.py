@@ -381,6 +381,7 @@ class RealLoad:
             "max_model_len": 512,
             "pool": {"pages": REAL_POOL_PAGES},
             "adapters": dict(self.adapters),
+            "server": {"adapter_roots": ["/"], "grace_s": 60},
             "fleet": {"replicas": self.replicas, "routing": rule, "spill_at": REAL_SPILL_AT},
         }
 

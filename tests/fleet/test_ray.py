@@ -47,8 +47,7 @@ def load(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fields(load):
-    """Of a fleet whose adapters come and go, and whose streams may end."""
-    return load.fields("affinity_with_spill") | {"server": {"adapter_roots": ["/"], "grace_s": 60}}
+    return load.fields("affinity_with_spill")
 
 
 @pytest.fixture(scope="module")
