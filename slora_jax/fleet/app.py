@@ -96,12 +96,12 @@ class Replica:
     ):
         from slora_jax.engine.engine import Engine, leave_alone_what_exists
 
+        self._end = contextlib.ExitStack()
         set_up_logging(server.log_level, server.log_json)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._changes = changes
         self._known: list[Change] = []
         self._lock = asyncio.Lock()
-        self._end = contextlib.ExitStack()
         access, folders = rules(server)
         tracing = self._end.enter_context(tracing_to(server.otlp_traces_endpoint))
 
@@ -130,7 +130,8 @@ class Replica:
         self._threads = WsgiThreads(application, server.max_streams + SPARE_THREADS)
         self._end.callback(self._threads.close)
         await self.catch_up()
-        self._looking = asyncio.create_task(self._look())
+        looking = asyncio.create_task(self._look())
+        self._end.callback(looking.cancel)
 
     async def about(self) -> About:
         return self._about
@@ -138,8 +139,9 @@ class Replica:
     async def answer(self, sent: Sent) -> AsyncIterator[Head | bytes | None]:
         """None as soon as the request is taken; then as ``WsgiThreads.answer``."""
         yield None
-        async for piece in self._threads.answer(sent):
-            yield piece
+        async with contextlib.aclosing(self._threads.answer(sent)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def whole(self, sent: Sent) -> tuple[str, Answer]:
         """This replica's name, and its answer to a request that is for all."""
@@ -173,9 +175,8 @@ class Replica:
         if not self._engine.is_running:
             raise RuntimeError("the engine is not running")
 
-    async def __del__(self) -> None:
-        self._looking.cancel()
-        await asyncio.to_thread(self._end.close)
+    def __del__(self) -> None:
+        self._end.close()  # Ray calls this when the requests that ran have ended
 
     async def _look(self) -> None:
         while True:
@@ -217,7 +218,7 @@ class Changes:
             return partly_refused(refused, len(told)) if refused else answer
 
     def _replicas(self) -> DeploymentHandle:
-        return serve.get_deployment_handle("Replica", serve.get_replica_context().app_name)
+        return serve.get_deployment_handle(Replica.__name__, serve.get_replica_context().app_name)
 
 
 class Ingress:

@@ -13,6 +13,9 @@ from slora_jax.fleet.wsgi import Answer, Head, Sent
 
 LOST = "the replica that answered has ended; send the request again"
 
+_LONGEST_NAME = 1000
+"""No adapter has a longer name, and Ray keeps the names for a while."""
+
 
 class About(NamedTuple):
     """What an ingress must know of its replicas: the base model's name, and the largest body they read."""
@@ -36,7 +39,7 @@ class About(NamedTuple):
         except SLoRAError:
             return ""
         model = fields.get("model") if isinstance(fields, dict) else None
-        if not isinstance(model, str) or model == self.model_name:
+        if not isinstance(model, str) or model == self.model_name or len(model) > _LONGEST_NAME:
             return ""
         return model.removeprefix(f"{self.model_name}:")
 

@@ -6,7 +6,7 @@ import io
 import sys
 import threading
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class WsgiThreads:
         self._app = app
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="slora-jax-request")
 
-    async def answer(self, sent: Sent) -> AsyncIterator[Head | bytes]:
+    async def answer(self, sent: Sent) -> AsyncGenerator[Head | bytes]:
         """The head of the answer, and then its body in pieces as they come.
 
         If the caller stops early or is cancelled, the application is told that the client is gone.
@@ -85,11 +85,12 @@ class WsgiThreads:
     async def whole(self, sent: Sent) -> Answer:
         """The whole answer."""
         head, body = Head(500, ()), []
-        async for piece in self.answer(sent):
-            if isinstance(piece, Head):
-                head = piece
-            else:
-                body.append(piece)
+        async with contextlib.aclosing(self.answer(sent)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Head):
+                    head = piece
+                else:
+                    body.append(piece)
         return Answer(head, b"".join(body))
 
     def close(self) -> None:
