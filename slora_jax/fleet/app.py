@@ -205,7 +205,7 @@ class Changes:
     async def make(self, sent: Sent) -> Answer:
         """One replica's refusal; else the change is made on all, and if any refuses it then, that is said."""
         async with self._lock:
-            first, answer = await self._replicas().change.remote(sent)
+            first, answer = await asyncio.wait_for(self._replicas().change.remote(sent), CHANGE_SECONDS)
             if answer.head.status != 200:
                 return answer
             self._log.append(Change(len(self._log) + 1, sent, first))

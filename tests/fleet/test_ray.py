@@ -46,14 +46,15 @@ def load(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fields(load):
-    return load.fields("affinity_with_spill")
+def fleet(load):
+    with ray_fleet(**load.fields("affinity_with_spill")) as fleet:
+        yield fleet
 
 
 @pytest.fixture(scope="module")
-def fleet(fields):
-    with ray_fleet(**fields) as fleet:
-        yield fleet
+def shares():
+    """Of requests that found their adapter resident, by rule."""
+    return {}
 
 
 def administer(fleet, path: str, **fields) -> dict:
@@ -160,28 +161,33 @@ def wait_until(holds, seconds: float, otherwise: str) -> None:
         time.sleep(0.5)
 
 
-def read_stream(fleet, adapter: str, path: str = "/v1/completions", **fields) -> list[dict]:
-    """The events of a stream of 300 tokens."""
+def read_stream(fleet, adapter: str) -> list[dict]:
+    """The events of a stream of 400 tokens."""
+    fields = {"model": adapter, "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with closing(connect(fleet.url)) as connection:
-        asked = {"model": adapter, "max_tokens": 300, "ignore_eos": True, "stream": True} | fields
-        send(connection, path, asked)
+        send(connection, "/v1/completions", fields)
         response = connection.getresponse()
         assert response.status == 200, response.read()
         return [json.loads(line.removeprefix(b"data: ")) for line in response if line.startswith(b"data: {")]
 
 
+def seconds_until_answered(fleet, adapter: str) -> float:
+    began = time.monotonic()
+    complete(fleet, adapter)
+    return time.monotonic() - began
+
+
 def test_a_killed_replica_ends_its_streams_and_nobody_elses(fleet):
     adapters = [f"{name}-{i}" for name in SHIPPED for i in range(3)]
     with ThreadPoolExecutor(len(adapters)) as clients:
-        streams = [clients.submit(read_stream, fleet, adapter, prompt=PROMPT) for adapter in adapters]
-        wait_until(lambda: metrics(fleet)["slora:finished_total", "length"] and running(fleet) > 8, 60, "none runs")
+        streams = [clients.submit(read_stream, fleet, adapter) for adapter in adapters]
+        wait_until(lambda: running(fleet) == len(adapters), 60, "not all run at a time")
+        usual = max(seconds_until_answered(fleet, adapter) for adapter in adapters[::3])
         fleet.replicas()[0].send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        for adapter in adapters:  # the killed replica's too
-            began = time.monotonic()
-            complete(fleet, adapter)
-            assert time.monotonic() - began < 5, f"{adapter} was answered {time.monotonic() - killed:.1f} s after"
+        waited = {adapter: seconds_until_answered(fleet, adapter) for adapter in adapters}  # the killed one's too
         ends = [stream.result(timeout=240)[-1] for stream in streams]
+    print(f"answered within {usual:.1f} s before, and within {max(waited.values()):.1f} s after a replica was killed")
+    assert max(waited.values()) < 5 + usual, waited
     lost = [end for end in ends if "error" in end]
     assert all(end["error"]["message"] == LOST for end in lost)
     assert 0 < len(lost) < len(ends), f"{len(lost)} of {len(ends)} streams broke"

@@ -1,11 +1,16 @@
 """What a fleet is told, and the metrics of its replicas in one text."""
 
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from slora_jax.config import read_yaml
 from slora_jax.errors import InvalidRequest
-from slora_jax.fleet.config import read_settings
+from slora_jax.fleet.config import FleetConfig, read_settings
 from slora_jax.fleet.metrics import merged
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "fleet" / "ray.yaml"
 
 
 def test_the_fields_of_a_server_and_a_section_of_its_own():
@@ -14,6 +19,12 @@ def test_the_fields_of_a_server_and_a_section_of_its_own():
     )
     assert engine.max_model_len == 512 and server.max_streams == 7 and fleet.replicas == 3
     assert fleet.routing == "affinity_with_spill"
+
+
+def test_the_example_has_every_field_of_a_fleet():
+    (application,) = read_yaml(EXAMPLE)["applications"]
+    assert read_settings(application["args"], {}).fleet == FleetConfig(replicas=2)
+    assert set(application["args"]["fleet"]) == set(FleetConfig.model_fields)
 
 
 @pytest.mark.parametrize(
