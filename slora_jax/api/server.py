@@ -41,7 +41,9 @@ SPARE_THREADS = 16
 GRACE_SECONDS = 30.0
 """How long after the first signal open streams may take to hear that the server stops."""
 
-_MOST_BODY_BYTES = 64 * 2**20
+MOST_BODY_BYTES = 64 * 2**20
+"""Larger bodies are read by no server, whatever it is told."""
+
 _MOST_HEADER_BYTES = 64 * 2**10
 _DEAD_CLIENT_SECONDS = 60
 
@@ -82,7 +84,7 @@ class ServerConfig(Section):
     host: Text = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=0, le=65535)
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
-    max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)
+    max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=MOST_BODY_BYTES)
     allow_adapter_loading: bool = False
     adapter_roots: tuple[Text, ...] = ()
     adapter_hubs: tuple[Text, ...] = ()
@@ -177,7 +179,7 @@ class Server:
         *,
         max_streams: int = 512,
         max_connections: int | None = None,
-        max_body_bytes: int = _MOST_BODY_BYTES,
+        max_body_bytes: int = MOST_BODY_BYTES,
         on_stop: Callable[[], None] | None = None,
         grace: float = GRACE_SECONDS,
         drain: Drain | None = None,
@@ -307,7 +309,7 @@ def run_server(
     port: int = 8000,
     *,
     max_streams: int = 512,
-    max_body_bytes: int = _MOST_BODY_BYTES,
+    max_body_bytes: int = MOST_BODY_BYTES,
     sock: socket.socket | None = None,
     on_stop: Callable[[], None] | None = None,
     on_ready: Callable[[str], None] | None = None,

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray import serve
@@ -30,6 +30,7 @@ from slora_jax.api.server import SPARE_THREADS, ServerConfig, rules
 from slora_jax.api.tracing import tracing_to
 from slora_jax.config import EngineConfig
 from slora_jax.demo import with_demo
+from slora_jax.fleet.changes import Change, with_change
 from slora_jax.fleet.config import FleetConfig, read_settings
 from slora_jax.fleet.forwarding import About, lost_event, partly_refused
 from slora_jax.fleet.metrics import merged
@@ -73,19 +74,6 @@ class AdapterRouter(RequestRouter):
         # What is not known was not asked of late, and so has nothing of ours to do.
         load = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in replicas.items()}
         return [[replicas[name]] for name in self._routing.order(adapter, load)] if load else []
-
-
-class Change(NamedTuple):
-    """A request that changed which adapters there are.
-
-    Attributes:
-      number: 1 for the first, and so on.
-      first: the replica that answered it, before all others were told.
-    """
-
-    number: int
-    sent: Sent
-    first: str
 
 
 class Replica:
@@ -157,17 +145,17 @@ class Replica:
         """Makes the changes that were made elsewhere; returns the answers to those that are refused here."""
         async with self._lock:
             refused = []
-            for change in await self._changes.since.remote(len(self._known)):
+            for change in await self._changes.since.remote(_last(self._known)):
                 if change.first != self._name:
                     answer = await self._threads.whole(change.sent)
                     if answer.head.status != 200:
                         _log.warning("change %d of the adapters is refused here: %r", change.number, answer.body[:500])
                         refused.append(answer)
-                self._known.append(change)
+                self._known = with_change(self._known, change)
             return refused
 
     async def known(self) -> list[Change]:
-        """The changes made so far, as far as this replica knows."""
+        """The changes that a new replica must make, as far as this one knows."""
         return self._known
 
     async def check_health(self) -> None:
@@ -196,11 +184,11 @@ class Changes:
         # If this process was started again, replicas know what was changed before.
         with contextlib.suppress(Exception):
             known = await self._replicas().broadcast("known").results_async(timeout_s=5, return_exceptions=True)
-            self._log = max((log for log in known if isinstance(log, list)), key=len, default=[])
+            self._log = max((log for log in known if isinstance(log, list)), key=_last, default=[])
 
     async def since(self, number: int) -> list[Change]:
-        """The changes after the first ``number``."""
-        return self._log[number:]
+        """The changes after that of this number."""
+        return [change for change in self._log if change.number > number]
 
     async def make(self, sent: Sent) -> Answer:
         """One replica's refusal; else the change is made on all, and if any refuses it then, that is said."""
@@ -208,7 +196,7 @@ class Changes:
             first, answer = await asyncio.wait_for(self._replicas().change.remote(sent), CHANGE_SECONDS)
             if answer.head.status != 200:
                 return answer
-            self._log.append(Change(len(self._log) + 1, sent, first))
+            self._log = with_change(self._log, Change(_last(self._log) + 1, sent, first))
             told = (
                 await self._replicas()
                 .broadcast("catch_up")
@@ -219,6 +207,11 @@ class Changes:
 
     def _replicas(self) -> DeploymentHandle:
         return serve.get_deployment_handle(Replica.__name__, serve.get_replica_context().app_name)
+
+
+def _last(log: list[Change]) -> int:
+    """The number of the last change; 0 if there is none."""
+    return log[-1].number if log else 0
 
 
 class Ingress:

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slora_jax.api.access import WATCH_PATHS
 from slora_jax.api.app import error_body
 from slora_jax.api.body import inflated, read_json
 from slora_jax.api.bounds import check_parts
+from slora_jax.api.server import MOST_BODY_BYTES
 from slora_jax.errors import SLoRAError
 from slora_jax.fleet.wsgi import Answer, Head, Sent
 
@@ -31,17 +32,26 @@ class About(NamedTuple):
         """
         if sent.method != "POST":
             return sent.path if sent.path in WATCH_PATHS else ""
-        headers = dict(sent.headers)
-        try:
-            body, encoding = inflated(sent.body, headers.get("content-encoding"), self.max_body_bytes)
-            check_parts(body)
-            fields = read_json(body, headers.get("content-type"), encoding)
-        except SLoRAError:
-            return ""
-        model = fields.get("model") if isinstance(fields, dict) else None
+        model = fields_of(sent, self.max_body_bytes).get("model")
         if not isinstance(model, str) or model == self.model_name or len(model) > _LONGEST_NAME:
             return ""
         return model.removeprefix(f"{self.model_name}:")
+
+
+def fields_of(sent: Sent, most_bytes: int = MOST_BODY_BYTES) -> dict[str, Any]:
+    """The object that a request's body is; an empty one if it is none, or cannot be read.
+
+    Args:
+      most_bytes: that it may have.
+    """
+    headers = dict(sent.headers)
+    try:
+        body, encoding = inflated(sent.body, headers.get("content-encoding"), most_bytes)
+        check_parts(body)
+        fields = read_json(body, headers.get("content-type"), encoding)
+    except SLoRAError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def lost_event(path: str, events: int) -> bytes:
