@@ -6,6 +6,7 @@ depend on the speed of either: the share of requests that find their adapter in 
 """
 
 import dataclasses
+import datetime
 import random
 import tempfile
 import time
@@ -343,7 +344,12 @@ class Scenario:
             )
             for rule in RULES
         }
-        return {"scenario": dataclasses.asdict(self), "hardware": hardware.described(), "rules": rules}
+        return {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "scenario": dataclasses.asdict(self),
+            "hardware": hardware.described(),
+            "rules": rules,
+        }
 
 
 # By the wall clock
