@@ -1,7 +1,7 @@
 """Runs the commands of READMEs as a reader would: every fenced block marked ``bash`` or ``python``, in order.
 
 A ``bash`` block that starts a server (``serve.py``, or Ray's ``serve run``) goes on in the background until the next
-such block, or the last block, and is then asked to stop with Ctrl-C's signal; the blocks after it wait until it answers.
+such block, or the last one, and is then asked to stop with Ctrl-C's signal; the blocks after it wait until it answers.
 Blocks of other kinds, such as ``console`` for machines with a GPU, are shown to readers and not run.
 """
 
