@@ -105,7 +105,10 @@ class WsgiThreads:
 
         answer = self._app(_environment(sent, gone), start_response)
         try:
-            told = False
+            # The head goes ahead, as a stream's first piece may take long. An application may also say it with that.
+            told = bool(heads)
+            if told:
+                yield heads[0]
             for piece in answer:
                 if not told:
                     told = True
