@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from slora_jax.api.access import Access
-    from slora_jax.api.folders import AdapterFolders
     from slora_jax.api.server import ServerConfig
     from slora_jax.config import EngineConfig
     from slora_jax.engine.engine import Engine
@@ -766,7 +764,7 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
     from slora_jax.api.app import create_app
     from slora_jax.api.bounds import useful_body_bytes
     from slora_jax.api.drain import Drain
-    from slora_jax.api.server import run_server
+    from slora_jax.api.server import rules, run_server
     from slora_jax.api.tracing import tracing_to
     from slora_jax.demo import with_demo
     from slora_jax.engine.meeting import together
@@ -824,29 +822,6 @@ def serve(engine_config: "EngineConfig", server_config: "ServerConfig") -> None:
             engine.close()
             gc.unfreeze()  # or libraries complain at exit of what is left
     click.echo("Stopped.", err=True)
-
-
-def rules(config: "ServerConfig") -> "tuple[Access, AdapterFolders]":
-    """Who may do what, and which adapters may be registered on request.
-
-    Raises:
-      InvalidRequest: the keys file cannot be used.
-    """
-    from slora_jax.api.access import Access, is_loopback
-    from slora_jax.api.folders import AdapterFolders
-
-    access = Access(
-        keys=[key.get_secret_value() for key in config.api_keys],
-        keys_file=config.api_keys_file,
-        admin_key=config.admin_key and config.admin_key.get_secret_value(),
-        allow_adapter_loading=config.allow_adapter_loading,
-        host=config.host,
-        allowed_hosts=config.allowed_hosts,
-        allowed_origins=config.allowed_origins,
-    )
-    # Whoever runs programs on this machine sees its folders anyway.
-    roots = config.adapter_roots or (None if is_loopback(config.host) else ())
-    return access, AdapterFolders(roots, config.adapter_hubs)
 
 
 def _give_up(engine: "Engine", reason: str) -> None:

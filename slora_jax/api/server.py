@@ -27,9 +27,10 @@ import waitress.server
 import waitress.task
 import waitress.wasyncore
 
-from slora_jax.api.access import is_loopback
+from slora_jax.api.access import Access, is_loopback
 from slora_jax.api.app import error_body
 from slora_jax.api.drain import Drain
+from slora_jax.api.folders import AdapterFolders
 from slora_jax.api.parsing import RequestParser
 from slora_jax.config import Secret, Section, Text
 
@@ -40,7 +41,9 @@ SPARE_THREADS = 16
 GRACE_SECONDS = 30.0
 """How long after the first signal open streams may take to hear that the server stops."""
 
-_MOST_BODY_BYTES = 64 * 2**20
+MOST_BODY_BYTES = 64 * 2**20
+"""Larger bodies are read by no server, whatever it is told."""
+
 _MOST_HEADER_BYTES = 64 * 2**10
 _DEAD_CLIENT_SECONDS = 60
 
@@ -81,7 +84,7 @@ class ServerConfig(Section):
     host: Text = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=0, le=65535)
     max_streams: int = pydantic.Field(512, ge=1, le=10_000)
-    max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=_MOST_BODY_BYTES)
+    max_body_bytes: int | None = pydantic.Field(None, ge=1024, le=MOST_BODY_BYTES)
     allow_adapter_loading: bool = False
     adapter_roots: tuple[Text, ...] = ()
     adapter_hubs: tuple[Text, ...] = ()
@@ -124,6 +127,26 @@ class ServerConfig(Section):
         return origins
 
 
+def rules(config: ServerConfig) -> tuple[Access, AdapterFolders]:
+    """Who may do what, and which adapters may be registered on request.
+
+    Raises:
+      InvalidRequest: the keys file cannot be used.
+    """
+    access = Access(
+        keys=[key.get_secret_value() for key in config.api_keys],
+        keys_file=config.api_keys_file,
+        admin_key=None if config.admin_key is None else config.admin_key.get_secret_value(),
+        allow_adapter_loading=config.allow_adapter_loading,
+        host=config.host,
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+    )
+    # Whoever runs programs on this machine sees its folders anyway.
+    roots = config.adapter_roots or (None if is_loopback(config.host) else ())
+    return access, AdapterFolders(roots, config.adapter_hubs)
+
+
 def listen(host: str, port: int, max_streams: int = 512) -> socket.socket:
     """Takes the port, so that a taken one fails before anything slow; connections wait until the server runs.
 
@@ -156,7 +179,7 @@ class Server:
         *,
         max_streams: int = 512,
         max_connections: int | None = None,
-        max_body_bytes: int = _MOST_BODY_BYTES,
+        max_body_bytes: int = MOST_BODY_BYTES,
         on_stop: Callable[[], None] | None = None,
         grace: float = GRACE_SECONDS,
         drain: Drain | None = None,
@@ -286,7 +309,7 @@ def run_server(
     port: int = 8000,
     *,
     max_streams: int = 512,
-    max_body_bytes: int = _MOST_BODY_BYTES,
+    max_body_bytes: int = MOST_BODY_BYTES,
     sock: socket.socket | None = None,
     on_stop: Callable[[], None] | None = None,
     on_ready: Callable[[str], None] | None = None,

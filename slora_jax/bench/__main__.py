@@ -535,6 +535,38 @@ def soak(minutes: float, streams: int, out: Path | None):
 
 
 @main.command()
+@_model_option("llama-7b")
+@click.option("--replicas", type=_COUNT, default=8, show_default=True, help="Simulated ones, an H200 each.")
+@click.option("--adapters", type=_COUNT, default=4000, show_default=True, help="Of ranks 64, 32, 16 and 8 in turn.")
+@click.option("--requests", type=_COUNT, default=8000, show_default=True)
+@click.option("--rate", type=_ABOVE_0, default=200.0, show_default=True, help="Requests a second.")
+@click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True, help="Of the power law.")
+@click.option("--host-gigabytes", type=_ABOVE_0, default=64.0, show_default=True, help="For adapters, a replica.")
+@click.option("--disk-gigabytes", type=_ABOVE_0, default=2.0, show_default=True, help="A second, a replica.")
+@click.option("--seed", type=_SEED, default=0, show_default=True)
+@click.option("--real", type=_COUNT, help="Also ask so many replicas of the embedded model here, under Ray, and "
+              "compare; needs the extra ray.")  # fmt: skip
+@click.option("--real-requests", type=_COUNT, default=360, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result there.")
+def fleet(model, replicas, adapters, requests, rate, alpha, host_gigabytes, disk_gigabytes, seed, real, real_requests,
+          out):  # fmt: skip
+    """Rules by which requests are shared among replicas, in simulated time.
+
+    With --real, a fleet on this machine must have the simulated share of requests that find their adapter in the pool.
+    """
+    from slora_jax.bench.fleet import Scenario, check_real, table
+
+    scenario = Scenario(replicas, adapters, requests, rate, alpha, host_gigabytes, disk_gigabytes, seed)
+    result = {"command": command_line()} | scenario.run(_shape(model).config)
+    click.echo(table(result["rules"]), err=True)
+    if real is None:
+        _print_or_write(result, out)
+        return
+    checked = check_real(real, real_requests, seed, lambda line: click.echo(line, err=True))
+    _end_with(result | checked, out, "the real fleet does not do what the simulated one does")
+
+
+@main.command()
 @click.option("--adapters", type=_COUNT, default=100, show_default=True, help="Adapters to load.")
 @click.option("--tokens", type=_COUNT, default=200, show_default=True, help="Least tokens of the stream in each case.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")

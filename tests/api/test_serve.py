@@ -19,7 +19,7 @@ import yaml
 
 import slora_jax
 from slora_jax.api.folders import NoSuchFolder
-from slora_jax.api.server import ServerConfig, listen
+from slora_jax.api.server import ServerConfig, listen, rules
 from slora_jax.config import POLICIES, EngineConfig, build_config
 from slora_jax.errors import InvalidRequest
 from slora_jax.model.config import ModelConfig
@@ -356,7 +356,7 @@ def test_a_bad_keys_file_is_told_before_the_model_is_loaded(tmp_path):
 def test_where_adapters_may_be(tmp_path, args, loads):
     (tmp_path / "root").mkdir()
     server = config_of(*args.format(root=tmp_path, other=tmp_path / "other").split())[1]
-    _, folders = serve.rules(server)
+    _, folders = rules(server)
     if loads:
         assert folders.checked(str(tmp_path / "root")) == str(tmp_path / "root")
     else:

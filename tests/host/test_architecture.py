@@ -20,7 +20,8 @@ ALLOWED = {
     "model": set(),
     "engine": {"scheduler", "adapters", "model", "memory", "text"},
     "api": {"engine.engine", "engine.generation", "engine.observation", "text", "demo", ""},
-    "bench": {"api.bounds", "engine", "demo", "model", "scheduler", "memory", "adapters", ""},
+    "fleet": {"api", "engine.engine", "demo"},
+    "bench": {"api.bounds", "fleet", "engine", "demo", "model", "scheduler", "memory", "adapters", ""},
     "demo": set(),
 }
 # What the README says that a package may not do, as what it then does not import.
@@ -47,6 +48,7 @@ NO_JAX = (
     "slora_jax.adapters.store",
     "slora_jax.text.tokenizer",
     "slora_jax.demo",
+    "slora_jax.fleet.routing",
 )
 
 
