@@ -1,0 +1,104 @@
+"""XLA reads the intermediate representation that Triton writes: one's version must suit the other's."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
+
+from pallas_kernels import (
+    Collectives,
+    LoraSegments,
+    all_gather,
+    all_reduce,
+    lora_delta,
+    lora_receive,
+    lora_send,
+    paged_attention,
+    plan_attention,
+    plan_lora,
+    rotary_write_kv,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+WIDTHS = ((512, 512),) * 3 + ((512, 512),)
+POOL = jax.ShapeDtypeStruct((2, 2, 4096, 512), jnp.bfloat16)
+_int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+
+def kernels_of(function, *arguments) -> dict[str, str]:
+    """By its name, each kernel that a program calls, as JAX's own copy of XLA's dialect prints it again."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    context = mlir.make_ir_context()
+    dialect.register_dialect(context)
+    found = {}
+    for code in re.findall(r'\bir = "((?:[^"\\]|\\.)*)"', text):
+        code = re.sub(r"\\([0-9A-F]{2})", lambda digits: chr(int(digits[1], 16)), code).replace('\\"', '"')
+        # XLA has this operation, JAX's copy has not.
+        code = code.replace("ttg.barrier all", "")
+        with context:
+            module = str(ir.Module.parse(code))
+        (name,) = re.findall(r"tt\.func public @(\w+)", module)
+        found[name] = module
+    return found
+
+
+def segments(rank_width: int) -> LoraSegments:
+    return LoraSegments(
+        _int32((9,)), _int32((9,)), _int32((64,)), *(_int32((8, 4)),) * 3, jax.ShapeDtypeStruct((8, 4), jnp.float32),
+        active=(0, 1, 2, 3), max_rank=rank_width, total_rank=8 * rank_width,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_low_rank_updates_and_collectives(tokens):
+    x = jax.ShapeDtypeStruct((tokens, 512), jnp.bfloat16)
+
+    def alone(x, pool, adapters):
+        plan = plan_lora(adapters, num_tokens=tokens, row_width=512, widths=WIDTHS, backend="triton")
+        return lora_delta(x, pool, 1, plan, (0, 1, 2))
+
+    def among(x, pool, adapters, table):
+        group = Collectives(table, "tp", 2, 2**22)
+        plan = plan_lora(adapters, num_tokens=tokens, row_width=512, widths=WIDTHS, backend="triton")
+        for by_rank in (True, False):
+            sent = lora_send(x, pool, 1, plan, (3,), group, by_rank=by_rank)
+            y = x if by_rank else jnp.concatenate([x, x], 1)
+            x = lora_receive(y, sent, pool, 1, plan, (3,), group)[:, :512]
+        with_two = Collectives(table, "tp", 4, 2**22)
+        return all_gather(all_reduce(x, group), 1, group), all_reduce(x, with_two)
+
+    assert set(kernels_of(alone, x, POOL, segments(16))) == {"_shrink_kernel", "_expand_kernel"}
+    found = kernels_of(among, x, POOL, segments(16), _int32((1, 10)))
+    least = {"_shrink_kernel", "_expand_kernel", "_all_reduce_kernel", "_all_gather_kernel"}
+    assert set(found) - {"_all_reduce_in_two_kernel"} == least
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 2])
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_attention_and_the_write(decode_only, tokens_per_row):
+    def step(qkv, angles, pool, rows, pages, starts, lengths):
+        sizes = {"num_kv_heads": 512 // 128, "head_dim": 128, "tokens_per_row": tokens_per_row}
+        q, pool = rotary_write_kv(qkv, (angles, angles), pool, 1, rows, backend="triton", **sizes)
+        plan = plan_attention(
+            pages, starts, lengths, num_tokens=64, backend="triton", max_query_len=1 if decode_only else None,
+            tokens_per_row=tokens_per_row,
+        )  # fmt: skip
+        return paged_attention(q, pool, 1, plan, num_kv_heads=4, scale=0.1), pool
+
+    arguments = (
+        jax.ShapeDtypeStruct((64, 512 * 3), jnp.bfloat16),
+        jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        POOL,
+        _int32((64,)),
+        _int32((64, 32)),
+        _int32((65,)),
+        _int32((64,)),
+    )
+    kernels = {"_rotary_write_kernel", "_decode_kernel", "_combine_kernel"}
+    assert set(kernels_of(step, *arguments)) == kernels | (set() if decode_only else {"_tile_kernel"})
