@@ -46,6 +46,8 @@ MOST_BODY_BYTES = 64 * 2**20
 
 _MOST_HEADER_BYTES = 64 * 2**10
 _DEAD_CLIENT_SECONDS = 60
+_LINGER_SECONDS = 2.0
+"""How long a client may go on sending a body that was refused, before it must have read why."""
 
 _MOST_ANSWER_BYTES = 2**30
 """A larger answer is kept in a temporary file until its client has read it."""
@@ -389,6 +391,7 @@ class _ErrorTask(waitress.task.ErrorTask):
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
+        self.channel.will_linger()
 
 
 class _Channel(waitress.channel.HTTPChannel):
@@ -404,7 +407,42 @@ class _Channel(waitress.channel.HTTPChannel):
 
     def __init__(self, *args, **kwargs):
         self.used = time.monotonic()
+        self._lingers = False
+        self._lingers_until = math.inf
         super().__init__(*args, **kwargs)
+
+    def will_linger(self) -> None:
+        """Has the end wait for the client, which may still be sending what is not read.
+
+        A connection that is closed with bytes unread is reset, and a client that is told so loses the answer that it
+        has not read yet.
+        """
+        self._lingers = True
+
+    def handle_close(self):
+        if self._lingers and self.connected:
+            self._lingers, self.will_close = False, False
+            self._lingers_until = time.monotonic() + _LINGER_SECONDS
+            with contextlib.suppress(OSError):  # the client is gone
+                self.socket.shutdown(socket.SHUT_WR)
+                return
+        super().handle_close()
+
+    def readable(self):
+        if self._lingers_until == math.inf:
+            return super().readable()
+        if time.monotonic() > self._lingers_until:
+            self.will_close = True
+        return not self.will_close
+
+    def handle_read(self):
+        if self._lingers_until == math.inf:
+            super().handle_read()
+        else:
+            try:
+                self.recv(self.adj.recv_bytes)  # which closes when the client has
+            except OSError:
+                self.handle_close()
 
     def write_soon(self, data):
         self.used = time.monotonic()

@@ -229,6 +229,18 @@ def test_a_client_that_sends_a_large_body_all_the_same_gets_its_answer(engine):
         assert (status, body["error"]["type"]) == (413, "invalid_request_error")
 
 
+def test_a_client_may_end_its_sentence_before_it_hears_that_it_was_too_long(engine):
+    with serving(engine) as server, connect(server) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 8388608\r\n\r\n")
+        for _ in range(128):
+            time.sleep(0.004)
+            sock.sendall(b"x" * 2**16)
+        answer = b""
+        while piece := sock.recv(2**16):
+            answer += piece
+        assert answer.startswith(b"HTTP/1.1 413 ") and b"invalid_request_error" in answer
+
+
 IDLE = {
     "silent": b"",
     "half a header": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ",
