@@ -29,6 +29,11 @@ def test_logits_are_those_of_a_model_that_rounds_keys_and_values(case, number):
     assert error < 0.1 * effect
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["llama3_gqa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama1_mha", "smollm_gqa3"))],
+    indirect=True,
+)
 def test_preemption_eviction_and_prefix_reuse_do_not_change_the_tokens(case):
     large = case.engine(**FLOAT8)
     page = large.pool_layout.page_tokens

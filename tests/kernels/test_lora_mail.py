@@ -24,12 +24,23 @@ TOTAL = BEFORE + sum(TOKENS) + AFTER
 
 
 @pytest.mark.skipif(INTERPRET, reason="is the outer process")
-def test_interpreted():
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_interpreted(count):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "every_device", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"every_device and {count}",
+        __file__,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert "2 passed" in result.stdout
+    assert "1 passed" in result.stdout
 
 
 def pool_of(matrices) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -164,7 +175,7 @@ def test_every_device_gets_its_columns_of_the_whole_update(count, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
-@pytest.mark.parametrize("tokens", [128, 4096])
+@pytest.mark.parametrize("tokens", [128, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_the_kernels_compile_for_a_gpu(tokens):
     pool = jnp.zeros((2, 2, 64, 2048), jnp.bfloat16)
