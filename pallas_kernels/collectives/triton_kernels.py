@@ -20,11 +20,12 @@ posted: all devices have begun the last call, and had read all earlier mail by t
 import triton
 import triton.language as tl
 
-from pallas_kernels.collectives.workspace import MAIL_HEAD_BYTES
+from pallas_kernels.collectives.workspace import MAIL_HEAD_BYTES, mail_slot_bytes
 
 PHASES = tl.constexpr(2)
 _MOST_POLLS = tl.constexpr(1 << 24)  # more than ten seconds
 _MAIL_HEAD = tl.constexpr(MAIL_HEAD_BYTES)
+mail_bytes = triton.constexpr_function(mail_slot_bytes)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def mail_slot(
 ):  # fmt: skip
     """Returns where, in a device's workspace, the mail of a source is, as float32."""
     first = _address(peers, device) + HEAD + 2 * N * tl.cast(SLOT, tl.int64)
-    at = first + (CHANNEL * N + source) * tl.cast(SLOT // 256 * 128, tl.int64)
+    at = first + (CHANNEL * N + source) * tl.cast(mail_bytes(SLOT), tl.int64)
     return at.to(tl.pointer_type(tl.float32))
 
 

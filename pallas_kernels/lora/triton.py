@@ -118,7 +118,8 @@ class _Mail(NamedTuple):
     max_rank: int
 
 
-_ALONE = {"N": 1, "CHANNEL": 0, "HEAD": 0, "SLOT": 0, "CALLERS": 0}
+_ALONE = {"peers": None, "N": 1, "CHANNEL": 0, "HEAD": 0, "SLOT": 0, "CALLERS": 0}
+"""Constants of kernels that send nothing."""
 
 
 def _mail(group, by_rank: bool, max_rank: int) -> _Mail:
@@ -215,14 +216,13 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail 
     # The kernel's last two: peers, and where partial sums go.
     out_type: jax.ShapeDtypeStruct | tuple[()] = ()
     ref = None if out is None else jax.new_ref(out)
-    last: list[jax.Array | jax.Ref]
+    last: list[jax.Array | jax.Ref] = []
     if mail is not None:
-        last, unused = [mail.peers], []
+        last = [mail.peers]
         out_type = jax.ShapeDtypeStruct((1,), jnp.float32)
     elif ref is not None:
-        last, unused = [ref], ["peers"]
+        last = [ref]
     else:
-        last, unused = [], ["peers"]
         out_type = jax.ShapeDtypeStruct((max_splits, num_tokens, len(modules), plan.max_rank), jnp.float32)
     result = launch.triton_call(
         *arguments,
@@ -249,7 +249,6 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail 
         TILE_RANKS=tile_ranks,
         TILE_COLUMNS=tile_columns,
         DTYPE=matmul_dtype,
-        **dict.fromkeys(unused),
         **(_ALONE if mail is None else mail.constants),
     )
     return result if ref is None else jax.freeze(ref), splits
@@ -317,7 +316,6 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
         DTYPE=matmul_dtype,
         ROW=row,
         BY_RANK=mail is not None and mail.by_rank,
-        **({"peers": None} if mail is None else {}),
         **(_ALONE if mail is None else mail.constants),
     )
 

@@ -16,7 +16,7 @@ Among N devices shrink writes its partial sums into every device's memory, as ma
 import triton
 import triton.language as tl
 
-from pallas_kernels.collectives.triton_kernels import await_mail, mail_slot, mail_tag, place, post_mail
+from pallas_kernels.collectives.triton_kernels import await_mail, mail_bytes, mail_slot, mail_tag, place, post_mail
 
 
 @triton.jit
@@ -313,8 +313,8 @@ def _expand_kernel(
     BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
     program = tl.program_id(0)
     tile = tl.program_id(1)
-    # Which module, from compile-time tables.
     missing = tl.full([], 0.0, tl.float32)
+    # Which module, from compile-time tables.
     j = tl.full([], 0, tl.int32)
     block = program
     width = tl.full([], WIDTHS[0], tl.int32)
@@ -403,7 +403,7 @@ def _mailed_sums(at, missing, lane, exists, N: tl.constexpr, BY_RANK: tl.constex
 
     It was written by others: what this device's caches may have is not asked. ``missing`` is added, 0 or no number.
     """
-    STRIDE: tl.constexpr = SLOT // 256 * 32
+    STRIDE: tl.constexpr = mail_bytes(SLOT) // 4  # of float32
     if BY_RANK:
         own = at + (lane % N).to(tl.int64) * STRIDE + lane // N
         total = tl.load(own, mask=exists, other=0.0, cache_modifier=".cg")

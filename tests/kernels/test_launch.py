@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import pytest
 import triton
 import triton.language as tl
-from jax.interpreters import mlir
-from jaxlib.mlir import ir
-from jaxlib.triton import dialect
 
 from pallas_kernels.launch import triton_call
+from tests.helpers.ttir import kernels_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -49,16 +47,6 @@ def lowered(count: int) -> str:
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def kernel_in(text: str) -> str:
-    """The kernel's TTIR, read by the dialect that JAX has of its own, as XLA reads it."""
-    (code,) = re.findall(r'\bir = "((?:[^"\\]|\\.)*)"', text)
-    code = re.sub(r"\\([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), code).replace('\\"', '"')
-    context = mlir.make_ir_context()
-    dialect.register_dialect(context)
-    with context:
-        return str(ir.Module.parse(code))
-
-
 def test_a_kernel_is_a_call_that_xla_compiles_itself():
     text = lowered(count=5)
     assert "custom_call @__gpu$xla.gpu.triton(%arg0, %arg1, %arg2)" in text
@@ -74,8 +62,8 @@ def test_what_a_kernel_changes_is_changed_in_place():
 
 
 def test_integers_are_compiled_in_and_only_pointers_are_parameters():
-    kernels = {count: kernel_in(lowered(count)) for count in (1, 5)}
-    for count, code in kernels.items():
+    for count in (1, 5):
+        (code,) = kernels_in(lowered(count))
         (parameters,) = re.findall(r"tt\.func public @_scale_some_rows\((.*?)\) attributes", code)
         # Operands, outputs, and what is changed once more, as a result.
         assert parameters.count("!tt.ptr<f32>") == 5 and "i32," not in re.sub(r"\{[^}]*\}", "", parameters)

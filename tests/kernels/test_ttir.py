@@ -6,9 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.interpreters import mlir
-from jaxlib.mlir import ir
-from jaxlib.triton import dialect
 
 from pallas_kernels import (
     Collectives,
@@ -23,6 +20,7 @@ from pallas_kernels import (
     plan_lora,
     rotary_write_kv,
 )
+from tests.helpers.ttir import kernels_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -31,21 +29,10 @@ POOL = jax.ShapeDtypeStruct((2, 2, 4096, 512), jnp.bfloat16)
 _int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
 
-def kernels_of(function, *arguments) -> dict[str, str]:
-    """By its name, each kernel that a program calls, as JAX's own copy of XLA's dialect prints it again."""
+def names_of(function, *arguments) -> set[str]:
+    """Of the kernels that a program calls, all of which can be read."""
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    context = mlir.make_ir_context()
-    dialect.register_dialect(context)
-    found = {}
-    for code in re.findall(r'\bir = "((?:[^"\\]|\\.)*)"', text):
-        code = re.sub(r"\\([0-9A-F]{2})", lambda digits: chr(int(digits[1], 16)), code).replace('\\"', '"')
-        # XLA has this operation, JAX's copy has not.
-        code = code.replace("ttg.barrier all", "")
-        with context:
-            module = str(ir.Module.parse(code))
-        (name,) = re.findall(r"tt\.func public @(\w+)", module)
-        found[name] = module
-    return found
+    return {name for kernel in kernels_in(text) for name in re.findall(r"tt\.func public @(\w+)", kernel)}
 
 
 def segments(rank_width: int) -> LoraSegments:
@@ -70,13 +57,13 @@ def test_low_rank_updates_and_collectives(tokens):
             sent = lora_send(x, pool, 1, plan, (3,), group, by_rank=by_rank)
             y = x if by_rank else jnp.concatenate([x, x], 1)
             x = lora_receive(y, sent, pool, 1, plan, (3,), group)[:, :512]
-        with_two = Collectives(table, "tp", 4, 2**22)
-        return all_gather(all_reduce(x, group), 1, group), all_reduce(x, with_two)
+        of_four = Collectives(table, "tp", 4, 2**22)
+        return all_gather(all_reduce(x, group), 1, group), all_reduce(x, of_four)
 
-    assert set(kernels_of(alone, x, POOL, segments(16))) == {"_shrink_kernel", "_expand_kernel"}
-    found = kernels_of(among, x, POOL, segments(16), _int32((1, 10)))
+    assert names_of(alone, x, POOL, segments(16)) == {"_shrink_kernel", "_expand_kernel"}
+    found = names_of(among, x, POOL, segments(16), _int32((1, 10)))
     least = {"_shrink_kernel", "_expand_kernel", "_all_reduce_kernel", "_all_gather_kernel"}
-    assert set(found) - {"_all_reduce_in_two_kernel"} == least
+    assert found - {"_all_reduce_in_two_kernel"} == least
 
 
 @pytest.mark.parametrize("tokens_per_row", [1, 2])
@@ -101,4 +88,4 @@ def test_attention_and_the_write(decode_only, tokens_per_row):
         _int32((64,)),
     )
     kernels = {"_rotary_write_kernel", "_decode_kernel", "_combine_kernel"}
-    assert set(kernels_of(step, *arguments)) == kernels | (set() if decode_only else {"_tile_kernel"})
+    assert names_of(step, *arguments) == kernels | (set() if decode_only else {"_tile_kernel"})
