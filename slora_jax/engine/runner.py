@@ -201,6 +201,7 @@ class Runner:
                 mesh and mesh.collectives(None),
                 pool.array.aval,
                 self._tokens.aval,
+                self._hidden.aval,
             ),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],

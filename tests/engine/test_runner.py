@@ -188,3 +188,14 @@ def test_a_step_never_copies_the_pool(dtype, total_rank):
     memory, nbytes = compiled.memory_analysis(), int(np.prod(pool.shape)) * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes == nbytes
     assert memory.temp_size_in_bytes < nbytes / 4
+
+
+def test_programs_of_steps_with_other_bounds_are_not_taken_from_disk(tmp_path, monkeypatch):
+    case = FIXTURES / "llama3_gqa"
+    monkeypatch.setattr("slora_jax.engine.build.program_folder", lambda config: tmp_path)
+
+    def tokens(most: int):
+        engine = make_engine(case / "model", scheduler={"max_batch_tokens": most, "max_sequences": 4})
+        return run(engine, engine.submit(greedy((1, 2, 3), None, 6)))[0].completions[0].token_ids
+
+    assert tokens(64) == tokens(256)
