@@ -49,8 +49,8 @@ def main(readmes: list[str]) -> None:
 def stop(server: subprocess.Popen) -> None:
     os.killpg(server.pid, signal.SIGINT)
     code = server.wait(timeout=120)
-    # Ray's command ends with 1 after Ctrl-C, as it is meant to.
-    if code != (1 if "serve run" in server.args[-1] else 0):
+    # The signal reaches Ray's command twice, once through uv: it ends with 1 where the second comes before it is done.
+    if code not in ((0, 1) if "serve run" in server.args[-1] else (0,)):
         sys.exit(f"the server ended with exit code {code} after Ctrl-C")
 
 
