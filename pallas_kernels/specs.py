@@ -230,6 +230,10 @@ ATTENTION |= {
 
 _TOKENS_IN_SERVICE = (3, 1, 4, 2, 2, 6, 3, 1, 2, 3, 5, 2, 4, 1) * 7
 
+# 128 sequences of one token: 100 adapters drawn by a power law are 76 in a step.
+_SHARED = (18, 9, 6, 5, 4, 4, 3, 3, *(2,) * 8, *(1,) * 60)
+_SHARED_RANKS = (64, 32, 16, 8) * 19
+
 # q, k and v of Llama-2-7B. With less to read there are more layers, so that all of them never fit a cache.
 LORA = {
     "lora-decode-r64": LoraSpec((64,) * 128, (1,) * 128, 128),
@@ -237,6 +241,16 @@ LORA = {
     "lora-decode-r16": LoraSpec((16,) * 128, (1,) * 128, 128, layers=32),
     "lora-decode-r8": LoraSpec((8,) * 128, (1,) * 128, 128, layers=32),
     "lora-decode-r64-one": LoraSpec((64,), (128,), 128, layers=32),
+    "lora-decode-shared": LoraSpec(_SHARED_RANKS, _SHARED, 128, layers=16),
+    # On one of two devices, which also shares out A by ranks.
+    "lora-decode-shared-half": LoraSpec(
+        tuple(rank // 2 for rank in _SHARED_RANKS), _SHARED, 128, ((4096, 2048),) * 3, 2048, layers=48
+    ),
+    "lora-decode-shared-half-o": LoraSpec(_SHARED_RANKS, _SHARED, 128, ((2048, 2048),), 2048, layers=96),
+    # Llama-3.1-8B, all of its modules.
+    "lora-decode-8b-qkv": LoraSpec((16,) * 76, _SHARED, 128, ((4096, 4096), *((4096, 1024),) * 2), 1024, layers=48),
+    "lora-decode-8b-gate-up": LoraSpec((16,) * 76, _SHARED, 128, ((4096, 14336),) * 2, 1024, layers=32),
+    "lora-decode-8b-down": LoraSpec((16,) * 76, _SHARED, 128, ((14336, 4096),), 1024, layers=48),
     "lora-prefill-r64": LoraSpec((64,) * 16, (512,) * 16, 16),
     "lora-prefill-r16": LoraSpec((16,) * 16, (512,) * 16, 16),
     # A step in service: 270 sequences that share 100 adapters, and two prompts.

@@ -15,6 +15,7 @@ Padding: tokens without an adapter are tiles of rank 0: no item of shrink is the
 splits are taken in order: results do not depend on timing.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -32,8 +33,11 @@ from pallas_kernels.tuning import block_sizes, device_kind
 FIELDS = 8
 """Integers of a record: first token, tokens, rank, start_a, start_b, page_start, rows in a plane, scale's bits."""
 
-_MIN_BLOCK_TILES = 1024
-"""Tiles that a kernel has room for at least. Nothing else of a step's size is compiled in: few kernels serve all."""
+_WIDE_INPUT = 4096
+"""Columns of x from which on a row of A is enough on its way for a program; of narrower ones it takes more rows."""
+
+_LEAST_COLUMNS = 256
+"""Output columns of a program of expand at the least: 512 bytes of each row of B."""
 
 
 @struct.dataclass
@@ -174,43 +178,80 @@ def lora_delta(x, pool, layer, plan: TritonLoraPlan, modules):
     return _expand(sums, x.shape[0], x.dtype, pool, layer, plan, modules)
 
 
+class _Shares(NamedTuple):
+    """Which items of a call of shrink each of its P programs does. Items are counted by what they cost.
+
+    Attributes:
+      begins: ``[P + 1, 2]`` int32: the number of a share's first item, and that item's tile.
+      ends: ``[tiles]`` int32: the number behind a tile's last item.
+      splits: ``[1]`` int32: ranges of d_in for tiles of more tokens than one.
+      tile_cost: ``[1]`` int32: numbers that an item of such a tile takes up; an item of a tile of one token takes one.
+    """
+
+    begins: jax.Array
+    ends: jax.Array
+    splits: jax.Array
+    tile_cost: jax.Array
+
+
+def _share_out(plan: TritonLoraPlan, modules, ranks: int, tile_ranks: int, programs: int, max_splits: int) -> _Shares:
+    """Shares out the blocks of ``ranks`` stacked rows of tiles of one token, and of ``tile_ranks`` of all others.
+
+    There are as many splits as give every program an item of the latter. Beside tiles of one token there are more, so
+    that an item is half of a program's share at most: else few programs would still be at work on such items when all
+    the others have done many small ones.
+    """
+    rank = jnp.sum(plan.records[:, jnp.array(modules), 2], axis=1)
+    tokens = plan.records[:, 0, 1]
+    of_one = tokens == 1
+    blocks = jnp.where(tokens > 0, jnp.where(of_one, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
+    # Of a block of a tile of more tokens, in blocks of a tile of one: about as the bytes of A that they read.
+    block_cost = max(tile_ranks // ranks, 1)
+    small = jnp.sum(jnp.where(of_one, blocks, 0))
+    cost = jnp.maximum(small + block_cost * jnp.sum(jnp.where(of_one, 0, blocks)), 1)
+    of_share = block_cost * programs
+    splits = jnp.where(8 * small > cost, triton.cdiv(2 * of_share, cost), of_share // cost)
+    splits = jnp.clip(splits, 1, max_splits).astype(jnp.int32)
+    tile_cost = jnp.maximum(block_cost // splits, 1)
+    ends = jnp.cumulative_sum(blocks * jnp.where(of_one, 1, splits * tile_cost)).astype(jnp.int32)
+    # ends[-1] * i // programs, of which the product may be too large for 32 bits.
+    share, rest = ends[-1] // programs, ends[-1] % programs
+    i = jnp.arange(programs + 1, dtype=jnp.int32)
+    begin = share * i + rest * i // programs
+    tile = jnp.sum(ends <= begin[:, None], axis=1, dtype=jnp.int32)
+    return _Shares(jnp.stack([begin, tile], axis=1), ends, splits.reshape(1), tile_cost.reshape(1))
+
+
 def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail | None = None):
     """Returns partial sums ``[max_splits, T, M, max_rank]`` and the number of splits ``[1]`` int32 that were made.
 
-    There are as many splits as it takes to give every program an item. A tile of one token writes the first split
-    only, the others all that were made. Nothing is written past a tile's rank: there ``out`` shows through, or whatever
-    memory held. With ``mail`` they are in the devices' memory, and what is returned stands for them: ``[1]``.
+    A tile of one token writes the first split only, the others all that were made. Nothing is written past a tile's
+    rank: there ``out`` shows through, or whatever memory held. With ``mail`` they are in the devices' memory, and what
+    is returned stands for them: ``[1]``.
     """
     num_tokens, d_in = x.shape
     num_rows, width = pool.shape[2:]
     block = block_sizes("lora_shrink", device_kind(), _kind(num_tokens))
     columns = _columns(block["columns"] // _wide(x, pool), width)
     tile_columns = _columns(block["tile_columns"] // _wide(x, pool), width)
-    ranks, tile_ranks = block["ranks"], block["tile_ranks"]
+    ranks = block["ranks"] * max(1, _WIDE_INPUT // max(triton.next_power_of_2(d_in), 1024))
+    tile_ranks = block["tile_ranks"]
     matmul_dtype = _matmul_dtype(x, pool)
     if matmul_dtype == tl.float32:
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 32)
-    rank = jnp.sum(plan.records[:, jnp.array(modules), 2], axis=1)
-    tokens = plan.records[:, 0, 1]
-    of_one = tokens == 1
-    blocks = jnp.where(tokens > 0, jnp.where(of_one, triton.cdiv(rank, ranks), triton.cdiv(rank, tile_ranks)), 0)
-    splits = jnp.clip(block["programs"] // jnp.maximum(jnp.sum(blocks), 1), 1, max_splits).astype(jnp.int32)
-    # Of an item of a tile of more tokens, in items of a tile of one: about as the bytes of A that they read.
-    tile_cost = jnp.maximum(tile_ranks // (ranks * splits), 1)
-    ends = jnp.cumulative_sum(blocks * jnp.where(of_one, 1, splits * tile_cost)).astype(jnp.int32)
-    splits, tile_cost = splits.reshape(1), tile_cost.reshape(1)
-    num_tiles = ends.shape[0]
+    shares = _share_out(plan, modules, ranks, tile_ranks, block["programs"], max_splits)
+    splits = shares.splits
     arguments = (
         x,
         pool,
         plan.records,
         plan.pages,
-        ends,
+        shares.begins,
+        shares.ends,
         splits,
-        tile_cost,
+        shares.tile_cost,
         layer_array(layer),
         num_rows,
-        num_tiles,
         num_tokens,
     )
     # The kernel's last two: peers, and where partial sums go.
@@ -235,7 +276,6 @@ def _shrink(x, pool, layer, plan, modules, *, max_splits, out=None, mail: _Mail 
         MODULES=tuple(modules),
         ALL_MODULES=len(plan.widths),
         FIELDS=FIELDS,
-        BLOCK_TILES=max(_MIN_BLOCK_TILES, triton.next_power_of_2(num_tiles)),
         PROGRAMS=block["programs"],
         PAGE=PAGE_SIZE,
         D_IN=d_in,
@@ -265,18 +305,20 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
     num_rows, width = pool.shape[2:]
     widths = tuple(plan.widths[m][1] for m in modules)
     block = block_sizes("lora_expand", device_kind(), _kind(num_tokens))
-    columns = _columns(block["columns"], width)
+    num_tiles = plan.records.shape[0]
+    columns, ranks = _columns(block["columns"], width), block["ranks"]
+    # A program's rank rows come one after the other, so it is better to have more programs than longer ones: they take
+    # fewer columns of more rows at a time.
+    while columns > _LEAST_COLUMNS and _first_blocks(widths, width, columns)[-1] * num_tiles < block["least_programs"]:
+        columns, ranks = columns // 2, ranks * 2
     tile_columns = min(block["tile_columns"], columns)
     bound = triton.next_power_of_2(plan.max_rank)
     tile_ranks = min(block["tile_ranks"], max(16, bound))
     matmul_dtype = _matmul_dtype(jax.ShapeDtypeStruct((), dtype), pool)
     if matmul_dtype == tl.float32:
         tile_ranks, tile_columns = min(tile_ranks, 32), min(tile_columns, 64)
-    first_block, first_column = [0], [0]
-    for d_out in widths:
-        full, rest = divmod(d_out, width)
-        first_block.append(first_block[-1] + full * triton.cdiv(width, columns) + triton.cdiv(rest, columns))
-        first_column.append(first_column[-1] + d_out)
+    first_block = _first_blocks(widths, width, columns)
+    first_column = (0, *itertools.accumulate(widths))
     partial_sums, splits = sums
     row = first_column[-1] if updated is None else updated.shape[1]
     # The kernel's last two: peers, and where updates go.
@@ -293,7 +335,7 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
         *last,
         kernel=triton_kernels._expand_kernel,
         out_type=() if mail is not None else jax.ShapeDtypeStruct((num_tokens, row), dtype),
-        grid=(first_block[-1], plan.records.shape[0]),
+        grid=(first_block[-1], num_tiles),
         num_warps=block["num_warps"],
         num_stages=block["num_stages"],
         MODULES=tuple(modules),
@@ -301,12 +343,12 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
         FIELDS=FIELDS,
         PAGE=PAGE_SIZE,
         WIDTHS=widths,
-        FIRST_BLOCK=tuple(first_block),
-        FIRST_COLUMN=tuple(first_column),
+        FIRST_BLOCK=first_block,
+        FIRST_COLUMN=first_column,
         W=width,
         MAX_RANK=plan.max_rank if mail is None else mail.max_rank,
         TOKENS=plan.token_tile,
-        RANKS=min(block["ranks"], bound),
+        RANKS=min(ranks, bound),
         COLUMNS=columns,
         STAGES=block["stages"],
         SMALL_RANK=16,
@@ -318,6 +360,15 @@ def _expand(sums, num_tokens, dtype, pool, layer, plan, modules, *, mail: _Mail 
         BY_RANK=mail is not None and mail.by_rank,
         **(_ALONE if mail is None else mail.constants),
     )
+
+
+def _first_blocks(widths, width: int, columns: int) -> tuple[int, ...]:
+    """Returns how many blocks of columns come before each module's outputs, and how many there are in all.
+
+    Blocks begin anew with each pool row, which holds ``width`` columns.
+    """
+    blocks = (d_out // width * triton.cdiv(width, columns) + triton.cdiv(d_out % width, columns) for d_out in widths)
+    return 0, *itertools.accumulate(blocks)
 
 
 def _kind(num_tokens):

@@ -66,19 +66,18 @@ def _shrink_kernel(
     pool,  # [layers, 2, num_rows, W]
     records,  # [tiles, ALL_MODULES, FIELDS]
     pages,
-    ends,  # [tiles]: cost of all items up to and with this tile's
+    begins,  # [PROGRAMS + 1, 2]: this and the next three are ``triton._Shares``
+    ends,  # [tiles]
     splits_at,  # [1]
     tile_cost_at,  # [1]
     layer,  # [1]
     num_rows,
-    num_tiles,
     num_tokens,
     peers,  # None on one device
     out,  # [max_splits, num_tokens, M, MAX_RANK]; on several devices nothing is written here
     MODULES: tl.constexpr,
     ALL_MODULES: tl.constexpr,
     FIELDS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PAGE: tl.constexpr,
     D_IN: tl.constexpr,
@@ -103,14 +102,11 @@ def _shrink_kernel(
     splits = tl.load(splits_at)
     split_width = tl.cdiv(tl.cdiv(D_IN, splits), SPLIT_UNIT) * SPLIT_UNIT
     tile_cost = tl.load(tile_cost_at)
-    total = tl.load(ends + num_tiles - 1).to(tl.int64)
-    share_begin = (total * tl.program_id(0) // PROGRAMS).to(tl.int32)
-    share_end = (total * (tl.program_id(0) + 1) // PROGRAMS).to(tl.int32)
-    index = tl.arange(0, BLOCK_TILES)
-    tile_ends = tl.load(ends + index, mask=index < num_tiles, other=2147483647)
-    before = tile_ends <= share_begin
-    tile = tl.sum(before.to(tl.int32), 0)
-    begin = tl.max(tl.where(before, tile_ends, 0), 0)
+    share_at = begins + 2 * tl.program_id(0)
+    share_begin = tl.load(share_at)
+    share_end = tl.load(share_at + 2)
+    tile = tl.load(share_at + 1)
+    begin = tl.load(ends + tile - 1, mask=tile > 0, other=0)
     while begin < share_end:
         end = tl.load(ends + tile)
         first, tokens, page_start, plane_rows = _tile(records, tile, ALL_MODULES, FIELDS)
@@ -201,18 +197,18 @@ def _shrink_token(
     BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS  # of a whole chunk
     STEPS: tl.constexpr = D_IN // W * BLOCKS + (D_IN % W + COLUMNS - 1) // COLUMNS
     entry, stride, scale, _, _ = stacked
+    TOGETHER: tl.constexpr = 4
     products = tl.zeros([RANKS, COLUMNS], tl.float32)
-    if STEPS <= 4:
+    for first in range(0, STEPS // TOGETHER * TOGETHER, TOGETHER):
         # All loads are on their way before the first is needed.
-        for step in tl.static_range(STEPS):
+        for i in tl.static_range(TOGETHER):
             products += _shrink_products(
-                x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
+                x, pool, pages, plane, num_rows, entry, stride, first + i, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
             )
-    else:
-        for step in range(STEPS):
-            products += _shrink_products(
-                x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
-            )
+    for step in tl.static_range(STEPS // TOGETHER * TOGETHER, STEPS):
+        products += _shrink_products(
+            x, pool, pages, plane, num_rows, entry, stride, step, plane_rows, PAGE, D_IN, W, COLUMNS, BLOCKS
+        )
     # Once, at the end: a sum over the program's threads makes them wait for each other.
     return tl.sum(products, 1) * scale
 
@@ -475,13 +471,14 @@ def _partial_block(
     lane = r + tl.arange(0, RANKS)[None, :]
     stride = tl.cast(num_tokens, tl.int64) * (M * MAX_RANK)
     total = tl.zeros([TOKENS, RANKS], tl.float32)
-    for split in range(splits):
-        at = p_at + split * stride
-        if N > 1:
-            exists = tl.broadcast_to(lane < rank, [TOKENS, RANKS])
-            total += _mailed_sums(at, missing, lane, exists, N, BY_RANK, SLOT)
-        elif MAX_RANK % RANKS:
-            total += tl.load(at + lane, mask=lane < MAX_RANK, other=0.0)
-        else:
-            total += tl.load(at + lane)
+    TOGETHER: tl.constexpr = 2
+    for first in range(0, splits, TOGETHER):
+        # All loads are on their way before the first is needed.
+        for i in tl.static_range(TOGETHER):
+            at = p_at + (first + i) * stride
+            exists = tl.broadcast_to((lane < rank) & (first + i < splits), [TOKENS, RANKS])
+            if N > 1:
+                total += _mailed_sums(at, missing, lane, exists, N, BY_RANK, SLOT)
+            else:
+                total += tl.load(at + lane, mask=exists, other=0.0)
     return tl.where(lane < rank, total, 0.0)

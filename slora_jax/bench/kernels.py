@@ -505,6 +505,7 @@ CASES: dict[str, Callable[[KernelBench], Result]] = {
             "lora-decode-mixed": ">= 0.70",
             "lora-decode-r16": ">= 0.60",
             "lora-decode-r8": None,
+            **dict.fromkeys(name for name in LORA if name.startswith(("lora-decode-shared", "lora-decode-8b"))),
             "lora-served-mixed": None,
         }.items()
     },

@@ -67,6 +67,43 @@ def test_lora_interpreted(seed, name, monkeypatch):
     check_lora(case, seed, "triton", run=run)
 
 
+@pytest.mark.parametrize(
+    ("ones", "shared"),
+    [(60, (2, 3, 17, 30)), (0, (8, 120)), (128, ()), (1, ()), (300, (2,) * 40 + (9,) * 10), (0, (512,) * 16)],
+)
+def test_no_program_is_left_with_much_more_work_than_the_others(ones, shared):
+    ranks = np.array([64, 32, 16, 8])[np.arange(ones + len(shared)) % 4, None]
+    token_start = np.cumsum([0, *(1,) * ones, *shared]).astype(np.int32)
+    segments = LoraSegments(
+        jnp.array(token_start), jnp.zeros_like(token_start), jnp.zeros(1, jnp.int32),
+        *(jnp.array(np.broadcast_to(ranks, (len(ranks), 3)), jnp.int32),) * 3, jnp.ones((len(ranks), 3)),
+        active=(0, 1, 2), max_rank=64, total_rank=64 * len(ranks),
+    )  # fmt: skip
+    plan = lora.plan(segments, num_tokens=max(token_start[-1], 1), row_width=64, widths=((64, 64),) * 3)
+    rows, tile_rows, programs, most_splits = 2, 32, 100, 8
+    shares = lora._share_out(plan, (0, 1, 2), rows, tile_rows, programs, most_splits)
+    begins, splits, tile_cost = (np.asarray(a) for a in (shares.begins, shares.splits, shares.tile_cost))
+    assert 1 <= splits[0] <= most_splits
+    work, done = np.zeros(programs), []
+    end_before = 0
+    for tile, end in enumerate(np.asarray(shares.ends)):
+        tokens, rank = int(plan.records[tile, 0, 1]), int(plan.records[tile, :, 2].sum())
+        items = range(end_before, end, 1 if tokens == 1 else tile_cost[0])
+        blocks = -(-rank // (rows if tokens == 1 else tile_rows)) if tokens else 0
+        assert len(items) == (blocks if tokens == 1 else blocks * splits[0])
+        for item in items:
+            (program,) = np.flatnonzero((begins[:-1, 0] <= item) & (item < begins[1:, 0]))
+            work[program] += 1 if tokens == 1 else tile_rows / rows / splits[0]
+            assert begins[program, 1] <= tile, "a share begins in a tile of its own or one before"
+            done.append(tile)
+        end_before = end
+    assert begins[0, 0] == 0 and begins[-1, 0] == end_before
+    # One item more than the mean, of the largest.
+    assert work.max() <= work.mean() + max(1, tile_rows / rows / splits[0])
+    if ones and shared:
+        assert work.max() <= 2.5 * work.mean()
+
+
 COMPILED = {  # tokens, row width, module widths, largest rank, dtype of x and y, dtype of the pool
     "7B decode": (128, 4096, ((4096, 4096),) * 3, 64, jnp.bfloat16, jnp.bfloat16),
     "7B decode, small ranks": (128, 4096, ((4096, 4096),) * 3, 16, jnp.bfloat16, jnp.bfloat16),

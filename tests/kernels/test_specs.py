@@ -41,7 +41,9 @@ def test_attention_specs(name):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora-decode-mixed", "lora-decode-r64-one", "lora-prefill-r16"])
+@pytest.mark.parametrize(
+    "name", ["lora-decode-mixed", "lora-decode-r64-one", "lora-decode-8b-down", "lora-prefill-r16"]
+)
 def test_lora_specs(name):
     spec = LORA[name].scaled(32)
     (_, x, *_), pool, segments = spec.build(3)
