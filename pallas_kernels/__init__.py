@@ -5,7 +5,14 @@ layers of a step share is worked out once, by ``plan_attention`` and ``plan_lora
 """
 
 from pallas_kernels.backend import Backend, choose_backend
-from pallas_kernels.collectives import Collectives, PeerMemory, all_gather, all_reduce, open_peer_memory
+from pallas_kernels.collectives import (
+    Collectives,
+    PeerMemory,
+    all_gather,
+    all_reduce,
+    all_reduce_norm,
+    open_peer_memory,
+)
 from pallas_kernels.lora import (
     LoraPlan,
     LoraSegments,
@@ -17,6 +24,7 @@ from pallas_kernels.lora import (
     lora_shrink,
     plan_lora,
 )
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, rotary_write_kv
 from pallas_kernels.pool import PAGE_SIZE
 
@@ -31,6 +39,7 @@ __all__ = [
     "SentSums",
     "all_gather",
     "all_reduce",
+    "all_reduce_norm",
     "choose_backend",
     "lora_delta",
     "lora_expand",
@@ -41,5 +50,6 @@ __all__ = [
     "paged_attention",
     "plan_attention",
     "plan_lora",
+    "rms_norm",
     "rotary_write_kv",
 ]

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels.collectives import triton
 from pallas_kernels.collectives.workspace import PeerMemory, peers_reach_each_other
+from pallas_kernels.norm import rms_norm
 
 
 @struct.dataclass
@@ -51,7 +52,37 @@ def all_reduce(x: jax.Array, group: Collectives) -> jax.Array:
     """
     if group.table is None:
         return jax.lax.psum(x, group.axis_name)
-    return _by_pieces(lambda piece: triton.all_reduce(piece, group), x, group)
+    return _by_pieces(lambda piece: triton.all_reduce(piece, group), group, x)
+
+
+def all_reduce_norm(
+    term: jax.Array, x: jax.Array, scale: jax.Array, epsilon: float, group: Collectives
+) -> tuple[jax.Array, jax.Array]:
+    """``x + all_reduce(term)``, and ``rms_norm`` of that: what comes behind a product of which each device has a term.
+
+    With kernels one does it all, so that what has come from the others is not written to memory before it is added.
+
+    Args:
+      term: ``[T, h]``, floating; of one shape on all devices.
+      x: as term, and the same on all devices.
+      scale: ``[h]``, of the norm.
+      epsilon: of the norm; static.
+      group: the devices.
+
+    Returns:
+      The sum and its norm, both as x.
+
+    Raises:
+      ValueError: a row is larger than a message of the group can be.
+    """
+    if group.table is None:
+        x = x + jax.lax.psum(term, group.axis_name)
+        return x, rms_norm(x, scale, epsilon)
+
+    def send(term, x):
+        return triton.all_reduce_norm(term, x, scale, epsilon, group)
+
+    return _by_pieces(send, group, term, x)
 
 
 def all_gather(x: jax.Array, axis: int, group: Collectives) -> jax.Array:
@@ -71,14 +102,14 @@ def all_gather(x: jax.Array, axis: int, group: Collectives) -> jax.Array:
     assert axis >= 1, "a message that is too long is cut along the first axis"
     if group.table is None:
         return jax.lax.all_gather(x, group.axis_name, axis=axis)
-    return _by_pieces(lambda piece: triton.all_gather(piece, axis, group), x, group)
+    return _by_pieces(lambda piece: triton.all_gather(piece, axis, group), group, x)
 
 
-def _by_pieces(send, x: jax.Array, group: Collectives) -> jax.Array:
-    """``send`` of as many consecutive rows at a time as fit in a message."""
-    row_bytes = x.nbytes // x.shape[0]
+def _by_pieces(send, group: Collectives, *arrays: jax.Array):
+    """``send`` of as many consecutive rows of all arrays at a time as fit in a message; the first array is sent."""
+    count, row_bytes = arrays[0].shape[0], arrays[0].nbytes // arrays[0].shape[0]
     rows = group.slot_bytes // row_bytes
     if not rows:
         raise ValueError(f"a row of {row_bytes} bytes cannot be sent: a message holds {group.slot_bytes}")
-    pieces = [send(x[first : first + rows]) for first in range(0, x.shape[0], rows)]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    pieces = [send(*(array[first : first + rows] for array in arrays)) for first in range(0, count, rows)]
+    return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)

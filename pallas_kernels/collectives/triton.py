@@ -25,10 +25,33 @@ _DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32
 def all_reduce(x, group):
     """The sum of all devices' x; ``api.all_reduce`` has the arguments' meaning."""
     size = x.size
-    least = block_sizes("all_reduce", device_kind(), "two")
-    in_two = group.size >= least["least_devices"] and x.nbytes >= least["least_bytes"] and size % group.size == 0
+    in_two = _goes_in_two(x, size, group)
     kernel = triton_kernels._all_reduce_in_two_kernel if in_two else triton_kernels._all_reduce_kernel
     return _launch(kernel, x, group, size // group.size if in_two else size, (), x.shape)
+
+
+def all_reduce_norm(term, x, scale, epsilon: float, group):
+    """x with all devices' term added, and its norm; ``api.all_reduce_norm`` has the arguments' meaning."""
+    rows, columns = term.shape
+    in_two = _goes_in_two(term, rows, group)
+    kernel = triton_kernels._all_reduce_norm_in_two_kernel if in_two else triton_kernels._all_reduce_norm_kernel
+    part = rows // group.size if in_two else rows
+    constants = _constants(term, group)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return launch.triton_call(
+        term,
+        x,
+        scale,
+        group.table.reshape(-1),
+        part,
+        triton.cdiv(part, constants["PROGRAMS"]),
+        kernel=kernel,
+        out_type=(out, out),
+        COLUMNS=columns,
+        BLOCK=triton.next_power_of_2(columns),
+        EPSILON=epsilon,
+        **constants,
+    )
 
 
 def all_gather(x, axis: int, group):
@@ -48,14 +71,35 @@ def mail_capacity(group) -> int:
     return mail_slot_bytes(group.slot_bytes)
 
 
-def _launch(kernel, x, group, size: int, scalars: tuple[int, ...], out_shape):
-    """Runs a kernel whose programs share out ``size`` elements."""
+def _goes_in_two(x, size: int, group) -> bool:
+    """Whether to sum x in two exchanges, in the first of which the devices share out ``size`` things evenly."""
+    least = block_sizes("all_reduce", device_kind(), "two")
+    return group.size >= least["least_devices"] and x.nbytes >= least["least_bytes"] and size % group.size == 0
+
+
+def _constants(x, group) -> dict:
+    """What all kernels are launched with that send x."""
     block = block_sizes("collective", device_kind(), "any")
     programs = block["programs"]
     flags = (group.size + 1) * programs * 4
     assert programs <= MAX_PROGRAMS and flags <= HEAD_BYTES - MAIL_HEAD_BYTES, "there are flags for all"
-    elements = block["bytes"] // x.dtype.itemsize
-    share = triton.cdiv(triton.cdiv(size, elements), programs) * elements
+    return {
+        "grid": (programs,),
+        "num_warps": block["num_warps"],
+        "num_stages": 1,
+        "N": group.size,
+        "PROGRAMS": programs,
+        "HEAD": HEAD_BYTES,
+        "SLOT": group.slot_bytes,
+        "DTYPE": _DTYPES[x.dtype.name],
+    }
+
+
+def _launch(kernel, x, group, size: int, scalars: tuple[int, ...], out_shape):
+    """Runs a kernel whose programs share out ``size`` elements."""
+    constants = _constants(x, group)
+    elements = block_sizes("collective", device_kind(), "any")["bytes"] // x.dtype.itemsize
+    share = triton.cdiv(triton.cdiv(size, elements), constants["PROGRAMS"]) * elements
     return launch.triton_call(
         x,
         group.table.reshape(-1),
@@ -64,13 +108,6 @@ def _launch(kernel, x, group, size: int, scalars: tuple[int, ...], out_shape):
         *scalars,
         kernel=kernel,
         out_type=jax.ShapeDtypeStruct(out_shape, x.dtype),
-        grid=(programs,),
-        num_warps=block["num_warps"],
-        num_stages=1,
-        N=group.size,
-        PROGRAMS=programs,
-        HEAD=HEAD_BYTES,
-        SLOT=group.slot_bytes,
         BLOCK=elements,
-        DTYPE=_DTYPES[x.dtype.name],
+        **constants,
     )

@@ -249,6 +249,114 @@ def _all_reduce_in_two_kernel(
 
 
 @triton.jit
+def _add_and_norm(
+    total, x, scale, at, here, out, normed, COLUMNS: tl.constexpr, EPSILON: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Adds a row's sum to x, and stores that and its norm; each is rounded once, as if they were done apart."""
+    column = tl.arange(0, at.shape[0])
+    values = tl.load(x + at, mask=here, other=0.0).to(tl.float32) + tl.where(here, total, 0.0).to(DTYPE).to(tl.float32)
+    added = values.to(DTYPE)
+    tl.store(out + at, added, mask=here)
+    values = added.to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values, 0) / COLUMNS + EPSILON)
+    values *= tl.load(scale + column, mask=here, other=0.0).to(tl.float32)
+    tl.store(normed + at, values.to(DTYPE), mask=here)
+
+
+@triton.jit
+def _all_reduce_norm_kernel(
+    term,  # [rows, COLUMNS]
+    x,  # [rows, COLUMNS]
+    scale,  # [COLUMNS]
+    peers,
+    rows,
+    share,  # rows of a program
+    out,  # [rows, COLUMNS]: x + the sum of terms
+    normed,  # [rows, COLUMNS]
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,  # COLUMNS or more
+    EPSILON: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """As ``_all_reduce_kernel``, by rows, each of which the program that has summed it adds to x and norms."""
+    rank, workspace, counter, count = _begin(peers, N, PROGRAMS)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, rows)
+    if begin < end:
+        call = count // PHASES
+        _push(term, peers, call, rank, begin * COLUMNS, end * COLUMNS, N, HEAD, SLOT, BLOCK, DTYPE)
+        all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
+        column = tl.arange(0, BLOCK)
+        here = column < COLUMNS
+        for row in range(begin, end):
+            at = row * COLUMNS + column
+            total = _sum(term, workspace, call, rank, at, here, N, HEAD, SLOT, BLOCK, DTYPE)
+            total = tl.where(all_came, total, float("nan"))
+            _add_and_norm(total, x, scale, at, here, out, normed, COLUMNS, EPSILON, DTYPE)
+    tl.store(counter, count + PHASES)
+
+
+@triton.jit
+def _all_reduce_norm_in_two_kernel(
+    term,  # [N * part, COLUMNS]
+    x,  # [N * part, COLUMNS]
+    scale,  # [COLUMNS]
+    peers,
+    part,  # rows that a device sums
+    share,  # of them, of a program
+    out,  # [N * part, COLUMNS]: x + the sum of terms
+    normed,  # [N * part, COLUMNS]
+    N: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,  # COLUMNS or more
+    EPSILON: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """As ``_all_reduce_in_two_kernel``, by rows; what is exchanged is the sums, which every device adds to its x."""
+    rank, workspace, counter, count = _begin(peers, N, PROGRAMS)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, part)
+    if begin < end:
+        call = count // PHASES
+        column = tl.arange(0, BLOCK)
+        here = column < COLUMNS
+        size = part * COLUMNS
+        for ahead in tl.static_range(1, N):
+            device = (rank + ahead) % N
+            theirs = _slot(_address(peers, device), call, rank, HEAD, SLOT, N, DTYPE)
+            _copy(term + device.to(tl.int64) * size, theirs, begin * COLUMNS, end * COLUMNS, BLOCK)
+        all_came = _meet(peers, rank, count + 1, N, PROGRAMS)
+        own = rank.to(tl.int64) * size
+        for row in range(begin, end):
+            at = row * COLUMNS + column
+            total = _sum(term + own, workspace, call, rank, at, here, N, HEAD, SLOT, BLOCK, DTYPE)
+            total = tl.where(all_came, total, float("nan"))
+            for ahead in tl.static_range(1, N):
+                # The second half of a slot is for the second exchange.
+                theirs = _slot(_address(peers, (rank + ahead) % N), call, rank, HEAD, SLOT, N, DTYPE)
+                tl.store(theirs + size + at, total.to(DTYPE), mask=here)
+            _add_and_norm(total, x, scale, own + at, here, out, normed, COLUMNS, EPSILON, DTYPE)
+        all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
+        for ahead in tl.static_range(1, N):
+            device = (rank + ahead) % N
+            slot = _slot(workspace, call, device, HEAD, SLOT, N, DTYPE)
+            for row in range(begin, end):
+                at = row * COLUMNS + column
+                total = tl.load(slot + size + at, mask=here, cache_modifier=".cg").to(tl.float32)
+                total = tl.where(all_came, total, float("nan"))
+                in_all = device.to(tl.int64) * size + at
+                _add_and_norm(total, x, scale, in_all, here, out, normed, COLUMNS, EPSILON, DTYPE)
+    tl.store(counter, count + PHASES)
+
+
+@triton.jit
 def _all_gather_kernel(
     x,  # [size]: rows of COLUMNS
     peers,

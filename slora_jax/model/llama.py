@@ -9,8 +9,9 @@ and lowered once; XLA inlines the calls. The same in three pieces, to be compile
 
 With ``num_shards`` N, ``apply`` is what one of N devices runs, inside ``jax.shard_map`` over the axis ``mesh.TP``, on
 its slices of parameters and pool (``mesh.param_spec``). Collectives of a layer, T tokens, ranks padded to R: one
-all-reduce ``[T, h]`` each after o and down; for LoRA (S-LoRA, section 6) an all-gather ``[T, R]`` for each of q, k, v,
-gate, up and an all-reduce ``[T, R]`` for each of o, down, which go on while the base model's product is computed.
+all-reduce ``[T, h]`` each after o and down, together with the norm behind it; for LoRA (S-LoRA, section 6) an
+all-gather ``[T, R]`` for each of q, k, v, gate, up and an all-reduce ``[T, R]`` for each of o, down, which go on while
+the base model's product is computed.
 """
 
 import dataclasses
@@ -34,12 +35,14 @@ from pallas_kernels import (
     LoraSegments,
     all_gather,
     all_reduce,
+    all_reduce_norm,
     lora_delta,
     lora_receive,
     lora_send,
     paged_attention,
     plan_attention,
     plan_lora,
+    rms_norm,
     rotary_write_kv,
 )
 from slora_jax.model.config import ModelConfig
@@ -159,7 +162,7 @@ class Llama(nn.Module):
         x, step = self.begin(batch, pool.shape[3], group)
         if self.is_initializing():
             for i, block in enumerate(self.layers):
-                x, pool = block(x, step, pool, jnp.int32(i))
+                x, _, pool = block(x, None, step, pool, jnp.int32(i))
         else:
             x, pool = run_layers(self, [block.variables["params"] for block in self.layers], 0, x, step, pool)
         return self.end(x), pool
@@ -172,7 +175,7 @@ class Llama(nn.Module):
 
     def end(self, x: jax.Array) -> jax.Array:
         """What comes behind the layers: the final norm of hidden states ``[T, h]``."""
-        return self.norm(x)
+        return self.norm(x)[1]
 
     def _embed(self, token_ids: jax.Array, group: Collectives | None) -> jax.Array:
         if group is None:
@@ -254,9 +257,21 @@ class Block(nn.Module):
         self.down = Projection(config.hidden_size, self.dtype, layout, units["down"])
 
     def __call__(
-        self, x: jax.Array, step: StepTables, pool: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states ``[T, h]`` and the pool after this layer; ``layer`` is its number, an int32 scalar."""
+        self, x: jax.Array, term: jax.Array | None, step: StepTables, pool: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """One layer, of hidden states that need not be complete.
+
+        They are ``x + sum of term over devices``: that sum goes with the next norm.
+
+        Args:
+          x: ``[T, h]``.
+          term: ``[T, h]`` of this device; None if x is complete.
+          step, pool: as in ``run_layers``.
+          layer: its number, an int32 scalar.
+
+        Returns:
+          x, the term (None on one device) and the pool after this layer.
+        """
 
         def plan_for(modules) -> LoraPlan | None:
             """The adapters' plan; None where they change none of these modules."""
@@ -279,17 +294,20 @@ class Block(nn.Module):
             sent = self.lora_ops.send(x, pool, layer, share, modules, group, by_rank=by_rank)
             return self.lora_ops.receive(projection(x), sent, pool, layer, lora, modules, group)
 
-        def reduce(projection, x, module):
+        def add(x, projection, inputs, module):
+            """x with what a row-parallel module adds to it, or else this device's term of that."""
             if group is None:
-                return project(projection, x, module)
+                return x + project(projection, inputs, module), None
             lora = plan_for((module,))
-            y = projection(x) if lora is None else project_among(projection, x, (module,), lora, lora, by_rank=False)
-            return all_reduce(y, group)
+            if lora is None:
+                return x, projection(inputs)
+            return x, project_among(projection, inputs, (module,), lora, lora, by_rank=False)
 
         config = self.local
         # Every read of the adapters' rows comes before the write, which needs all of qkv: XLA copies no pool to keep
         # them valid.
-        qkv = project(self.qkv, self.attention_norm(x), Q, K, V)
+        x, normed = self.attention_norm(x, term, group)
+        qkv = project(self.qkv, normed, Q, K, V)
         q, pool = rotary_write_kv(
             qkv,
             step.rope,
@@ -303,9 +321,11 @@ class Block(nn.Module):
         )
         scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(q, pool, layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale)
-        x = x + reduce(self.o, attended.reshape(-1, config.q_size), O)
-        gate, up = jnp.split(project(self.gate_up, self.mlp_norm(x), GATE, UP), 2, axis=1)
-        return x + reduce(self.down, nn.silu(gate) * up, DOWN), pool
+        x, term = add(x, self.o, attended.reshape(-1, config.q_size), O)
+        x, normed = self.mlp_norm(x, term, group)
+        gate, up = jnp.split(project(self.gate_up, normed, GATE, UP), 2, axis=1)
+        x, term = add(x, self.down, nn.silu(gate) * up, DOWN)
+        return x, term, pool
 
 
 def run_layers(
@@ -325,11 +345,14 @@ def run_layers(
       x, step: as from ``Llama.begin``.
       pool: ``[layers, 2, rows, W]``.
     """
+    term = None
+    of_model = model.config, model.dtype, model.backend, model.num_shards, model.lora_ops
     for i, params in enumerate(layers):
         layer = np.int32(first + i) if isinstance(first, int) else first + i
-        x, pool = _apply_block(
-            params, x, step, pool, layer, model.config, model.dtype, model.backend, model.num_shards, model.lora_ops
-        )
+        x, term, pool = _apply_block(params, x, term, step, pool, layer, *of_model)
+    if term is not None:
+        assert step.group is not None, "on one device there are no terms"
+        x = x + all_reduce(term, step.group)
     return x, pool
 
 
@@ -337,6 +360,7 @@ def run_layers(
 def _apply_block(
     params,
     x,
+    term,
     step: StepTables,
     pool,
     layer,
@@ -348,7 +372,7 @@ def _apply_block(
 ):
     """``Block`` as a function that knows neither its layer nor its parameters: the same for all layers."""
     block = Block(config, dtype, backend, num_shards, lora_ops, parent=None)
-    return block.apply({"params": params}, x, step, pool, layer)
+    return block.apply({"params": params}, x, term, step, pool, layer)
 
 
 def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegments, LoraSegments]:
@@ -365,17 +389,21 @@ def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegmen
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
+    """Root-mean-square norm of hidden states, behind the sum over devices that completes them."""
 
     epsilon: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: jax.Array, term: jax.Array | None = None, group: Collectives | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """``x + sum of term over devices`` ``[T, h]`` and its norm; without a term x is complete."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+        if term is None:
+            return x, rms_norm(x, scale, self.epsilon)
+        assert group is not None, "on one device there are no terms"
+        return all_reduce_norm(term, x, scale, self.epsilon, group)
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

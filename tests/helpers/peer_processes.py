@@ -23,7 +23,8 @@ from pallas_kernels.collectives import triton_kernels
 from tests.helpers.triton_on_cpu import tensor_of
 
 PROGRAMS, HEAD, SLOT, BLOCK = 4, 4096, 4096, 64
-CALLS = 24
+KERNELS = ("all_reduce", "all_reduce_in_two", "all_gather", "all_reduce_norm", "all_reduce_norm_in_two")
+CALLS, EPSILON = 24, 1e-3
 
 
 def draw_calls(count: int, seed: int) -> list[tuple[str, int, int]]:
@@ -31,9 +32,11 @@ def draw_calls(count: int, seed: int) -> list[tuple[str, int, int]]:
     rng = random.Random(seed)
     calls = []
     for _ in range(CALLS):
-        name = rng.choice(("all_reduce", "all_reduce_in_two", "all_gather"))
-        columns = rng.choice((1, 3, 20)) if name == "all_gather" else 1
-        unit = count if name == "all_reduce_in_two" else columns
+        name = rng.choice(
+            ("all_reduce", "all_reduce_in_two", "all_gather", "all_reduce_norm", "all_reduce_norm_in_two")
+        )
+        columns = 1 if name.startswith("all_reduce") and "norm" not in name else rng.choice((1, 3, 20))
+        unit = count * columns if name.endswith("in_two") else columns
         calls.append((name, unit * rng.randrange(1, SLOT // 4 // unit), columns))
     return calls
 
@@ -43,10 +46,16 @@ def messages(count: int, seed: int, call: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, call)).integers(-8, 9, (count, size)).astype(np.float32)
 
 
-def expected(name: str, sent: np.ndarray, columns: int) -> np.ndarray:
+def expected(name: str, sent: np.ndarray, columns: int, x: np.ndarray, scale: np.ndarray) -> list[np.ndarray]:
+    """What a kernel writes; x and scale are of those with a norm."""
     if name == "all_gather":
-        return np.stack([message.reshape(-1, columns) for message in sent], axis=1).ravel()
-    return sent.sum(axis=0)
+        return [np.stack([message.reshape(-1, columns) for message in sent], axis=1).ravel()]
+    total = sent.sum(axis=0)
+    if "norm" not in name:
+        return [total]
+    rows = (x + total).reshape(-1, columns).astype(np.float64)
+    norms = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + EPSILON) * scale
+    return [x + total, norms.ravel()]
 
 
 def run_device(rank: int, count: int, seed: int, addresses: list[int]) -> None:
@@ -55,26 +64,40 @@ def run_device(rank: int, count: int, seed: int, addresses: list[int]) -> None:
     delays = random.Random(seed * 100 + rank)
     for call, (name, size, columns) in enumerate(draw_calls(count, seed)):
         sent = messages(count, seed, call, size)
-        out = np.full(expected(name, sent, columns).shape, np.nan, np.float32)
-        part = size // count if name == "all_reduce_in_two" else size
-        share = triton.cdiv(triton.cdiv(part, BLOCK), PROGRAMS) * BLOCK
+        x, scale = messages(1, seed + 1, call, size)[0], messages(1, seed + 2, call, columns)[0]
+        wanted = expected(name, sent, columns, x, scale)
+        outs = [np.full(array.shape, np.nan, np.float32) for array in wanted]
+        part = size // count if name.endswith("in_two") else size
+        block, constants, arrays = BLOCK, {}, ()
+        if "norm" in name:
+            part //= columns
+            block, arrays = triton.next_power_of_2(columns), (x.copy(), scale.copy())
+            constants = {"COLUMNS": columns, "EPSILON": EPSILON}
+            share = triton.cdiv(part, PROGRAMS)
+        else:
+            share = triton.cdiv(triton.cdiv(part, BLOCK), PROGRAMS) * BLOCK
         scalars = (columns,) if name == "all_gather" else ()
         time.sleep(delays.choice((0, 0, 0.02)))
         getattr(triton_kernels, f"_{name}_kernel")[(PROGRAMS,)](
             tensor_of(sent[rank].copy()),
+            *map(tensor_of, arrays),
             tensor_of(table),
             part,
             share,
             *scalars,
-            tensor_of(out),
+            *map(tensor_of, outs),
             N=count,
             PROGRAMS=PROGRAMS,
             HEAD=HEAD,
             SLOT=SLOT,
-            BLOCK=BLOCK,
+            BLOCK=block,
             DTYPE=tl.float32,
+            **constants,
         )
-        np.testing.assert_array_equal(out, expected(name, sent, columns), err_msg=f"call {call}: {name} of {size}")
+        for out, array in zip(outs, wanted, strict=True):
+            # Sums are exact.
+            rtol = 1e-5 if out is outs[-1] and "norm" in name else 0
+            np.testing.assert_allclose(out, array, rtol=rtol, err_msg=f"call {call}: {name} of {size}")
 
 
 def main(count: int, seed: int) -> int:

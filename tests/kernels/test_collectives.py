@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Collectives, all_gather, all_reduce
+from pallas_kernels import Collectives, all_gather, all_reduce, all_reduce_norm
 from pallas_kernels.collectives import triton
 from tests.helpers.triton_on_cpu import compiled
 
@@ -36,8 +36,11 @@ def test_the_kernels_compile_for_a_gpu(capability, dtype):
         for size in (2, 4):
             all_reduce(jnp.zeros((128, 4096), dtype), group_of(size))
             all_gather(jnp.zeros((128, 4, 16), dtype), 3, group_of(size))
-    sums = ["_all_reduce_kernel", "_all_reduce_in_two_kernel"]
-    assert [name for name, _ in kernels] == [sums[0], "_all_gather_kernel", sums[1], "_all_gather_kernel"]
+            all_reduce_norm(*jnp.zeros((2, 128, 5120), dtype), jnp.zeros(5120, dtype), 1e-5, group_of(size))
+    one, gather, two = "_all_reduce{}_kernel", "_all_gather_kernel", "_all_reduce{}_in_two_kernel"
+    assert [name for name, _ in kernels] == [
+        name for each in (one, two) for name in (each.format(""), gather, each.format("_norm"))
+    ]
 
 
 def test_a_long_message_goes_in_pieces_that_fit(monkeypatch):
@@ -46,5 +49,9 @@ def test_a_long_message_goes_in_pieces_that_fit(monkeypatch):
     x = jnp.arange(100.0 * 8).reshape(100, 8)
     assert (all_reduce(x, group_of(2, 40 * 8 * 4)) == x).all()
     assert sent == [(40, 8), (40, 8), (20, 8)]
+    sent.clear()
+    monkeypatch.setattr(triton, "all_reduce_norm", lambda *piece: sent.append(piece[0].shape) or (piece[0], piece[1]))
+    term, x = all_reduce_norm(x, x + 1, jnp.ones(8), 1e-5, group_of(2, 40 * 8 * 4))
+    assert sent == [(40, 8), (40, 8), (20, 8)] and (x - term == 1).all() and x.shape == (100, 8)
     with pytest.raises(ValueError, match="a row of 32 bytes cannot be sent: a message holds 16"):
         all_reduce(x, group_of(2, 16))

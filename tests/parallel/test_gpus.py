@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import all_gather, all_reduce, tuning
+from pallas_kernels import all_gather, all_reduce, all_reduce_norm, tuning
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TABLE, TP, ModelMesh
 from slora_jax.text.tokenizer import Tokenizer
@@ -64,6 +64,32 @@ def test_a_sum_is_that_of_all_devices_and_the_same_bits_on_each(shape, dtype):
     for part in parts[1:]:
         expected = expected + part
     np.testing.assert_array_equal(got[0], np.asarray(jnp.asarray(expected, dtype).astype(jnp.float32)))
+    for other in got[1:]:
+        np.testing.assert_array_equal(other, got[0])
+
+
+@pytest.mark.parametrize("in_two", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 64), (128, 5120), (512, 4096), (252, 1030)])
+def test_a_sum_with_its_norm_is_what_both_are_one_after_the_other(shape, dtype, in_two):
+    mesh = connected()
+    terms = sent_by_all(mesh, shape, dtype, seed=shape[0])
+    rng = np.random.default_rng(6)
+    x, scale = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=shape[1]), dtype)
+
+    def together(term, group):
+        return jnp.stack(all_reduce_norm(term, x, scale, 1e-5, group))
+
+    sizes = {"least_bytes": 0, "least_devices": 2} if in_two else {"least_devices": 100}
+    with tuning.override("all_reduce", "two", sizes):
+        got = np.asarray(on_each(mesh, together)(mesh.table, terms).astype(jnp.float32))
+    total = np.asarray(terms.astype(jnp.float32)).sum(0, dtype=np.float64)
+    added = np.asarray(x.astype(jnp.float32)) + total
+    # Of what was rounded before.
+    norm = got[0, 0] / np.sqrt(np.mean(got[0, 0].astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-5)
+    rounding = {"bfloat16": 2**-8, "float32": 1e-6}[dtype]
+    np.testing.assert_allclose(got[0, 0], added, rtol=rounding, atol=8 * rounding)
+    np.testing.assert_allclose(got[0, 1], norm * np.asarray(scale.astype(jnp.float32)), rtol=rounding, atol=1e-5)
     for other in got[1:]:
         np.testing.assert_array_equal(other, got[0])
 
