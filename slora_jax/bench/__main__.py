@@ -591,41 +591,6 @@ def structured(requests: int, tokens: int, repeats: int, out: Path | None):
     _print_or_write(run_structured(requests, tokens, repeats, command_line()), out)
 
 
-@main.command()
-@click.option(
-    "--against",
-    default=("fp8",),
-    show_default=True,
-    multiple=True,
-    help="fp8, which is rounded at load, or a folder with a quantised checkpoint of the model; may be repeated.",
-)
-@click.option("--questions", type=_COUNT, default=48, show_default=True, help="Asked of the base and of each adapter.")
-@click.option("--tokens", type=_COUNT, default=48, show_default=True, help="Of an answer, at most.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Of all that is not quantised.",
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
-def quality(against: tuple[str, ...], questions: int, tokens: int, dtype: str, out: Path | None):
-    """What quantising costs in answers: the embedded model and its adapters, beside themselves unquantised."""
-    from slora_jax.bench.quality import run_quality
-
-    try:
-        result = run_quality(against, questions, tokens, dtype, command_line())
-    except SLoRAError as e:
-        raise click.ClickException(str(e)) from None
-    for variant, rows in result["results"].items():
-        for name, row in rows.items():
-            click.echo(
-                f"{Path(variant).name:14} {name:8} perplexity {row['perplexity']:9.4f}   "
-                f"tokens {row['tokens_agreed']:7.2%}   answers {row['answers_agreed']:7.2%}"
-            )
-    _print_or_write(result, out)
-
-
 def _setting(text: str) -> dict[str, str]:
     """Fields of the configuration from ``field=value,field=value``."""
     fields = {}
@@ -647,7 +612,8 @@ def _setting(text: str) -> dict[str, str]:
 def accuracy(settings: tuple[str, ...], baseline: str, texts: int, turns: int, tokens: int, out: Path | None):
     """What settings do to the embedded model's answers and its adapters': perplexity, agreement.
 
-    For example: accuracy dtype=bfloat16 kv_cache_dtype=fp8
+    For example: accuracy dtype=bfloat16 kv_cache_dtype=fp8 quantization=fp8. As a setting, model=FOLDER is another
+    checkpoint of the same model, such as a quantised one; the embedded adapters go with it.
     """
     from slora_jax.bench.accuracy import run_accuracy, table
 

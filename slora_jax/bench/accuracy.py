@@ -13,6 +13,7 @@ answered in the adapter's style, of a few hundred tokens. Each setting gives for
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slora_jax import Engine, Request, SamplingParams
@@ -20,6 +21,8 @@ from slora_jax.bench.demo import cpu
 from slora_jax.config import build_config
 from slora_jax.demo import with_demo
 from slora_jax.demo.data import STYLES, Example, heldout_sample
+from slora_jax.errors import InvalidRequest
+from slora_jax.text.tokenizer import Tokenizer
 
 _BASE = "base"
 
@@ -44,7 +47,8 @@ def run_accuracy(
     """Measures settings one after the other, in this process.
 
     Args:
-      settings: fields of the engine's configuration, such as ``{"kv_cache_dtype": "fp8"}``.
+      settings: fields of the engine's configuration, such as ``{"kv_cache_dtype": "fp8"}``; ``model`` is a checkpoint
+        to serve in the embedded one's place, under the embedded adapters.
       baseline: those that all are compared with.
       texts: conversations for each model.
       turns: questions with their answers in each.
@@ -52,7 +56,9 @@ def run_accuracy(
       command: for the result.
 
     Raises:
-      InvalidRequest: a setting that the engine does not take.
+      InvalidRequest: a setting that the engine does not take, or a checkpoint of another model.
+      BadAdapter: a checkpoint of another model, which the adapters do not fit.
+      UnsupportedModel: a checkpoint that cannot be read.
     """
     compared = _measure(baseline, texts, turns, tokens)
     rows = [_row(baseline, name, scored, scored) for name, scored in compared.items()]
@@ -95,9 +101,16 @@ def _perplexity(scored: _Scored) -> float:
 
 def _measure(setting: Mapping[str, Any], texts: int, turns: int, tokens: int) -> dict[str, _Scored]:
     """By the base model's and the adapters' names."""
-    engine = Engine.create(with_demo(build_config(dict(setting))), progress=False)
+    demo = with_demo(build_config({name: value for name, value in setting.items() if name != "model"}))
+    model = setting.get("model", demo.model)
+    engine = Engine.create(demo.model_copy(update={"model": model}), progress=False)
     engine.start()
     try:
+        expected = Tokenizer.from_folder(Path(demo.model)).to_json()
+        if engine.tokenizer is None or engine.tokenizer.to_json() != expected:
+            raise InvalidRequest(
+                f"{model} is no checkpoint of the embedded model: its tokenizer is another", param="model"
+            )
         score = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         greedy = SamplingParams(max_tokens=tokens, temperature=0.0)
         running = {}

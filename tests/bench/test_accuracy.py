@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.accuracy import run_accuracy, table
+from tests.helpers.quantized_folders import write
 
 
 @pytest.mark.parametrize(
@@ -24,9 +25,25 @@ def test_bad_settings_get_a_sentence(arguments, message):
     assert done.exit_code in (1, 2) and message in done.output and "Traceback" not in done.output
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    write(tmp_path, "awq")
+    done = CliRunner().invoke(main, ["accuracy", f"model={tmp_path}", "--texts", "1", "--turns", "1", "--tokens", "1"])
+    assert done.exit_code == 1
+    assert "is it another base model's adapter?" in done.output
+
+
 @pytest.mark.slow
 def test_the_embedded_model_answers_much_the_same_with_a_kv_cache_in_fp8():
-    result = run_accuracy([{"kv_cache_dtype": "fp8"}], {}, texts=1, turns=2, tokens=4, command="")
+    check_a_little_worse({"kv_cache_dtype": "fp8"})
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers_much_the_same_with_weights_in_fp8():
+    check_a_little_worse({"quantization": "fp8"})
+
+
+def check_a_little_worse(setting):
+    result = run_accuracy([setting], {}, texts=1, turns=2, tokens=4, command="")
     baseline, float8 = ([row for row in result["rows"] if (row["setting"] == "as it comes") == same] for same in (1, 0))
     assert [row["model"] for row in baseline] == [row["model"] for row in float8]
     assert {"base", "pirate", "json"} < {row["model"] for row in baseline}
