@@ -493,7 +493,14 @@ from slora_jax.config import MeshConfig
 from slora_jax.engine.meeting import Meeting
 
 coordinator, host = sys.argv.pop(1), int(sys.argv.pop(1))
-Meeting(host).join(MeshConfig(tp=2, coordinator=coordinator, num_hosts=2, host_id=host))
+meeting = Meeting(host)
+meeting.join(MeshConfig(tp=2, coordinator=coordinator, num_hosts=2, host_id=host))
+"""
+
+LEAVE = """
+sys.stdout.flush()
+meeting.exchange("measured", None)  # who ends before the others is lost to them
+meeting.leave()
 """
 
 
@@ -507,8 +514,9 @@ def test_no_host_of_two_holds_the_whole_model(tmp_path):
         sock.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{sock.getsockname()[1]}"
     arguments = (tmp_path / "model", tmp_path / "small", 2, *shape)
+    program = MEASURE_HOST + MEASURE_PEAK + LEAVE
     with ThreadPoolExecutor(2) as hosts:
-        peaks = hosts.map(lambda host: run_python(MEASURE_HOST + MEASURE_PEAK, coordinator, host, *arguments), range(2))
+        peaks = hosts.map(lambda host: run_python(program, coordinator, host, *arguments), range(2))
     for peak in peaks:
         assert 0.5 < float(peak) < 0.85, "its half, and a parameter on its way"
 
