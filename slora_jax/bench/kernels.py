@@ -12,8 +12,10 @@ import fnmatch
 import itertools
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -118,6 +120,18 @@ class WrongResult(Exception):
     """A kernel's result is too far from the reference's, or not a number."""
 
 
+class Call(NamedTuple):
+    """What is timed: a jitted function of ``arguments`` that calls a kernel once a layer, and gives all results.
+
+    ``reference`` is what the first is to be.
+    """
+
+    layers: jax.stages.Wrapped
+    arguments: tuple
+    count: int
+    reference: jax.Array
+
+
 class KernelBench:
     """Times specs, each once, however many cases ask.
 
@@ -139,11 +153,16 @@ class KernelBench:
         self.time_qkv = cache(self._time_qkv)
         self.time_cudnn = cache(self._time_cudnn)
 
-    def _timed(self, run: Callable[[], list], calls: int, out: jax.Array, reference: jax.Array) -> Timing:
-        """Checks one of an execution's calls, then times all of them."""
-        error = checked_error(out, reference)
+    def timed(self, call: Call, compiled: Callable | None = None) -> Timing:
+        """Checks one of an execution's results, then times all of them; ``compiled`` is the call's function, if it is.
+
+        Raises:
+          WrongResult: it is not right.
+        """
+        run = partial(compiled or call.layers, *call.arguments)
+        error = checked_error(run()[0], call.reference)
         busy = busy_seconds_per_execution(run) if self.profiles else None
-        return Timing(seconds_per_execution(run) / calls, busy / calls if busy else None, error)
+        return Timing(seconds_per_execution(run) / call.count, busy / call.count if busy else None, error)
 
     def backend_for(self, spec: AttentionSpec) -> Backend:
         """What the engine would run."""
@@ -166,6 +185,10 @@ class KernelBench:
     # Attention.
 
     def _time_attention(self, spec: AttentionSpec, backend: Backend) -> Timing:
+        return self.timed(self.attention_call(spec, backend))
+
+    def attention_call(self, spec: AttentionSpec, backend: Backend) -> Call:
+        """Of a spec as it is at scale 1."""
         spec = spec.scaled(self.scale)
         inputs, reference = _attention_problem(spec)
         attend = _attend(spec)
@@ -174,8 +197,8 @@ class KernelBench:
         def layers(qs, pool, plan):
             return [attend(q, pool, layer, plan) for layer, q in enumerate(qs)]
 
-        run = partial(layers, inputs.qs, inputs.pool, _attention_plan(spec, inputs, backend))
-        return self._timed(run, spec.layers, run()[0], reference)
+        plan = _attention_plan(spec, inputs, backend)
+        return Call(layers, (inputs.qs, inputs.pool, plan), spec.layers, reference)
 
     def _time_cudnn(self, spec: AttentionSpec) -> Timing:
         """The same queries by cuDNN, over dense K and V."""
@@ -188,12 +211,16 @@ class KernelBench:
             for q, plane in zip(inputs.qs, inputs.pool, strict=True)
         ]
         attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        run = partial(jax.jit(lambda dense: [attend(*qkv) for qkv in dense]), dense)
-        return self._timed(run, spec.layers, run()[0][0], reference)
+        layers = jax.jit(lambda dense: [attend(*qkv)[0] for qkv in dense])
+        return self.timed(Call(layers, (dense,), spec.layers, reference))
 
     # Gathered LoRA.
 
     def _time_lora(self, spec: LoraSpec) -> Timing:
+        return self.timed(self.lora_call(spec))
+
+    def lora_call(self, spec: LoraSpec) -> Call:
+        """Of a spec as it is at scale 1."""
         spec = spec.scaled(self.scale)
         inputs, reference = _lora_problem(spec)
         modules = tuple(range(len(spec.widths)))
@@ -202,8 +229,8 @@ class KernelBench:
         def layers(xs, pool, plan):
             return [lora_delta(x, pool, layer, plan, modules) for layer, x in enumerate(xs)]
 
-        run = partial(layers, inputs.xs, inputs.pool, _lora_plan(spec, inputs, self.backend))
-        return self._timed(run, spec.layers, run()[0], reference)
+        plan = _lora_plan(spec, inputs, self.backend)
+        return Call(layers, (inputs.xs, inputs.pool, plan), spec.layers, reference)
 
     def _time_qkv(self, spec: LoraSpec, with_lora: bool) -> float:
         """Seconds of the base model's product for the spec's modules, with or without the low-rank update."""
@@ -598,29 +625,52 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
     names = fnmatch.filter([*ATTENTION, *LORA], only or _affected(op, key))
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     micros: list[dict[str, float]] = [{} for _ in combinations]
-    # Cases outside, so that each one's arguments are drawn once.
-    for name, (sizes, row) in itertools.product(names, zip(combinations, micros, strict=True)):
-        # New for every combination: block sizes are read when a function is traced.
-        bench = KernelBench(scale, peers=False, profiles=False)
-        try:
-            # Kernels that this GPU would not choose can be tuned too.
-            with tuning.override(op, key, sizes):
-                if name in ATTENTION:
-                    spec = ATTENTION[name]
-                    backend = "triton" if op == "prefill_attention" else bench.backend_for(spec)
-                    timing = bench.time_attention(spec, backend)
+    bench = KernelBench(scale, peers=False, profiles=False)
+
+    def call_of(name: str) -> Call:
+        if name in LORA:
+            return bench.lora_call(LORA[name])
+        # Kernels that this GPU would not choose can be tuned too.
+        spec = ATTENTION[name]
+        return bench.attention_call(spec, "triton" if op == "prefill_attention" else bench.backend_for(spec))
+
+    def begin(name: str, sizes: dict[str, int]) -> tuple[Call, Future]:
+        # Block sizes are read when a function is traced; XLA compiles several programs at a time.
+        with tuning.override(op, key, sizes):
+            call = call_of(name)
+            return call, workers.submit(call.layers.lower(*call.arguments).compile)
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        # Cases outside, so that each one's arguments are drawn once.
+        for name in names:
+            begun = [_attempted(partial(begin, name, sizes)) for sizes in combinations]
+            for sizes, row, started in zip(combinations, micros, begun, strict=True):
+                timed = (
+                    started if isinstance(started, Exception) else _attempted(partial(_time_compiled, bench, *started))
+                )
+                if isinstance(timed, Exception):
+                    row[name] = math.inf
+                    click.echo(f"{'failed':>10} {name} {json.dumps(sizes)}: {type(timed).__name__}: {str(timed)[:200]}")
                 else:
-                    timing = bench.time_lora(LORA[name])
-            row[name] = timing.seconds * 1e6
-            click.echo(f"{row[name]:10.1f} {name} {json.dumps(sizes)}")
-        except Exception as e:
-            row[name] = math.inf
-            click.echo(f"{'failed':>10} {name} {json.dumps(sizes)}: {type(e).__name__}: {str(e)[:200]}")
+                    row[name] = timed.seconds * 1e6
+                    click.echo(f"{row[name]:10.1f} {name} {json.dumps(sizes)}")
     rows = [(sum(row.values()), sizes, row) for sizes, row in zip(combinations, micros, strict=True)]
     click.echo(f"\n{op} {key} on {jax.devices()[0].device_kind}, µs: sum; {'; '.join(names)}")
     for row in sorted(rows, key=lambda row: row[0]):
         click.echo(_tuning_row(*row))
     return any(math.isfinite(total) for total, *_ in rows)
+
+
+def _attempted[T](attempt: Callable[[], T]) -> T | Exception:
+    """Sizes that do not fit the GPU, or make a kernel wrong, are a line of the result like any other."""
+    try:
+        return attempt()
+    except Exception as e:
+        return e
+
+
+def _time_compiled(bench: KernelBench, call: Call, compiling: Future) -> Timing:
+    return bench.timed(call, compiling.result())
 
 
 def _tuning_row(total: float, sizes: dict[str, int], micros: dict[str, float]) -> str:
