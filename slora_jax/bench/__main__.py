@@ -12,10 +12,12 @@ import click
 
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.bench.timing import command_line
+from slora_jax.bench.workload import Lengths
 from slora_jax.config import read_yaml
 from slora_jax.errors import SLoRAError
 from slora_jax.gpu_memory import set_share
 from slora_jax.model.config import ModelConfig
+from slora_jax.model.modules import MODULES
 from slora_jax.shapes import shape_file
 
 _COUNT = click.IntRange(1)
@@ -63,6 +65,36 @@ def _grid(context, parameter, text: str) -> dict[str, list[int]]:
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise click.BadParameter(f'not lists of values by name, such as {{"num_warps": [2, 4]}}: {text}')
     return grid
+
+
+def _modules(context, parameter, text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in MODULES]
+    if unknown:
+        raise click.BadParameter(f"no such modules: {', '.join(unknown)}; there are {', '.join(MODULES)}")
+    return names
+
+
+def _exact_lengths(context, parameter, text: str | None) -> Lengths | None:
+    try:
+        return None if text is None else Lengths.parse(text)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from None
+
+
+_LONGEST = click.option(
+    "--longest",
+    type=click.IntRange(9),
+    default=512,
+    show_default=True,
+    help="Prompt and output lengths are in [8, this).",
+)
+_LENGTHS = click.option(
+    "--lengths",
+    callback=_exact_lengths,
+    metavar="PROMPT:OUTPUT",
+    help="Tokens of every prompt and every output, such as 1600:600, in place of --longest.",
+)
 
 
 def _print_or_write(result: object, out: Path | None) -> None:
@@ -154,12 +186,15 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
 @_model_option("llama-7b")
 @click.option("--requests", type=_COUNT, default=1000, show_default=True)
 @click.option("--seed", type=_SEED, default=42, show_default=True)
+@_LONGEST
+@_LENGTHS
 @click.option(
-    "--longest",
-    type=click.IntRange(9),
-    default=512,
+    "--modules",
+    default="q,k,v,o",
     show_default=True,
-    help="Prompt and output lengths are in [8, this).",
+    callback=_modules,
+    metavar="NAME,...",
+    help=f"What the adapters change, of {','.join(MODULES)}.",
 )
 @click.option("--max-sequences", type=_COUNT, default=512, show_default=True)
 @click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
@@ -182,11 +217,12 @@ def tune(op: str, key: str, grid: dict[str, list[int]], only: str | None, scale:
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Record ten steps there, and print where time goes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the JSON line to this file.")
-def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_tokens, prefix_cache,
+def throughput(cases, model, requests, seed, longest, lengths, modules, max_sequences, max_batch_tokens, prefix_cache,
                pool_gigabytes, tp, quantization, kv_cache_dtype, trace, rate, cv, alpha, profile, out):  # fmt: skip
     """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
-    A CASE is "base" or a setting of the paper and a number of adapters, such as S2:100. All run on one engine.
+    A CASE is "base", or a setting of the paper or a rank and a number of adapters, such as S2:100 or rank16:100. All
+    run on one engine.
     """
     from slora_jax.bench.throughput import profile_of, run_throughput
     from slora_jax.bench.workload import Case, OpenTrace
@@ -204,7 +240,8 @@ def throughput(cases, model, requests, seed, longest, max_sequences, max_batch_t
             cases=parsed,
             requests=requests,
             seed=seed,
-            longest=longest,
+            lengths=lengths or Lengths.below(longest),
+            modules=modules,
             scheduler={
                 "max_sequences": max_sequences,
                 "max_batch_tokens": max_batch_tokens,
@@ -297,8 +334,8 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
 @click.argument("points", nargs=-1, metavar="[MODEL:N]...")
 @click.option("--adapters", type=_COUNT, default=(10, 100), show_default=True, multiple=True, help="Numbers of them.")
 @click.option("--requests", type=_COUNT, default=400, show_default=True)
-@click.option("--longest", type=click.IntRange(9), default=512, show_default=True,
-              help="Prompt and output lengths are in [8, this).")  # fmt: skip
+@_LONGEST
+@_LENGTHS
 @click.option("--max-sequences", type=_COUNT, default=256, show_default=True)
 @click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
 @click.option("--pool-gigabytes", type=_ABOVE_0, help="Size of the pool; without it the engine's own choice.")
@@ -307,8 +344,8 @@ def collectives(tp: int, models: tuple[str, ...], layers: int, out: Path | None)
               help="Folder for a JSON file of each point, and figure8.png.")  # fmt: skip
 @click.option("--plot-only", is_flag=True, help="Run nothing: draw that folder's results and print their table.")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw; needs slora-jax[plots].")
-def tensor_parallel(points, adapters, requests, longest, max_sequences, max_batch_tokens, pool_gigabytes, seed, out,
-                    plot_only, plots):  # fmt: skip
+def tensor_parallel(points, adapters, requests, longest, lengths, max_sequences, max_batch_tokens, pool_gigabytes,
+                    seed, out, plot_only, plots):  # fmt: skip
     """A model on N devices, with adapters and without, against the paper's figure 8.
 
     Each MODEL:N, such as llama-13b:2, runs in a process of its own. Without any, all those that the devices here
@@ -328,7 +365,9 @@ def tensor_parallel(points, adapters, requests, longest, max_sequences, max_batc
     failed = []
     if len(points) == 1 and not plot_only:
         (point,) = parsed
-        load = Load(requests, longest, adapters, max_sequences, max_batch_tokens, pool_gigabytes, seed)
+        load = Load(
+            requests, lengths or Lengths.below(longest), adapters, max_sequences, max_batch_tokens, pool_gigabytes, seed
+        )
         try:
             for result in measure(point, files[point], load, command_line()):
                 (out / point.file_name).write_text(json.dumps(result, indent=2) + "\n")

@@ -20,6 +20,7 @@ from slora_jax.bench.simulate import H200, StepSpeeds, StepTime, simulate
 from slora_jax.bench.workload import (
     CHAT_ADAPTERS,
     Case,
+    Lengths,
     OpenTrace,
     WorkItem,
     draw_chat_workload,
@@ -256,7 +257,9 @@ def _table_points(scale: Scale, settings, saturated) -> Iterator[Point]:
     scheduler = scale.scheduler(max_sequences=scale.table_sequences)
     cases = [Case("base", 0)] + [Case(s, n) for s in settings for n in scale.table_adapters]
     for case in cases:
-        workload = draw_workload(scale.table_requests, case.num_adapters, _VOCABULARY, scale.seed, scale.table_longest)
+        workload = draw_workload(
+            scale.table_requests, case.num_adapters, _VOCABULARY, scale.seed, Lengths.below(scale.table_longest)
+        )
         yield Point(f"slora-jax, {case.setting}", case.num_adapters, case, workload, scheduler)
 
 
@@ -276,7 +279,7 @@ def _ablation_points(scale: Scale, settings, saturated) -> Iterator[Point]:
     for series, system in (("slora-jax", "unified"), ("fixed share", "split"), ("padded products", "padded")):
         for n in scale.ablation_adapters:
             case = Case(settings[-1], n)
-            workload = draw_workload(scale.saturated_requests, n, _VOCABULARY, scale.seed, scale.longest)
+            workload = draw_workload(scale.saturated_requests, n, _VOCABULARY, scale.seed, Lengths.below(scale.longest))
             yield Point(series, n, case, workload, scheduler, scale.few_pages, system)
 
 
@@ -448,7 +451,7 @@ def saturated_rate(server: Server, scale: Scale, case: Case, max_sequences: int)
       The rate, and how many programs were compiled meanwhile.
     """
     count = scale.saturated_batches * max_sequences
-    workload = draw_workload(count, case.num_adapters, _VOCABULARY, scale.seed, scale.longest)
+    workload = draw_workload(count, case.num_adapters, _VOCABULARY, scale.seed, Lengths.below(scale.longest))
     outcome = server.run(Point("saturated", 0, case, workload, scale.scheduler(max_sequences=max_sequences)))
     answered = sorted(t.last for t in outcome.times)
     first, last = count // 5, 4 * count // 5
@@ -624,7 +627,7 @@ def _shown(value: float | None) -> str:
 def _open(scale: Scale, num_adapters: int, rate: float, cv: float) -> list[WorkItem]:
     count = max(2, round(rate * scale.seconds))
     trace = OpenTrace(rate, cv, alpha=0.0)
-    workload = draw_workload(count, num_adapters, _VOCABULARY, scale.seed, scale.longest, trace)
+    workload = draw_workload(count, num_adapters, _VOCABULARY, scale.seed, Lengths.below(scale.longest), trace)
     return _stretched(workload, scale.seconds)
 
 

@@ -14,7 +14,7 @@ from slora_jax.bench.merged import MergedWeights, run_merged
 from slora_jax.bench.paper import Outcome, Point, Scale, System, budget_of, settings_of
 from slora_jax.bench.throughput import ADAPTED, Weights, compilations_counted, register_adapters, run_loop
 from slora_jax.bench.timing import machine
-from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, draw_workload
+from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, Lengths, draw_workload
 from slora_jax.config import build_config, read_yaml
 from slora_jax.engine.build import BaseModel, EngineParts, enable_compilation_cache, make_parts
 from slora_jax.engine.engine import leave_alone_what_exists
@@ -63,7 +63,7 @@ class EngineServer:
         enable_compilation_cache(self._config.compilation_cache)
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         self._params = dummy_params(self._model, dtype, self._config.seed)
-        self._weights = Weights(PoolLayout.for_model(self._model), dtype)
+        self._weights = Weights(PoolLayout.for_model(self._model), dtype, ADAPTED)
         self._parts: EngineParts | None = None
         self._is_padded = False
         self._registered: set[Case] = set()
@@ -132,7 +132,9 @@ class EngineServer:
         for case in warming:
             # Of every rank one adapter, and the first steps of a process are slower than those to come.
             count = min(WARM_UP_REQUESTS, self._scale.saturated_requests)
-            workload = draw_workload(count, case.num_adapters, self._model.vocab_size, 0, self._scale.longest)
+            workload = draw_workload(
+                count, case.num_adapters, self._model.vocab_size, 0, Lengths.below(self._scale.longest)
+            )
             run_loop(engine, case, workload)
         engine.close()
         leave_alone_what_exists()

@@ -17,13 +17,13 @@ from pathlib import Path
 import click
 
 from slora_jax import Engine
-from slora_jax.bench.workload import SETTINGS, Case, WorkItem, draw_workload
+from slora_jax.bench.workload import Case, Lengths, WorkItem, draw_workload
 from slora_jax.config import EngineConfig
 
 POINTS = ("llama-7b:1", "llama-7b:2", "llama-13b:1", "llama-13b:2", "llama-30b:2", "llama-30b:4", "llama-70b:4")
 """Models and devices that are measured unless others are named. Each fits on so many H100s in bfloat16."""
 
-_SETTING_OF = {"llama-13b": "S4", "llama-30b": "S5", "llama-70b": "S6"}
+_SETTING_OF = {"llama-13b": "S4", "llama-30b": "S5", "llama-70b": "S6", "llama-3.3-70b": "S6"}
 
 PAPER = {
     "30B, 2 GPUs": {
@@ -84,7 +84,7 @@ class Load:
 
     Attributes:
       requests: of each case.
-      longest: prompts and outputs have fewer tokens.
+      lengths: of prompts and outputs.
       adapters: numbers of adapters, each a case.
       max_sequences, max_batch_tokens: of the scheduler.
       pool_gigabytes: of the pool; None for what is left.
@@ -92,7 +92,7 @@ class Load:
     """
 
     requests: int
-    longest: int
+    lengths: Lengths
     adapters: tuple[int, ...]
     max_sequences: int
     max_batch_tokens: int
@@ -134,11 +134,11 @@ def measure(point: Point, file: Path, load: Load, command: str) -> Iterator[dict
         "model": file.stem,
         "tp": point.tp,
         "setting": point.setting,
-        "ranks": SETTINGS[point.setting],
+        "ranks": Case(point.setting, 1).ranks,
         "copy_bytes_per_second": speed,
         "weight_bytes_per_device": _bytes_of_one_device(base.params),
         "requests": load.requests,
-        "longest": load.longest,
+        "lengths": str(load.lengths),
         **machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -178,7 +178,7 @@ def _rows(parts, series: str, cases: Sequence[Case], load: Load, command: str) -
     from slora_jax.bench.throughput import run_cases
 
     for case, timed in zip(
-        cases, run_cases(parts, cases, load.requests, load.seed, load.longest, None, None, command), strict=True
+        cases, run_cases(parts, cases, load.requests, load.seed, load.lengths, None, None, command), strict=True
     ):
         parts_of_step = timed["host_parts_milliseconds_per_step"]
         step = timed["step_milliseconds"]["mean"]
@@ -205,7 +205,7 @@ def _device_shares(parts, case: Case, load: Load) -> dict:
     from slora_jax.bench.throughput import MESSAGES, run_loop, shares_of
 
     count = min(load.requests, load.max_sequences)
-    workload = draw_workload(count, case.num_adapters, parts.model_config.vocab_size, load.seed, load.longest)
+    workload = draw_workload(count, case.num_adapters, parts.model_config.vocab_size, load.seed, load.lengths)
     engine = Engine(parts)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -241,22 +241,26 @@ def _bytes_of_one_device(params) -> int:
 
 def table(results: Sequence[dict]) -> str:
     """Results as markdown: a line for each case of each point."""
-    lines = [
-        "| model, GPUs | case | requests/s | of base | step, ms (p50) | launching, ms | of the GPU's time sending |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names = ("model, GPUs", "case", "requests/s", "tokens/s", "of base", "step, ms (p50)", "launching, ms")
+    names = (*names, "of the GPU's time sending")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for result in results:
         for row in result["rows"]:
-            messages = f"{row['message_share']:.1%}" if "message_share" in row else ""
-            lines.append(
-                f"| {result['model']}, {result['tp']} | {_label(row)} | {row['requests_per_second']:.1f} | "
-                f"{share_of_base(result, row):.2f} | {row['step_milliseconds']['p50']:.2f} | "
-                f"{row['launch_milliseconds']:.2f} | {messages} |"
+            cells = (
+                f"{result['model']}, {result['tp']}",
+                _label(row),
+                f"{row['requests_per_second']:.1f}",
+                f"{row['output_tokens_per_second']:,.0f}",
+                f"{share_of_base(result, row):.2f}",
+                f"{row['step_milliseconds']['p50']:.2f}",
+                f"{row['launch_milliseconds']:.2f}",
+                f"{row['message_share']:.1%}" if "message_share" in row else "",
             )
+            lines.append(f"| {' | '.join(cells)} |")
         if "one_user" in result:
             user = result["one_user"]
             lines.append(
-                f"| {result['model']}, {result['tp']} | one user | | | {user['step_milliseconds']:.2f} "
+                f"| {result['model']}, {result['tp']} | one user | | | | {user['step_milliseconds']:.2f} "
                 f"({user['over_floor']:.2f} x reading the weights) | | |"
             )
     return "\n".join(lines)

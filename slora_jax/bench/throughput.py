@@ -21,7 +21,7 @@ from slora_jax import Engine, Request, SamplingParams
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.bench.service import Times
 from slora_jax.bench.timing import KernelEvent, PartTimer, gpu_events, machine, profiled, read_profile, union_seconds
-from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, OpenTrace, WorkItem, draw_workload
+from slora_jax.bench.workload import WARM_UP_REQUESTS, Case, Lengths, OpenTrace, WorkItem, draw_workload
 from slora_jax.config import EngineConfig, build_config
 from slora_jax.engine.build import EngineParts, build_parts
 from slora_jax.engine.engine import leave_alone_what_exists
@@ -29,33 +29,37 @@ from slora_jax.engine.generation import Generation
 from slora_jax.memory.layout import PoolLayout
 
 ADAPTED = ("q", "k", "v", "o")
-"""What adapters change."""
+"""What the paper's adapters change."""
 
 _PROFILED_STEPS = range(100, 110)
 _IDLE_WAIT_SECONDS = 0.01
 
 
 class Weights:
-    """Made-up weights on the host, one buffer for each rank: all adapters of a rank share it."""
+    """Made-up weights on the host, one buffer for each rank: all adapters of a rank share it.
 
-    def __init__(self, layout: PoolLayout, dtype: np.dtype):
+    Attributes:
+      modules: what the adapters change.
+    """
+
+    def __init__(self, layout: PoolLayout, dtype: np.dtype, modules: Sequence[str]):
         self._layout = layout
         self._dtype = dtype
+        self.modules = tuple(modules)
         self._of_rank: dict[int, np.ndarray] = {}
 
     def __getitem__(self, rank: int) -> np.ndarray:
         if rank not in self._of_rank:
-            self._of_rank[rank] = synthetic_weights(rank, ADAPTED, self._layout, self._dtype, seed=rank)
+            self._of_rank[rank] = synthetic_weights(rank, self.modules, self._layout, self._dtype, seed=rank)
         return self._of_rank[rank]
 
 
 def register_adapters(engine: Engine, cases: Sequence[Case], weights: Weights) -> None:
     """Registers the adapters of all cases, spare ones included."""
     for case in cases:
-        ranks = SETTINGS[case.setting]
         for i in range(case.num_adapters + case.num_spare):
-            rank = ranks[i % len(ranks)]
-            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(ADAPTED, rank), weights[rank])
+            rank = case.rank(i)
+            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(weights.modules, rank), weights[rank])
 
 
 @dataclass
@@ -179,13 +183,14 @@ def run_throughput(
     cases: Sequence[Case],
     requests: int,
     seed: int,
-    longest: int,
+    lengths: Lengths,
     scheduler: dict[str, int | bool],
     pool: dict[str, int | float],
     tp: int,
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
+    modules: Sequence[str] = ADAPTED,
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
 ) -> Iterator[dict]:
@@ -194,7 +199,7 @@ def run_throughput(
     config = random_config(model, requests, scheduler, pool, tp, **kinds)
     parts = build_parts(config, progress=False)
     try:
-        yield from run_cases(parts, cases, requests, seed, longest, trace, profile, command)
+        yield from run_cases(parts, cases, requests, seed, lengths, trace, profile, command, modules)
     finally:
         parts.close()
 
@@ -204,26 +209,28 @@ def run_cases(
     cases: Sequence[Case],
     requests: int,
     seed: int,
-    longest: int,
+    lengths: Lengths,
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
+    modules: Sequence[str] = ADAPTED,
 ) -> Iterator[dict]:
     """For each case warms an engine up and times the workload. The parts stay as they are.
 
     Args:
       parts: of a model with random weights; with what is compiled of them.
-      longest: prompts and outputs have fewer tokens.
+      lengths: of prompts and outputs.
       trace: when requests come; None for all at once.
       profile: folder for what ``profile_of`` reads; None for no profile.
       command: to be noted with the result.
+      modules: what the adapters change.
     """
     config = parts.config
     part_seconds: Counter[str] = Counter()
     engine = Engine(parts, observe=PartTimer(lambda part, seconds: part_seconds.update({part: seconds})))
     try:
         making = time.perf_counter()
-        register_adapters(engine, cases, Weights(engine.pool_layout, engine.dtype))
+        register_adapters(engine, cases, Weights(engine.pool_layout, engine.dtype, modules))
         making = time.perf_counter() - making
         compiling = time.perf_counter()
         engine.warm_up()
@@ -234,11 +241,11 @@ def run_cases(
         click.echo(f"ready after {start_seconds:.1f} s, {compiling:.1f} of them compiling", err=True)
         for case in cases:
             vocab = engine.model_config.vocab_size
-            warm_up = draw_workload(min(requests, WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, longest)
+            warm_up = draw_workload(min(requests, WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, lengths)
             if case.num_adapters:
                 warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
             run_loop(engine, case, warm_up)
-            workload = draw_workload(requests, case.num_adapters, vocab, seed, longest, trace)
+            workload = draw_workload(requests, case.num_adapters, vocab, seed, lengths, trace)
             part_seconds.clear()
             yield {
                 **_run_case(engine, case, workload, part_seconds, profile and profile / str(case)),
@@ -249,6 +256,8 @@ def run_cases(
                 "tp": config.mesh.tp,
                 "kv_cache_dtype": config.kv_cache_dtype,
                 "seed": seed,
+                "modules": list(modules),
+                "lengths": str(lengths),
                 "scheduler": config.scheduler.model_dump(),
                 "trace": trace and dataclasses.asdict(trace),
                 "profiled": profile is not None,

@@ -13,6 +13,41 @@ and S6 for those of 13B, 30B and 70B."""
 
 WARM_UP_REQUESTS = 64
 _SHORTEST = 8
+_ANY_RANK = "rank"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of requests: prompt and output are each drawn uniformly from a range ``(first, behind the last)`` of tokens."""
+
+    prompt: tuple[int, int]
+    output: tuple[int, int]
+
+    @classmethod
+    def below(cls, longest: int) -> "Lengths":
+        """The paper's: both in [8, longest)."""
+        return cls((_SHORTEST, longest), (_SHORTEST, longest))
+
+    @classmethod
+    def parse(cls, text: str) -> "Lengths":
+        """``PROMPT:OUTPUT``, such as ``1600:600``: so many tokens each, of all requests.
+
+        Raises:
+          ValueError: it is not; the message says what is.
+        """
+        prompt, _, output = text.partition(":")
+        if not (prompt.isdecimal() and output.isdecimal() and int(prompt) and int(output)):
+            raise ValueError(f"lengths are the tokens of a prompt and of an answer, such as 1600:600; got {text!r}")
+        return cls((int(prompt), int(prompt) + 1), (int(output), int(output) + 1))
+
+    def __str__(self):
+        (first, behind), (first_output, behind_output) = self.prompt, self.output
+        if behind == first + 1 and behind_output == first_output + 1:
+            return f"{first}:{first_output}"
+        return f"[{first}, {behind}) and [{first_output}, {behind_output})"
+
+
+PAPER_LENGTHS = Lengths.below(512)
 
 CHAT_ADAPTERS = 26
 _CHAT_SIGMA = 1.0
@@ -48,23 +83,34 @@ class OpenTrace:
 
 @dataclass(frozen=True)
 class Case:
-    """A setting of the paper with so many adapters, of the setting's ranks in turn."""
+    """So many adapters of a setting's ranks in turn: one of the paper's settings, or ``rankR``, all of rank R."""
 
     setting: str
     num_adapters: int
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """``base``, or ``SETTING:N`` such as ``S2:100``.
+        """``base``, or ``SETTING:N`` such as ``S2:100`` or ``rank16:100``.
 
         Raises:
           ValueError: neither; the message says what is.
         """
         setting, _, number = text.partition(":")
-        known = setting in SETTINGS and (number.isdecimal() if SETTINGS[setting] else not number)
+        ranks = ranks_of(setting)
+        known = ranks is not None and (number.isdecimal() if ranks else not number)
         if not known or (number and int(number) < 1):
-            raise ValueError(f"a case is base, or a setting and how many adapters, such as S2:100; got {text!r}")
+            raise ValueError(
+                "a case is base, or a setting or a rank, and how many adapters, such as S2:100 or rank16:100; "
+                f"got {text!r}"
+            )
         return cls(setting, int(number or 0))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of its adapters, in turn."""
+        ranks = ranks_of(self.setting)
+        assert ranks is not None, "cases are of known settings"
+        return ranks
 
     def __str__(self):
         return f"{self.setting}:{self.num_adapters}" if self.num_adapters else self.setting
@@ -79,17 +125,29 @@ class Case:
 
     def rank(self, index: int) -> int:
         """Of an adapter."""
-        ranks = SETTINGS[self.setting]
-        return ranks[index % len(ranks)]
+        return self.ranks[index % len(self.ranks)]
+
+
+def ranks_of(setting: str) -> tuple[int, ...] | None:
+    """The ranks of a setting's adapters, in turn; None: there is no such setting."""
+    rank = setting.removeprefix(_ANY_RANK)
+    if rank != setting and rank.isdecimal() and int(rank):
+        return (int(rank),)
+    return SETTINGS.get(setting)
 
 
 def draw_workload(
-    num_requests: int, num_adapters: int, vocab_size: int, seed: int, longest: int = 512, trace: OpenTrace | None = None
+    num_requests: int,
+    num_adapters: int,
+    vocab_size: int,
+    seed: int,
+    lengths: Lengths = PAPER_LENGTHS,
+    trace: OpenTrace | None = None,
 ) -> list[WorkItem]:
-    """Prompt and output lengths uniform in [8, longest); the order of the draws is part of the definition."""
+    """Requests with random tokens; the order of the draws is part of the definition."""
     rng = np.random.default_rng(seed)
-    prompts = rng.integers(_SHORTEST, longest, num_requests)
-    outputs = rng.integers(_SHORTEST, longest, num_requests)
+    prompts = rng.integers(*lengths.prompt, num_requests)
+    outputs = rng.integers(*lengths.output, num_requests)
     if trace is None:
         adapters = rng.integers(0, max(1, num_adapters), num_requests)
         arrivals = np.zeros(num_requests)

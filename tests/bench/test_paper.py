@@ -28,7 +28,7 @@ from slora_jax.bench.paper import (
 )
 from slora_jax.bench.plan import GPUS, Load, plan
 from slora_jax.bench.served import EngineServer
-from slora_jax.bench.workload import Case, draw_workload
+from slora_jax.bench.workload import Case, Lengths, draw_workload
 from slora_jax.config import build_config, read_yaml
 from slora_jax.engine.build import BaseModel, make_parts
 from slora_jax.errors import BadAdapter
@@ -168,7 +168,7 @@ def test_one_engine_serves_many_experiments(toy, tmp_path):
 @pytest.mark.slow
 def test_a_small_pool_of_one_run_does_not_shrink_the_next(toy):
     scale = SCALES["toy"]
-    workload = draw_workload(2, 2, 32000, seed=1, longest=12)
+    workload = draw_workload(2, 2, 32000, seed=1, lengths=Lengths.below(12))
     point = Point("few", 0, Case("S1", 2), workload, scale.scheduler(), pool_pages=50)
     with contextlib.closing(EngineServer(str(toy), scale, scale.max_sequences, {"pages": 300})) as server:
         totals = []

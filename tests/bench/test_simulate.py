@@ -10,7 +10,7 @@ from slora_jax.bench.paper import EXPERIMENTS, SCALES, Point, Scale, SimulatedSe
 from slora_jax.bench.service import Service, Times
 from slora_jax.bench.shares import FixedShares
 from slora_jax.bench.simulate import H200, StepTime, simulate
-from slora_jax.bench.workload import Case, OpenTrace, WorkItem, draw_chat_workload, draw_workload
+from slora_jax.bench.workload import Case, Lengths, OpenTrace, WorkItem, draw_chat_workload, draw_workload
 from slora_jax.config import SchedulerConfig
 from slora_jax.memory.budget import PageBudget
 from slora_jax.memory.layout import PoolLayout
@@ -38,7 +38,7 @@ def test_the_saturated_rate_is_that_of_full_batches():
         saturated_rate(server, dataclasses.replace(scale, saturated_batches=n), case, 32)[0] for n in (40, 10)
     )
     assert short == pytest.approx(long, rel=0.05)
-    workload = draw_workload(2 * 32, 8, 32000, scale.seed, scale.longest)
+    workload = draw_workload(2 * 32, 8, 32000, scale.seed, Lengths.below(scale.longest))
     whole = server.run(Point("whole", 0, case, workload, scale.scheduler(max_sequences=32)))
     assert 2 * 32 / max(t.last for t in whole.times) < 0.9 * long
 
@@ -157,7 +157,7 @@ def test_a_chat_trace_keeps_more_promises_with_early_abort():
 
 def test_thousands_of_adapters_are_all_served_twice_the_same():
     case = Case("S1", 5000)
-    workload = draw_workload(300, 5000, 100, 7, longest=40, trace=OpenTrace(50.0, 2.0, 0.0))
+    workload = draw_workload(300, 5000, 100, 7, Lengths.below(40), trace=OpenTrace(50.0, 2.0, 0.0))
     config = SchedulerConfig(policy="vtc", prefix_cache=False)
     runs = [
         simulate(case, workload, config, lambda: PageBudget(PageAllocator(400)), StepTime(H200, LLAMA_7B))
@@ -184,7 +184,7 @@ def test_neither_share_of_a_split_pool_takes_from_the_other():
         def allocate_adapter(self, count):
             return self._watched(super().allocate_adapter(count))
 
-    workload = draw_workload(200, 50, 100, 7, longest=200)
+    workload = draw_workload(200, 50, 100, 7, Lengths.below(200))
     config = SchedulerConfig(prefix_cache=False)
     budget = lambda: Watched(PageAllocator(401))  # noqa: E731
     run = simulate(Case("S2", 50), workload, config, budget, StepTime(H200, LLAMA_7B))

@@ -11,7 +11,8 @@ from slora_jax.bench.tensor_parallel import PAPER, POINTS, Point, draw, table
 
 def a_result(model: str, tp: int) -> dict:
     rows = [
-        {"series": series, "n": n, "requests_per_second": rate, "step_milliseconds": {"p50": 10.0}, **more}
+        {"series": series, "n": n, "requests_per_second": rate, "output_tokens_per_second": 260.0 * rate}
+        | {"step_milliseconds": {"p50": 10.0}, **more}
         for series, n, rate, more in (
             ("base", 0, 20.0, {"launch_milliseconds": 1.0}),
             ("S-LoRA", 10, 19.0, {"launch_milliseconds": 2.0}),
@@ -34,8 +35,8 @@ def test_points_are_models_and_numbers_of_devices():
 
 def test_the_table_says_what_is_left_of_the_base_and_what_bounds_a_step():
     lines = table([a_result("llama-13b", 2)]).splitlines()
-    assert lines[4] == "| llama-13b, 2 | S-LoRA, n = 100 | 18.0 | 0.90 | 10.00 | 3.00 | 12.5% |"
-    assert lines[-1] == "| llama-13b, 2 | one user | | | 4.00 (1.25 x reading the weights) | | |"
+    assert lines[4] == "| llama-13b, 2 | S-LoRA, n = 100 | 18.0 | 4,680 | 0.90 | 10.00 | 3.00 | 12.5% |"
+    assert lines[-1] == "| llama-13b, 2 | one user | | | | 4.00 (1.25 x reading the weights) | | |"
 
 
 def test_the_papers_shares_are_those_of_its_published_numbers():
@@ -61,5 +62,5 @@ def test_a_folder_of_results_is_drawn_beside_the_paper(tmp_path):
     (tmp_path / "llama-13b_tp2.json").write_text(json.dumps(a_result("llama-13b", 2)))
     result = CliRunner().invoke(main, ["tensor-parallel", "--plot-only", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "| llama-13b, 2 | base | 20.0 | 1.00 |" in result.output
+    assert "| llama-13b, 2 | base | 20.0 | 5,200 | 1.00 |" in result.output
     assert (tmp_path / "figure8.png").is_file()

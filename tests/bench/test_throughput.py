@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.throughput import kernel_group, profile_table, run_throughput
 from slora_jax.bench.timing import KernelEvent
-from slora_jax.bench.workload import Case, OpenTrace, draw_workload
+from slora_jax.bench.workload import Case, Lengths, OpenTrace, draw_workload
+from slora_jax.memory.layout import PoolLayout
+from slora_jax.model.config import ModelConfig
 from tests.helpers.engine_cases import compiled_fast
 
 SHAPE = """
@@ -44,7 +47,9 @@ def test_the_base_workload_has_the_same_lengths_and_no_adapters():
 
 
 def test_an_open_trace_has_its_rate_and_its_popular_adapters():
-    workload = draw_workload(4000, 50, 8, seed=1, longest=9, trace=OpenTrace(rate=5.0, cv=2.0, alpha=1.0))
+    workload = draw_workload(
+        4000, 50, 8, seed=1, lengths=Lengths.below(9), trace=OpenTrace(rate=5.0, cv=2.0, alpha=1.0)
+    )
     intervals = np.diff([0.0, *(item.arrival for item in workload)])
     assert (intervals >= 0).all()
     assert np.mean(intervals) == pytest.approx(1 / 5, rel=0.15)
@@ -67,7 +72,7 @@ def _throughput_of(shape: Path) -> list[dict]:
             cases=[Case("base", 0), Case("S1", 2)],
             requests=6,
             seed=42,
-            longest=12,
+            lengths=Lengths.below(12),
             scheduler={"max_sequences": 4, "max_batch_tokens": 16, "prefix_cache": False},
             pool={"pages": 64},
             tp=1,
@@ -83,7 +88,7 @@ def test_throughput_of_a_toy(shape):
         base, result = _throughput_of(shape)
     json.dumps(result)
     assert base["n"] == base["adapter_loads"] == 0
-    tokens = sum(item.num_output for item in draw_workload(6, 2, 64, seed=42, longest=12))
+    tokens = sum(item.num_output for item in draw_workload(6, 2, 64, seed=42, lengths=Lengths.below(12)))
     assert result["requests"] == 6 and result["n"] == 2
     assert result["output_tokens_per_second"] * result["wall_seconds"] == pytest.approx(tokens)
     assert result["requests_per_second"] * result["wall_seconds"] == pytest.approx(6)
@@ -98,7 +103,23 @@ def test_throughput_of_a_toy(shape):
     assert result["step_milliseconds"]["p50"] <= result["step_milliseconds"]["p99"]
 
 
-@pytest.mark.parametrize("case", ["S1", "S1:0", "base:3", "S9:1", "S1:x"])
+def test_adapters_of_one_rank_on_other_modules_and_exact_lengths(shape, tmp_path):
+    out = tmp_path / "lines.json"
+    arguments = ["throughput", "rank3:2", "--model", str(shape), "--requests", "4", "--lengths", "5:3"]
+    arguments += ["--pool-gigabytes", "0.001", "--max-sequences", "4", "--max-batch-tokens", "16"]
+    with compiled_fast():
+        done = CliRunner().invoke(main, [*arguments, "--modules", "q,gate,down", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert (result["setting"], result["n"], result["modules"]) == ("rank3", 2, ["q", "gate", "down"])
+    assert result["lengths"] == "5:3" and result["adapter_loads"] == 2
+    assert result["output_tokens_per_second"] * result["wall_seconds"] == pytest.approx(4 * 3)
+    layout = PoolLayout.for_model(ModelConfig.from_hf(yaml.safe_load(SHAPE)))
+    pages = layout.adapter(dict.fromkeys(("q", "gate", "down"), 3)).num_pages
+    assert result["adapter_load_bytes"] == 2 * pages * layout.page_bytes(itemsize=4)
+
+
+@pytest.mark.parametrize("case", ["S1", "S1:0", "base:3", "S9:1", "S1:x", "rank:3", "rank0:3", "rank16"])
 def test_what_is_no_case_is_refused(shape, case):
     done = CliRunner().invoke(main, ["throughput", case, "--model", str(shape)])
     assert done.exit_code == 2 and "such as S2:100" in done.output

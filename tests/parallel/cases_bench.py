@@ -6,7 +6,7 @@ from slora_jax import Engine
 from slora_jax.adapters.synthetic import synthetic_weights
 from slora_jax.bench.baselines import SILENT
 from slora_jax.bench.tensor_parallel import Load, Point, measure, share_of_base, table
-from slora_jax.bench.workload import Case, draw_workload
+from slora_jax.bench.workload import Case, Lengths, draw_workload
 from slora_jax.config import build_config
 from slora_jax.engine.build import load_base, make_parts
 from slora_jax.model.modules import MODULES
@@ -23,7 +23,7 @@ def test_a_point_has_the_base_adapters_and_adapters_that_send_nothing(tmp_path):
     file.write_text(SHAPE)
     load = Load(
         requests=6,
-        longest=12,
+        lengths=Lengths.below(12),
         adapters=(1, 3),
         max_sequences=4,
         max_batch_tokens=16,
@@ -38,7 +38,7 @@ def test_a_point_has_the_base_adapters_and_adapters_that_send_nothing(tmp_path):
         ("S-LoRA", 3),
         ("without its messages", 3),
     ]
-    tokens = sum(item.num_output for item in draw_workload(6, 3, 64, 1, 12))
+    tokens = sum(item.num_output for item in draw_workload(6, 3, 64, 1, Lengths.below(12)))
     for row in result["rows"]:
         assert round(row["output_tokens_per_second"] / row["requests_per_second"] * 6) == tokens
         assert row["launch_milliseconds"] > 0 and share_of_base(result, row) > 0
