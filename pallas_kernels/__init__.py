@@ -1,4 +1,4 @@
-"""Kernels over the unified pool, each with a plain-JAX reference. Knows nothing of the engine: arrays in, arrays out.
+"""Kernels over the unified pool and quantised weights, each with a plain-JAX reference. Knows nothing of the engine.
 
 The *pool* is one array ``[layers, 2, rows, W]``, rows grouped in pages of ``PAGE_SIZE``; see each function. What all
 layers of a step share is worked out once, by ``plan_attention`` and ``plan_lora``.
@@ -13,6 +13,7 @@ from pallas_kernels.collectives import (
     all_reduce_norm,
     open_peer_memory,
 )
+from pallas_kernels.grouped_matmul import grouped_matmul, inputs_of_block, pack_integers, unpack_integers
 from pallas_kernels.lora import (
     LoraPlan,
     LoraSegments,
@@ -41,15 +42,19 @@ __all__ = [
     "all_reduce",
     "all_reduce_norm",
     "choose_backend",
+    "grouped_matmul",
+    "inputs_of_block",
     "lora_delta",
     "lora_expand",
     "lora_receive",
     "lora_send",
     "lora_shrink",
     "open_peer_memory",
+    "pack_integers",
     "paged_attention",
     "plan_attention",
     "plan_lora",
     "rms_norm",
     "rotary_write_kv",
+    "unpack_integers",
 ]

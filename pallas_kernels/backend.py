@@ -1,4 +1,4 @@
-"""Which implementation of attention and LoRA a device runs: decided here and nowhere else.
+"""Which implementation of its kernels a device runs: decided here and nowhere else.
 
 Whether several devices send to each other by kernels is decided where their memory is opened for that, in
 ``collectives.open_peer_memory``.

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TARGET = "__gpu$xla.gpu.triton"
-_POINTER_TO = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+_POINTER_TO = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int8": "*i8"}
 _LOCATION = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)
 _PARAMETER = re.compile(r"(%[\w$.-]+): ([^,{}]+?)( \{[^}]*\})?(?:, |$)")
 
@@ -120,7 +120,7 @@ def _of_pointers(text: str, name: str, parameters: tuple[int | str, ...], change
     return f"{head}{opening}{', '.join(kept)}{closing}{''.join(compiled_in)}{body}"
 
 
-_MLIR = {"*bf16": "bf16", "*fp16": "f16", "*fp32": "f32", "*i32": "i32"}
+_MLIR = {"*bf16": "bf16", "*fp16": "f16", "*fp32": "f32", "*i32": "i32", "*i8": "i8"}
 
 
 def _capability() -> int:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.grouped_matmul import inputs_of_block
 from pallas_kernels.lora import LoraSegments
 from pallas_kernels.pool import PAGE_SIZE, rounded_for_rows, to_token_rows
 
@@ -36,6 +37,15 @@ class LoraInputs(NamedTuple):
     xs: tuple[jax.Array, ...]
     pool: jax.Array
     segments: LoraSegments
+
+
+class MatmulInputs(NamedTuple):
+    """Arguments of ``grouped_matmul``, each once a layer; ``zeros`` holds None where groups have none."""
+
+    xs: tuple[jax.Array, ...]
+    weights: tuple[jax.Array, ...]
+    scales: tuple[jax.Array, ...]
+    zeros: tuple[jax.Array | None, ...]
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,58 @@ class LoraSpec:
         )
 
 
+@dataclass(frozen=True)
+class MatmulSpec:
+    """Packed weights ``[d_in, d_out]`` of ``bits`` in groups of ``group`` inputs, for ``rows`` tokens."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    group: int = 128
+    has_zeros: bool = False
+    bits: int = 4
+    layers: int = 32
+    dtype: str = "bfloat16"
+
+    @property
+    def bytes(self) -> int:
+        """What one layer must move: weights with their scales and zeros once, the input, the output."""
+        groups = self.d_in // self.group * self.d_out * (4 + self.has_zeros)
+        activations = self.rows * (self.d_in + self.d_out) * jnp.dtype(self.dtype).itemsize
+        return self.d_in * self.d_out * self.bits // 8 + groups + activations
+
+    @property
+    def flops(self) -> int:
+        """What one layer must compute."""
+        return 2 * self.rows * self.d_in * self.d_out
+
+    def scaled(self, divisor: int) -> "MatmulSpec":
+        """The same in small: rows, widths and layers divided; groups are kept."""
+        return dataclasses.replace(
+            self,
+            rows=_divided(self.rows, divisor),
+            d_in=self.group * _divided(self.d_in // self.group, divisor),
+            d_out=_divided(self.d_out, divisor),
+            layers=_divided(self.layers, divisor, least=2),
+        )
+
+    def build(self, seed: int) -> MatmulInputs:
+        """Draws arguments, whose products are of the size of one."""
+        keys = jax.random.split(jax.random.key(seed), 4)
+        groups = (self.layers, self.d_in // self.group, self.d_out)
+        words = (self.layers, self.d_in // inputs_of_block(self.bits), self.d_out, 8)
+        scales = jax.random.uniform(keys[2], groups, jnp.float32, 0.5, 1.5) / (
+            5 * 2 ** (self.bits - 4) * self.d_in**0.5
+        )
+        zeros = jax.random.randint(keys[3], groups, -8, 8, jnp.int8)
+        return MatmulInputs(
+            tuple(normal(keys[0], self.layers, (self.rows, self.d_in), self.dtype)),
+            tuple(jax.lax.bitcast_convert_type(jax.random.bits(keys[1], words), jnp.int32)),
+            tuple(scales),
+            tuple(zeros) if self.has_zeros else (None,) * self.layers,
+        )
+
+
 def normal(key: jax.Array, layers: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """Standard normal ``[layers, *shape]``, drawn layer by layer: the generator needs several times its output."""
 
@@ -255,4 +317,29 @@ LORA = {
     "lora-prefill-r16": LoraSpec((16,) * 16, (512,) * 16, 16),
     # A step in service: 270 sequences that share 100 adapters, and two prompts.
     "lora-served-mixed": LoraSpec((64, 32, 16, 8) * 25, (141, 143, *_TOKENS_IN_SERVICE), 512, layers=16),
+}
+
+# The products of Llama-2-7B and Llama-3.1-8B.
+_PRODUCTS = {
+    "7b-qkv": (4096, 12288),
+    "7b-o": (4096, 4096),
+    "7b-gate-up": (4096, 22016),
+    "7b-down": (11008, 4096),
+    "8b-qkv": (4096, 6144),
+    "8b-gate-up": (4096, 28672),
+    "8b-down": (14336, 4096),
+}
+MATMUL = {
+    f"matmul-{name}-{rows}": MatmulSpec(rows, *widths)
+    for name, widths in _PRODUCTS.items()
+    for rows in (1, 16, 32, 64, 128, 512)
+}
+# As AWQ and GPTQ store them, in the smallest usual groups, and in eight bits by channel.
+MATMUL |= {
+    "matmul-8b-down-zeros-1": MatmulSpec(1, 14336, 4096, has_zeros=True),
+    "matmul-8b-down-zeros-128": MatmulSpec(128, 14336, 4096, has_zeros=True),
+    "matmul-8b-down-groups-of-32-1": MatmulSpec(1, 14336, 4096, group=32),
+    "matmul-8b-down-groups-of-32-128": MatmulSpec(128, 14336, 4096, group=32),
+    "matmul-8b-down-int8-1": MatmulSpec(1, 14336, 4096, group=14336, bits=8),
+    "matmul-8b-down-int8-128": MatmulSpec(128, 14336, 4096, group=14336, bits=8),
 }

@@ -153,7 +153,7 @@ def demo(requests: int, tokens: int, repeats: int, torch_python: str | None, out
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Time cuDNN's attention too.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
 def kernels(only: str, scale: int, peers: bool, out: Path | None):
-    """Attention, gathered LoRA and decode steps against copy bandwidth and cuDNN on this device."""
+    """Attention, gathered LoRA, int4 products and decode steps against copy bandwidth and cuDNN on this device."""
     from slora_jax.bench.kernels import run_kernels
 
     set_share(None)

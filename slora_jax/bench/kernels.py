@@ -33,13 +33,26 @@ from pallas_kernels import (
     LoraPlan,
     LoraSegments,
     choose_backend,
+    grouped_matmul,
     lora_delta,
     paged_attention,
     plan_attention,
     plan_lora,
     tuning,
+    unpack_integers,
 )
-from pallas_kernels.specs import ATTENTION, LORA, AttentionInputs, AttentionSpec, LoraInputs, LoraSpec, normal
+from pallas_kernels.specs import (
+    ATTENTION,
+    LORA,
+    MATMUL,
+    AttentionInputs,
+    AttentionSpec,
+    LoraInputs,
+    LoraSpec,
+    MatmulInputs,
+    MatmulSpec,
+    normal,
+)
 from slora_jax.bench.timing import busy_seconds_per_execution, machine, seconds_per_execution
 from slora_jax.config import read_yaml
 from slora_jax.engine.batch import Buckets
@@ -152,6 +165,7 @@ class KernelBench:
         self.time_lora = cache(self._time_lora)
         self.time_qkv = cache(self._time_qkv)
         self.time_cudnn = cache(self._time_cudnn)
+        self.time_matmul = cache(self._time_matmul)
 
     def timed(self, call: Call, compiled: Callable | None = None) -> Timing:
         """Checks one of an execution's results, then times all of them; ``compiled`` is the call's function, if it is.
@@ -251,6 +265,26 @@ class KernelBench:
         run = partial(layers, inputs.xs, kernels, inputs.pool, _lora_plan(spec, inputs, self.backend))
         return seconds_per_execution(run) / spec.layers
 
+    # Products with packed weights.
+
+    def _time_matmul(self, spec: MatmulSpec, is_plain: bool = False) -> Timing:
+        return self.timed(self.matmul_call(spec, is_plain))
+
+    def matmul_call(self, spec: MatmulSpec, is_plain: bool = False) -> Call:
+        """Of a spec as it is at scale 1; ``is_plain``: with the same weights in its dtype, as XLA multiplies them."""
+        spec = spec.scaled(self.scale)
+        inputs, reference = _matmul_problem(spec)
+        product = partial(grouped_matmul, dtype=jnp.dtype(spec.dtype), backend=self.backend)
+        arguments: tuple = tuple(zip(*inputs, strict=True))
+        if is_plain:
+            product = jnp.dot
+            arguments = tuple((x, _as_plain(spec, *rest)) for x, *rest in arguments)
+        layers = jax.jit(
+            lambda arguments: [product(*of_layer) for of_layer in arguments],
+            compiler_options=compiler_options(spec.rows),
+        )
+        return Call(layers, (arguments,), spec.layers, reference)
+
     # The model.
 
     @cached_property
@@ -258,6 +292,7 @@ class KernelBench:
         # The model and its pool need the room.
         _attention_problem.cache_clear()
         _lora_problem.cache_clear()
+        _matmul_problem.cache_clear()
         return StepBench(self.scale, self.backend)
 
 
@@ -299,6 +334,22 @@ def _lora_problem(spec: LoraSpec) -> tuple[LoraInputs, jax.Array]:
 def _lora_plan(spec: LoraSpec, inputs: LoraInputs, backend: Backend) -> LoraPlan:
     sizes = {"num_tokens": spec.num_tokens, "row_width": spec.row_width, "widths": spec.widths}
     return jax.jit(partial(plan_lora, backend=backend, **sizes))(inputs.segments)
+
+
+@lru_cache(maxsize=1)
+def _matmul_problem(spec: MatmulSpec) -> tuple[MatmulInputs, jax.Array]:
+    inputs = spec.build(_SEED)
+    x, *of_layer = (of_all[0] for of_all in inputs)
+    product = partial(grouped_matmul, dtype=jnp.dtype(jnp.float32), backend="reference")
+    return inputs, jax.jit(product)(x.astype(jnp.float32), *of_layer)
+
+
+@partial(jax.jit, static_argnums=0)
+def _as_plain(spec: MatmulSpec, weights, scale, zero) -> jax.Array:
+    """Packed weights as ``[d_in, d_out]`` in the spec's dtype: what they make of ones."""
+    values = unpack_integers(weights, spec.bits).astype(jnp.float32).reshape(scale.shape[0], -1, spec.d_out)
+    values = values if zero is None else values - zero.astype(jnp.float32)[:, None]
+    return (values * scale[:, None]).reshape(spec.d_in, spec.d_out).astype(spec.dtype)
 
 
 class StepBench:
@@ -495,6 +546,27 @@ def _prefill_lora(name: str, target: str | None, bench: KernelBench) -> Result:
     return Result(timing, "over base", (with_lora - base) / base, target, details)
 
 
+def _matmul(name: str, target: str | None, bench: KernelBench) -> Result:
+    """Beside the same weights in bfloat16; of few rows the share of a copy's speed counts."""
+    spec = MATMUL[name]
+    timing, plain = bench.time_matmul(spec), bench.time_matmul(spec, True)
+    scaled = spec.scaled(bench.scale)
+    over_plain, rate = timing.device / plain.device, scaled.bytes / timing.device
+    of_copy = rate / bench.copy["bytes_per_second"]
+    details = {
+        "bytes": scaled.bytes,
+        "bytes_per_second": rate,
+        "of_copy": of_copy,
+        "flops_per_second": scaled.flops / timing.device,
+        "plain_seconds": plain.seconds,
+        "plain_busy": plain.busy,
+        "over_plain": over_plain,
+    }
+    if target is None:
+        return Result(timing, "x bf16", over_plain, None, details)
+    return Result(timing, "of copy", of_copy, target, details)
+
+
 def _step_over_base(ranks: tuple[int, ...], target: str | None, bench: KernelBench) -> Result:
     steps = bench.steps
     base, timing = steps.time(steps.sequences, ()), steps.time(steps.sequences, ranks)
@@ -542,6 +614,7 @@ CASES: dict[str, Callable[[KernelBench], Result]] = {
     "attention-prefill-gqa-8192-float8": partial(_prefill_float8, "attention-prefill-gqa-8192-float8", "<= 1.00"),
     "lora-prefill-r64": partial(_prefill_lora, "lora-prefill-r64", "<= 0.15"),
     "lora-prefill-r16": partial(_prefill_lora, "lora-prefill-r16", "<= 0.08"),
+    **{name: partial(_matmul, name, ">= 0.80" if spec.rows <= 16 else None) for name, spec in MATMUL.items()},
     "step-128": _step_base,
     "step-128-r16": partial(_step_over_base, (16,), "<= 1.10"),
     "step-1": _one_user,
@@ -622,7 +695,7 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
 
     ``key`` is as in the files of ``pallas_kernels/tuned``. Prints each combination, and all of them sorted at the end.
     """
-    names = fnmatch.filter([*ATTENTION, *LORA], only or _affected(op, key))
+    names = fnmatch.filter([*ATTENTION, *LORA, *MATMUL], only or _affected(op, key))
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     micros: list[dict[str, float]] = [{} for _ in combinations]
     bench = KernelBench(scale, peers=False, profiles=False)
@@ -630,6 +703,8 @@ def run_tuning(op: str, key: str, grid: dict[str, list[int]], only: str | None, 
     def call_of(name: str) -> Call:
         if name in LORA:
             return bench.lora_call(LORA[name])
+        if name in MATMUL:
+            return bench.matmul_call(MATMUL[name])
         # Kernels that this GPU would not choose can be tuned too.
         spec = ATTENTION[name]
         return bench.attention_call(spec, "triton" if op == "prefill_attention" else bench.backend_for(spec))
@@ -678,6 +753,8 @@ def _tuning_row(total: float, sizes: dict[str, int], micros: dict[str, float]) -
 
 
 def _affected(op: str, key: str) -> str:
+    if op.startswith("grouped_matmul"):
+        return f"matmul-*-{key}" if key.isdecimal() else "matmul-*-512"
     if op.startswith("lora"):
         return f"lora-{key}-*"
     # Cases with float8 end so; the others end in numbers of several digits.

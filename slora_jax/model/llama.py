@@ -250,11 +250,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.rms_norm_eps, self.dtype)
         layout, units = config.weight_layout, {name: group_unit(name, config) for name in ("o", "down")}
         # Columns [q | k | v], heads in order, and [gate | up].
-        self.qkv = Projection(config.q_size + 2 * config.kv_size, self.dtype, layout)
-        self.o = Projection(config.hidden_size, self.dtype, layout, units["o"])
+        project = partial(Projection, dtype=self.dtype, layout=layout, backend=self.backend)
+        self.qkv = project(config.q_size + 2 * config.kv_size)
+        self.o = project(config.hidden_size, unit=units["o"])
         self.mlp_norm = RMSNorm(config.rms_norm_eps, self.dtype)
-        self.gate_up = Projection(2 * config.intermediate_size, self.dtype, layout)
-        self.down = Projection(config.hidden_size, self.dtype, layout, units["down"])
+        self.gate_up = project(2 * config.intermediate_size)
+        self.down = project(config.hidden_size, unit=units["down"])
 
     def __call__(
         self, x: jax.Array, term: jax.Array | None, step: StepTables, pool: jax.Array, layer: jax.Array

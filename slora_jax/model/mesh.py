@@ -41,7 +41,8 @@ _PARAMS = {
 def param_spec(path: ParamPath) -> PartitionSpec:
     """Which axis of a parameter the devices share out; norms are whole on each.
 
-    Of a quantised map, ``weight`` is ``[out, in]`` where all else is ``[in, out]``, and ``channel_scale`` is ``[out]``.
+    Of a quantised map, ``weight`` is ``[out, in]``, ``channel_scale`` is ``[out]``, and all else is ``[in, out]`` or
+    begins so.
     """
     spec = _PARAMS.get(path[-2], PartitionSpec())
     match path[-1]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pallas_kernels import Backend, grouped_matmul, inputs_of_block, pack_integers
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout
 
@@ -11,9 +12,6 @@ _FP8 = jnp.float8_e4m3fn
 _LARGEST_FP8 = float(jnp.finfo(_FP8).max)
 _LEAST_AMPLITUDE = 1e-30
 """Far below any activation or weight, and far above where 1 / 448 of it would be flushed to zero."""
-
-_FEW_ROWS, _LEAST_ROWS = 16, 4
-"""Up to so many rows programs on GPUs use XLA's own kernels for products; see ``engine.runner.compiler_options``."""
 
 
 def group_unit(projection: str, local: ModelConfig) -> int:
@@ -32,12 +30,14 @@ class Projection(nn.Module):
       dtype: of the output and, without a layout, of the one parameter, ``kernel`` ``[in, features]``.
       layout: how the weights are quantised, and what the parameters then are.
       unit: a number of inputs that groups must divide, so that devices can share out multiples of it.
+      backend: which kernel multiplies by values that are packed.
     """
 
     features: int
     dtype: jnp.dtype
     layout: WeightLayout | None = None
     unit: int = 0
+    backend: Backend = "reference"
 
     @nn.compact
     def __call__(self, x, out_dtype=None):
@@ -51,15 +51,20 @@ class Projection(nn.Module):
                 scale = self.param("channel_scale", ones, (self.features,), jnp.float32)
                 return fp8_product(x, weight, scale, self.dtype)
             case GroupedWeights() as layout:
-                kernel = self.param("kernel", zeros, (d_in, self.features), jnp.dtype(layout.values))
+                if layout.is_packed(d_in, self.unit):
+                    shape: tuple[int, ...] = (d_in // inputs_of_block(layout.bits), self.features, 8)
+                    weights = self.param("packed", zeros, shape, jnp.int32)
+                else:
+                    weights = self.param("kernel", zeros, (d_in, self.features), jnp.dtype(layout.values))
+                zero = None
                 if layout.is_by_channel:
-                    scale = self.param("channel_scale", ones, (self.features,), jnp.float32)
-                    y = dot(x, kernel.astype(x.dtype), (((1,), (0,)), ((), ())), _summed_as(x.dtype))
-                    return (y.astype(jnp.float32) * scale).astype(self.dtype)
-                shape = d_in // layout.device_group(d_in, self.unit), self.features
-                scale = self.param("group_scale", ones, shape, jnp.float32)
-                zero = self.param("group_zero", zeros, shape, jnp.int8) if layout.has_zeros else None
-                return grouped_product(x, kernel, scale, zero, self.dtype)
+                    scale = self.param("channel_scale", ones, (self.features,), jnp.float32)[None]
+                else:
+                    shape = d_in // layout.device_group(d_in, self.unit), self.features
+                    scale = self.param("group_scale", ones, shape, jnp.float32)
+                    if layout.has_zeros:
+                        zero = self.param("group_zero", zeros, shape, jnp.int8)
+                return grouped_matmul(x, weights, scale, zero, dtype=self.dtype, backend=self.backend)
 
 
 def dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
@@ -77,26 +82,6 @@ def fp8_product(x: jax.Array, weight: jax.Array, channel_scale: jax.Array, dtype
     values, token_scale = quantize_rows(x)
     y = jax.lax.dot_general(values, weight, (((1,), (1,)), ((), ())), preferred_element_type=_summed_as(dtype))
     return (y.astype(jnp.float32) * token_scale[:, None] * channel_scale).astype(dtype)
-
-
-def grouped_product(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: jnp.dtype
-) -> jax.Array:
-    """``x`` ``[T, in]`` times grouped values ``[in, out]``, scales and zeros ``[G, out]``, in ``dtype``."""
-    num_rows = x.shape[0]
-    if num_rows > _FEW_ROWS:
-        return dot(x, dequantized(kernel, scale, zero).astype(x.dtype), (((1,), (0,)), ((), ())), dtype)
-    # A product for each group, whose scales come behind it: XLA's kernels then read the values as they are stored.
-    # Multiplied by scales ahead of it, all of the weights would be written to memory in each step, and read again. A
-    # single row XLA would make a sum of products of, which it writes to memory, too.
-    groups = jnp.pad(x, ((0, max(0, _LEAST_ROWS - num_rows)), (0, 0))).reshape(
-        -1, scale.shape[0], kernel.shape[0] // scale.shape[0]
-    )
-    values = kernel.reshape(scale.shape[0], -1, kernel.shape[1]).astype(x.dtype)
-    sums = dot(groups, values, (((2,), (1,)), ((1,), (0,))), jnp.float32)
-    if zero is not None:
-        sums = sums - jnp.sum(groups.astype(jnp.float32), axis=2).T[:, :, None] * zero.astype(jnp.float32)[:, None]
-    return jnp.sum(sums * scale[:, None], axis=0)[:num_rows].astype(dtype)
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,23 +108,16 @@ def quantize_map(kernel: jax.Array, layout: WeightLayout, unit: int = 0) -> dict
     values = groups / scale[:, None]
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
-    params = {"kernel": values.reshape(d_in, d_out).astype(dtype)}
+    values = values.reshape(d_in, d_out)
+    params = (
+        {"packed": pack_integers(values.astype(jnp.int32), layout.bits)}
+        if layout.is_packed(d_in, unit)
+        else {"kernel": values.astype(dtype)}
+    )
     if layout.is_by_channel:
         return params | {"channel_scale": scale[0]}
     zeros = {"group_zero": jnp.zeros_like(scale, jnp.int8)} if layout.has_zeros else {}
     return params | {"group_scale": scale} | zeros
-
-
-def dequantized(kernel: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-    """Weights ``[in, out]`` float32 of grouped values ``[in, out]``, scales and zeros ``[G, out]``.
-
-    In a step with many rows XLA writes them to memory in the model's dtype ahead of their product: such layouts are for
-    few rows, and for memory. A kernel that does it while it reads is still to be written.
-    """
-    groups = kernel.astype(jnp.float32).reshape(scale.shape[0], -1, kernel.shape[1])
-    if zero is not None:
-        groups = groups - zero.astype(jnp.float32)[:, None]
-    return (groups * scale[:, None]).reshape(kernel.shape)
 
 
 def _summed_as(dtype):

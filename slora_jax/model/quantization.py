@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 _SCALE_BYTES = 4
+_PACKED_INPUTS = {"int4": 64, "int8": 32}
+_LEAST_PACKED_GROUP = 16
+"""Of values in words, as ``pallas_kernels.grouped_matmul`` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class GroupedWeights:
     Parameters of a map: ``kernel`` ``[in, out]`` of dtype ``values``, and, G groups of inputs, ``group_scale``
     ``[G, out]`` float32 and with ``has_zeros`` ``group_zero`` ``[G, out]`` int8. A weight is
     ``(kernel - group_zero) * group_scale``. Where all inputs share a scale and there are no zeros, ``channel_scale``
-    ``[out]`` float32 takes the place of both.
+    ``[out]`` float32 takes the place of both. Where ``is_packed`` says so, ``packed`` ``[blocks, out, 8]`` int32 takes
+    the place of ``kernel``: the same values as ``pallas_kernels.pack_integers`` puts them together.
 
     Attributes:
       values: dtype of the stored values.
@@ -48,6 +52,11 @@ class GroupedWeights:
         """Whether a scale for each output is all there is."""
         return self.group_size is None and not self.has_zeros
 
+    @property
+    def bits(self) -> int:
+        """Of a stored value."""
+        return 4 if self.values == "int4" else 8
+
     def device_group(self, *widths: int) -> int:
         """Inputs of a group as devices hold it: the largest part of a group that divides all ``widths``.
 
@@ -55,9 +64,24 @@ class GroupedWeights:
         """
         return math.gcd(self.group_size or 0, *widths)
 
+    def is_packed(self, *widths: int) -> bool:
+        """Whether devices hold values in words, as the kernel for few bits reads them.
+
+        So they are where integers fill whole blocks of words on every device, in groups that the kernel takes.
+        ``widths`` are as in ``device_group``.
+        """
+        return (
+            self.values in _PACKED_INPUTS
+            and math.gcd(*widths) % _PACKED_INPUTS[self.values] == 0
+            and self.device_group(*widths) % _LEAST_PACKED_GROUP == 0
+        )
+
     def num_bytes(self, d_in: int, d_out: int, unit: int = 0) -> int:
-        """Bytes of one map, whose groups divide ``unit`` inputs. On a CPU an int4 takes a byte, and there are more."""
-        values = d_in * d_out // (2 if self.values == "int4" else 1)
+        """Bytes of one map, whose groups divide ``unit`` inputs.
+
+        On a CPU an int4 that is not packed takes a byte, and there are more.
+        """
+        values = d_in * d_out * self.bits // 8
         if self.is_by_channel:
             return values + _SCALE_BYTES * d_out
         num_groups = d_in // self.device_group(d_in, unit)

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
+from pallas_kernels import pack_integers
 from slora_jax.errors import InvalidRequest, UnsupportedModel, shown
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.json_files import parse_json, read_json
@@ -452,11 +453,17 @@ def _build(recipe: _Recipe, tensors: dict[str, _Tensor], leaf: jax.ShapeDtypeStr
 def _finished(raw: jax.Array, transposed: bool, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """A new array, as ``leaf`` says, of one in the file's dtype and order of axes."""
     if transposed:
-        raw = jax.jit(jnp.transpose, out_shardings=leaf.sharding)(raw)
+        # Packed values have an axis more.
+        bits = 0 if len(leaf.shape) == raw.ndim else 256 * leaf.shape[0] // raw.shape[1]
+        raw = jax.jit(_transposed, static_argnums=1, out_shardings=leaf.sharding)(raw, bits)
     if not transposed or raw.dtype != leaf.dtype:
         raw = jax.jit(_copy_as, static_argnums=1, out_shardings=leaf.sharding)(raw, leaf.dtype)
     assert raw.shape == leaf.shape, (raw.shape, leaf.shape)
     return raw.block_until_ready()
+
+
+def _transposed(values: jax.Array, packed_bits: int) -> jax.Array:
+    return pack_integers(values.T, packed_bits) if packed_bits else values.T
 
 
 def _unquantized(recipe: _Recipe, dtype: jnp.dtype, module: ParamPath, mesh: ModelMesh | None) -> jax.ShapeDtypeStruct:
@@ -489,12 +496,12 @@ def _convert(recipe: _Recipe, grids: dict[str, Grid], config: ModelConfig, leave
 
     params = {}
     for name, leaf in leaves.items():
-        if name in ("weight", "kernel"):
-            params[name] = put(leaf, [grid.values for grid in grids.values()], transposed=name == "kernel")
+        if name in ("weight", "kernel", "packed"):
+            params[name] = put(leaf, [grid.values for grid in grids.values()], transposed=name != "weight")
         elif name == "channel_scale":
             params[name] = put(leaf, [grid.scales[:, 0] for grid in grids.values()])
         else:
-            size = leaves["kernel"].shape[0] // leaf.shape[0]
+            size = recipe.joined_shape[0] // leaf.shape[0]
             scales, zeros = zip(*(grid.regrouped(size) for grid in grids.values()), strict=True)
             arrays = zeros if name == "group_zero" else scales
             params[name] = put(leaf, arrays, size if recipe.axis == 1 else 1, transposed=True)

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from jax.profiler import ProfileData
 
-from pallas_kernels.specs import ATTENTION
+from pallas_kernels.specs import ATTENTION, MATMUL
 from slora_jax.bench import kernels
 from slora_jax.bench.__main__ import main
 from slora_jax.bench.timing import KernelEvent, gpu_events, union_seconds
@@ -52,6 +52,20 @@ def test_sizes_are_tuned_on_the_cases_that_take_them():
         ("mosaic_attention", "half", ["attention-prefill-gqa-8192", "attention-prefill-mha-8192"]),
     ):
         assert filter(ATTENTION, kernels._affected(op, key)) == names
+    assert "matmul-8b-qkv-64" in filter(MATMUL, kernels._affected("grouped_matmul", "64"))
+    for key in ("more", "float32"):
+        assert "matmul-8b-qkv-512" in filter(MATMUL, kernels._affected("grouped_matmul", key))
+
+
+def test_a_product_is_compared_with_the_same_in_bfloat16(tmp_path):
+    out = tmp_path / "kernels.json"
+    arguments = ["kernels", "--only", "matmul-8b-down-zeros-*", "--scale", "64", "--no-peers", "--out", str(out)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    one, many = json.loads(out.read_text())["cases"].values()
+    assert one["quantity"] == "of copy" and one["value"] == pytest.approx(one["of_copy"]) and one["target"] == ">= 0.80"
+    assert many["value"] == pytest.approx(many["seconds"] / many["plain_seconds"]) and many["target"] is None
+    assert 0 < one["error"] < 1e-2 and 0 < many["error"] < 1e-2
 
 
 def test_a_result_that_differs_fails_the_command(monkeypatch, tmp_path):

@@ -126,3 +126,16 @@ def _adapters(segments):
         tokens = slice(token_start[g], token_start[g + 1])
         if tokens.start < tokens.stop:
             yield g, np.asarray(segments.pages)[page_start[g] : page_start[g + 1]], tokens
+
+
+def stored_integers(packed: np.ndarray, bits: int = 4) -> np.ndarray:
+    """The integers ``[in, out]`` of packed words, by what the layout says of every bit."""
+    blocks, d_out, _ = packed.shape
+    block = 256 // bits
+    values = np.empty((blocks * block, d_out), np.int64)
+    for k in range(block):
+        j, rest = divmod(k, 16)
+        i, h = divmod(rest, 2)
+        field = packed[:, :, i].astype(np.int64) >> (bits * j + 16 * h)
+        values[k::block] = field % 2**bits - 2 ** (bits - 1)
+    return values

@@ -21,6 +21,7 @@ TRITON_DTYPE = {
     np.dtype(np.float16): "fp16",
     np.dtype(ml_dtypes.bfloat16): "bf16",
     np.dtype(np.int32): "i32",
+    np.dtype(np.int8): "i8",
 }
 
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import PAGE_SIZE, lora_delta, paged_attention, plan_attention, plan_lora
-from pallas_kernels.specs import ATTENTION, LORA, AttentionSpec, LoraSpec
+from pallas_kernels import PAGE_SIZE, grouped_matmul, lora_delta, paged_attention, plan_attention, plan_lora
+from pallas_kernels.specs import ATTENTION, LORA, MATMUL, AttentionSpec, LoraSpec, MatmulSpec
 from tests.helpers import oracles
 
 
@@ -19,6 +19,9 @@ def test_bytes_and_operations():
     assert float8.bytes == 2 * 3 * 5 * 2 * 8 + 2 * 2 * 3 * 2 * 4 * 8
     lora = LoraSpec((4, 2), (1, 5), 4, widths=((16, 32), (16, 8)), row_width=16)
     assert lora.bytes == 2 * ((4 + 2) * (16 + 32 + 16 + 8) + 6 * (16 + 32 + 8))
+    matmul = MatmulSpec(3, 256, 40, has_zeros=True)
+    assert matmul.bytes == 128 * 40 + 2 * 40 * (4 + 1) + 2 * 3 * (256 + 40)
+    assert matmul.flops == 2 * 3 * 256 * 40
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,20 @@ def test_lora_specs(name):
     sums = oracles.shrink(x, pool, 1, segments, modules)
     expected = oracles.expand(sums, spec.widths, pool, 1, segments, modules)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "name", ["matmul-7b-o-16", "matmul-8b-down-zeros-1", "matmul-8b-down-groups-of-32-128", "matmul-8b-down-int8-1"]
+)
+def test_matmul_specs(name):
+    spec = MATMUL[name].scaled(16)
+    inputs = spec.build(3)
+    assert all(len(of_all) == spec.layers for of_all in inputs)
+    x, weights, scale, zero = (of_all[1] for of_all in inputs)
+    out = grouped_matmul(x, weights, scale, zero, dtype=x.dtype, backend="reference")
+    assert out.shape == (spec.rows, spec.d_out) and (zero is not None) == spec.has_zeros
+    zero = 0 if zero is None else np.repeat(zero, spec.group, axis=0).astype(int)
+    plain = (oracles.stored_integers(np.asarray(weights), spec.bits) - zero) * np.repeat(scale, spec.group, axis=0)
+    expected = np.asarray(x, np.float64) @ plain
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    assert 0.1 < np.std(expected) < 4

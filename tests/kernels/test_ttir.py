@@ -13,6 +13,7 @@ from pallas_kernels import (
     all_gather,
     all_reduce,
     all_reduce_norm,
+    grouped_matmul,
     lora_delta,
     lora_receive,
     lora_send,
@@ -95,3 +96,19 @@ def test_attention_and_the_write(decode_only, tokens_per_row):
     )
     kernels = {"_rotary_write_kernel", "_decode_kernel", "_combine_kernel"}
     assert names_of(step, *arguments) == kernels | (set() if decode_only else {"_tile_kernel"})
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.bfloat16), (200, jnp.bfloat16), (8, jnp.float32)])
+def test_products_with_packed_weights(rows, dtype, zeros):
+    arguments = (
+        jax.ShapeDtypeStruct((rows, 512), dtype),
+        _int32((8, 320, 8)),
+        jax.ShapeDtypeStruct((4, 320), jnp.float32),
+        jax.ShapeDtypeStruct((4, 320), jnp.int8) if zeros else None,
+    )
+    product = partial(grouped_matmul, dtype=dtype, backend="triton")
+    assert names_of(product, *arguments) == {"_grouped_matmul_kernel"}
+    # Beyond, weights go through memory.
+    many = (jax.ShapeDtypeStruct((1024, 512), dtype), *arguments[1:])
+    assert names_of(product, *many) == set()

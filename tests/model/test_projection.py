@@ -8,6 +8,7 @@ import pytest
 
 from slora_jax.model.projection import Projection, fp8_product, quantize_map, quantize_rows
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights
+from tests.helpers.oracles import stored_integers
 
 FP8 = ml_dtypes.float8_e4m3fn
 
@@ -117,6 +118,40 @@ def test_grouped_weights_are_values_less_zeros_times_scales(layout, rows, dtype)
         bits = {"int4": 1 / 14, "int8": 1 / 254, "float8_e4m3fn": 1 / 16}[layout.values]
         largest = np.abs(kernel.reshape(-1, group, 80)).max(axis=1).repeat(group, axis=0)
         assert (np.abs(weights - kernel) <= bits * largest * 1.001).all()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        GroupedWeights(values, *rest)
+        for values in ("int4", "int8")
+        for rest in ((None, False), (128, False), (32, True), (None, True))
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, jnp.float32), (7, jnp.bfloat16), (20, jnp.float32), (20, jnp.bfloat16)]
+)
+def test_packed_weights_are_the_same(layout, rows, dtype):
+    kernel = drawn(256, 80, seed=2)
+    params = {name: np.array(leaf) for name, leaf in quantize_map(jnp.asarray(kernel), layout, unit=64).items()}
+    assert params["packed"].shape == (layout.bits, 80, 8) and "kernel" not in params
+    bytes_held = sum(array.nbytes for array in params.values())
+    assert bytes_held == layout.num_bytes(256, 80, 64)
+    if layout.has_zeros:
+        params["group_zero"][:] = np.random.default_rng(3).integers(-8, 9, params["group_zero"].shape)
+    group = 256 if layout.is_by_channel else {None: 64, 128: 64, 32: 32}[layout.group_size]
+    scale = np.repeat(params["channel_scale" if layout.is_by_channel else "group_scale"].reshape(-1, 80), group, axis=0)
+    zero = np.repeat(params["group_zero"], group, axis=0).astype(np.float64) if layout.has_zeros else 0
+    weights = (stored_integers(params["packed"], layout.bits) - zero) * scale
+    if not layout.has_zeros:
+        largest = np.abs(kernel.reshape(-1, group, 80)).max(axis=1).repeat(group, axis=0)
+        assert (np.abs(weights - kernel) <= largest / (14 if layout.bits == 4 else 254) * 1.001).all()
+    x = drawn(rows, 256, seed=4).astype(dtype)
+    y = Projection(80, dtype, layout, unit=64).apply({"params": params}, jnp.asarray(x))
+    size = np.linalg.norm(x.astype(np.float64), axis=1)[:, None] * np.linalg.norm(weights, axis=0)
+    bound = 1e-6 if dtype == jnp.float32 else 2**-7
+    assert (np.abs(np.asarray(y, np.float64) - x.astype(np.float64) @ weights) <= bound * size).all()
 
 
 @pytest.mark.parametrize("rows", [4, 512])

@@ -24,6 +24,7 @@ from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights
 from slora_jax.model.quantized_files import Unreadable
 from slora_jax.model.weights import load_params
+from tests.helpers.oracles import stored_integers
 from tests.helpers.quantized_folders import CONFIG, FORMATS, compressed, read_tensors, write
 
 LAYOUTS = {
@@ -44,12 +45,17 @@ LAYOUTS = {
 }
 
 
-def held(params: dict) -> np.ndarray:
+def held(params: dict, layout) -> np.ndarray:
     """The weights ``[out, in]`` float64 that a map's parameters mean."""
-    leaves = {name: np.asarray(leaf).astype(np.float64) for name, leaf in params.items()}
+    leaves = {
+        name: stored_integers(np.asarray(leaf), layout.bits)
+        if name == "packed"
+        else np.asarray(leaf).astype(np.float64)
+        for name, leaf in params.items()
+    }
     if "weight" in leaves:
         return leaves["weight"] * leaves["channel_scale"][:, None]
-    values = leaves["kernel"]
+    values = leaves["packed" if "packed" in leaves else "kernel"]
     scale = leaves["group_scale"] if "group_scale" in leaves else leaves["channel_scale"][None]
     size = len(values) // len(scale)
     if "group_zero" in leaves:
@@ -78,7 +84,9 @@ def test_every_weight_is_what_the_files_mean(tmp_path, name):
     config, params = load(tmp_path)
     assert config.weight_layout == LAYOUTS[name]
     for module, expected in joined(meant).items():
-        np.testing.assert_allclose(held(params["layers_0"][module]), expected, rtol=1e-6, err_msg=module)
+        np.testing.assert_allclose(
+            held(params["layers_0"][module], config.weight_layout), expected, rtol=1e-6, err_msg=module
+        )
     tensors = read_tensors(tmp_path)
     np.testing.assert_array_equal(params["embed"]["embedding"], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params["lm_head"]["kernel"], tensors["lm_head.weight"].T)
@@ -87,9 +95,9 @@ def test_every_weight_is_what_the_files_mean(tmp_path, name):
 @pytest.mark.parametrize("name", ["block fp8", "awq", "fp8 by tensor"])
 def test_any_of_them_is_held_in_fp8_where_that_is_asked_for(tmp_path, name):
     meant = write(tmp_path, name)
-    _, params = load(tmp_path, weight_layout=ChannelFp8())
+    config, params = load(tmp_path, weight_layout=ChannelFp8())
     for module, expected in joined(meant).items():
-        found = held(params["layers_0"][module])
+        found = held(params["layers_0"][module], config.weight_layout)
         assert set(params["layers_0"][module]) == {"weight", "channel_scale"}
         largest = np.abs(expected).max(axis=1, keepdims=True)
         assert (np.abs(found - expected) <= np.maximum(np.abs(expected) / 16, largest * 2.0**-17)).all()
@@ -116,8 +124,8 @@ def test_scales_of_a_cache_in_fp8_are_not_needed(tmp_path):
     for name in ("k_scale", "v_scale", "k_proj.output_scale"):
         tensors[f"model.layers.0.self_attn.{name}"] = np.ones(1, ml_dtypes.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")
-    _, params = load(tmp_path)
-    np.testing.assert_allclose(held(params["layers_0"]["o"]), joined(meant)["o"], rtol=1e-6)
+    config, params = load(tmp_path)
+    np.testing.assert_allclose(held(params["layers_0"]["o"], config.weight_layout), joined(meant)["o"], rtol=1e-6)
 
 
 ON_DEVICES = """
@@ -134,12 +142,12 @@ def part(array, axis, shard, count):
     return np.take(array, range(shard * size, shard * size + size), axis)
 
 def piece(of, shard):
-    return held({name: leaf.addressable_shards[shard].data for name, leaf in of.items()})
+    return held({name: leaf.addressable_shards[shard].data for name, leaf in of.items()}, config.weight_layout)
 
 for folder in map(Path, sys.argv[1:]):
     config = ModelConfig.from_folder(folder)
     whole = load_params(folder, config, jnp.float32, progress=False)["layers_0"]
-    whole = {name: held(whole[name]) for name in ("qkv", "o", "gate_up", "down")}
+    whole = {name: held(whole[name], config.weight_layout) for name in ("qkv", "o", "gate_up", "down")}
     q, k, v = np.split(whole["qkv"], [64, 96])
     # On four devices two keep the same KV head.
     for count in (2, 4):

@@ -151,6 +151,16 @@ fp8 = dataclasses.replace(plain, weight_layout=ChannelFp8())
 check(*(load_params(folder, fp8, jnp.float32, place, progress=False) for place in (mesh, None)))
 by_channel = dataclasses.replace(plain, weight_layout=GroupedWeights("int8"))
 check(*(dummy_params(by_channel, jnp.float32, 5, place) for place in (mesh, None)))
+# Eight values to a word: o and down are shared out by blocks of words.
+wide = ModelConfig(48, 64, 256, 1, 4, 4, 64, weight_layout=GroupedWeights("int4", 32))
+mine, whole = (
+    dummy_params(wide, jnp.float32, 5, place)["layers_0"] for place in (ModelMesh.create(wide, 4), None)
+)
+for name, shape in (("qkv", (1, 192, 8)), ("o", (1, 64, 8)), ("gate_up", (1, 128, 8)), ("down", (1, 64, 8))):
+    shards = [shard.data for shard in mine[name]["packed"].addressable_shards]
+    assert {shard.shape for shard in shards} == {shape}, name
+    if name in ("o", "down"):
+        np.testing.assert_array_equal(np.concatenate(shards), whole[name]["packed"])
 in_groups = dataclasses.replace(plain, weight_layout=GroupedWeights("int8", 14))
 layer = dummy_params(in_groups, jnp.float32, 5, mesh)["layers_0"]
 print(json.dumps({name: layer[name]["group_scale"].addressable_shards[0].data.shape for name in maps}))
