@@ -685,6 +685,26 @@ def serve(url, requests, clients, trace, rate, cv, models, model_prefix, choice,
         raise click.ClickException("not every request was answered; see above")
 
 
+@main.command()
+@click.option("--step-ms", type=_ABOVE_0, default=20.0, show_default=True, help="Of the device that only sleeps.")
+@click.option("--requests", type=_COUNT, default=1000, show_default=True)
+@click.option("--clients", type=_COUNT, default=512, show_default=True, help="At a time; the device has room for all.")
+@click.option("--longest", type=click.IntRange(9), default=512, show_default=True,
+              help="Prompt and output lengths are in [8, this).")  # fmt: skip
+@click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
+@click.option("--processes", type=_COUNT, default=1, show_default=True, help="That the clients are shared among.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def standin(step_ms, requests, clients, longest, max_batch_tokens, processes, out):
+    """What streaming over HTTP costs the engine's loop, without a GPU: over a device that only sleeps."""
+    from slora_jax.bench.serve import Load
+    from slora_jax.bench.standin import run_standin, table
+
+    load = Load(requests, clients, 1.0, 1.0, "uniform", 1.0, longest, 2, "completions", 42)
+    result = run_standin(step_ms / 1e3, load, max_batch_tokens, processes, command_line())
+    click.echo(table(result), err=True)
+    _print_or_write(result, out)
+
+
 def _setting(text: str) -> dict[str, str]:
     """Fields of the configuration from ``field=value,field=value``."""
     fields = {}

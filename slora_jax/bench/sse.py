@@ -36,7 +36,7 @@ class Heard(NamedTuple):
     Attributes:
       due: when it was to be sent.
       sent: when it was.
-      events: when each event that brought text came.
+      events: when each event that brought tokens came.
       tokens: of the answer, as the server counts them; the number of events if it does not say.
       is_counted: whether the server said.
       prompt_tokens: likewise; None if it does not say.
@@ -214,7 +214,7 @@ class _Stream(asyncio.Protocol):
             return
         if usage := event.get("usage"):
             self._usage = usage
-        if any(_has_text(choice) for choice in event.get("choices", ())):
+        if any(_has_tokens(choice) for choice in event.get("choices", ())):
             self._times.append(now)
 
     def _finish(self, now: float) -> None:
@@ -269,9 +269,11 @@ class EventReader:
                 yield b"\n".join(lines)
 
 
-def _has_text(choice: dict[str, Any]) -> bool:
-    said = choice.get("delta") or choice
-    return bool(said.get("text") or said.get("content") or said.get("reasoning_content") or said.get("tool_calls"))
+def _has_tokens(choice: dict[str, Any]) -> bool:
+    """Whether an event tells of tokens: of their text, or of nothing else, as servers without a tokenizer do."""
+    said = choice.get("delta", choice)
+    is_text = said.get("text") or said.get("content") or said.get("reasoning_content") or said.get("tool_calls")
+    return bool(is_text) or (choice.get("finish_reason") is None and "role" not in said)
 
 
 def _message(body: bytes) -> str:

@@ -184,7 +184,7 @@ def hear(*pieces):
 
 def test_gaps_are_between_events_that_bring_text():
     usage = b'data: {"choices": [], "usage": {"completion_tokens": 7, "prompt_tokens": 4}}\n\n'
-    heard = hear(OK + event("a"), event(""), event("b") + event("c"), usage, b"data: [DONE]\n\n")
+    heard = hear(OK + event("a"), b": waiting\n\n", event("b") + event("c"), usage, b"data: [DONE]\n\n")
     assert (heard.tokens, heard.is_counted, heard.prompt_tokens, heard.error) == (7, True, 4, None)
     first, second = heard.events[1] - heard.events[0], heard.events[2] - heard.events[1]
     assert 0.09 < first < 0.2 and second == 0
