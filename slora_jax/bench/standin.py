@@ -10,7 +10,8 @@ import dataclasses
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -52,7 +53,16 @@ class SleepingDevice:
       runner, pool, copied_bytes, copy_seconds: what an engine looks at of a real device.
     """
 
-    def __init__(self, step_seconds: float, sequences: int, batch_tokens: int, vocab_size: int, table_width: int):
+    def __init__(
+        self,
+        step_seconds: float,
+        sequences: int,
+        batch_tokens: int,
+        vocab_size: int,
+        table_width: int,
+        sampled: Sequence[int],
+    ):
+        self._sampled = np.array(sampled)
         self._step_seconds = step_seconds
         self._buckets = Buckets.fine(batch_tokens, sequences)
         self._vocab_size = vocab_size
@@ -85,7 +95,7 @@ class SleepingDevice:
     def launch(self, batch: HostBatch) -> "_Sleep":
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
         self._free_at = max(self._free_at, time.monotonic()) + self._step_seconds
-        return _Sleep(self, self._free_at, self._rng.integers(0, self._vocab_size, len(batch.entries)).tolist())
+        return _Sleep(self, self._free_at, self._rng.choice(self._sampled, len(batch.entries)).tolist())
 
     def reset(self) -> None:
         raise AssertionError("nothing runs that could fail")
@@ -133,7 +143,9 @@ def make_engine(step_seconds: float, sequences: int, batch_tokens: int) -> Engin
     )
     wake = threading.Event()
     width = layout.token_pages(_MAX_LEN)
-    device: Any = SleepingDevice(step_seconds, sequences, batch_tokens, model.vocab_size, width)
+    device: Any = SleepingDevice(
+        step_seconds, sequences, batch_tokens, model.vocab_size, width, _whole_texts(tokenizer)
+    )
     return Engine(
         EngineParts(
             config=config,
@@ -151,6 +163,12 @@ def make_engine(step_seconds: float, sequences: int, batch_tokens: int) -> Engin
             wake_event=wake,
         )
     )
+
+
+def _whole_texts(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that are text by themselves: a part of a character alone is no event, and would look like a gap."""
+    shown = {token: tokenizer.token_text(token) for token in range(tokenizer.vocab_size)}
+    return [token for token, text in shown.items() if text and "\ufffd" not in text and not tokenizer.is_special(token)]
 
 
 class StandIn:
@@ -210,16 +228,16 @@ def _serve(pipe: Any, step_seconds: float, sequences: int, batch_tokens: int) ->
     server = Server(app, listen("127.0.0.1", 0, sequences), max_streams=sequences)
     engine.start()
     leave_alone_what_exists()
-    threading.Thread(target=server.run, daemon=True).start()
+    threading.Thread(target=server.run, name="server", daemon=True).start()
     pipe.send((server.url, engine.model_config.vocab_size))
-    cpu = 0.0
+    before = _thread_seconds()
     while True:
         said = pipe.recv()
         if said == "end":
-            pipe.send(_figures(device.ends, cpu))
+            pipe.send(_figures(device.ends, before))
             continue
         device.ends.clear()
-        cpu = time.process_time()
+        before = _thread_seconds()
         if said == "begin":
             pipe.send(None)
             continue
@@ -235,14 +253,26 @@ def _serve(pipe: Any, step_seconds: float, sequences: int, batch_tokens: int) ->
             time.sleep(0.05)
         seconds = max(device.ends) - start
         tokens = sum(len(delta.token_ids) for one in generations for delta in one)
-        pipe.send(_figures(device.ends, cpu) | {"output_tokens": tokens, "output_tokens_per_second": tokens / seconds})
+        told = {"output_tokens": tokens, "output_tokens_per_second": tokens / seconds}
+        pipe.send(_figures(device.ends, before) | told)
 
 
-def _figures(ends: list[float], cpu: float) -> dict[str, Any]:
+def _thread_seconds() -> Counter[str]:
+    """CPU seconds of this process's threads that run, by their names less numbers; all of the process as "process"."""
+    names = {thread.native_id: thread.name.rstrip("0123456789-") for thread in threading.enumerate()}
+    seconds = Counter(process=time.process_time())
+    for thread in psutil.Process().threads():
+        seconds[names.get(thread.id, "others")] += thread.user_time + thread.system_time
+    return seconds
+
+
+def _figures(ends: list[float], before: Counter[str]) -> dict[str, Any]:
     intervals = np.diff(ends) * 1e3
     figures = {f"p{p}": float(np.percentile(intervals, p)) for p in (50, 90, 99)} if len(intervals) else {}
+    spent = _thread_seconds() - before
     return {
-        "cpu_seconds": time.process_time() - cpu,
+        "cpu_seconds": spent.pop("process"),
+        "cpu_seconds_by_thread": {name: round(seconds, 2) for name, seconds in spent.most_common()},
         "steps": len(ends),
         "step_milliseconds": figures,
     }
