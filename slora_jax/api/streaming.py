@@ -78,8 +78,12 @@ class Sender:
                 threading.Thread(target=self._run, name="slora-jax-streams", daemon=True).start()
         self._news.set()
         stream.ended.wait()
-        if stream.failure is not None:
-            raise stream.failure
+        failure, stream.failure = stream.failure, None  # or each would keep the other alive
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
         yield from ()
 
     def _tell(self) -> None:
