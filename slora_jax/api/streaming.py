@@ -60,7 +60,8 @@ class Sender:
         self._lock = threading.Lock()
         self._new: list[_Stream] = []
         self._runs = False
-        self._news = threading.Event()
+        self._wake = threading.Event()
+        self._has_news = False
 
     def sent(self, events: Iterator[bytes], generations: Sequence["Generation"], wire: Wire) -> Iterator[bytes]:
         """The body of a stream whose parts are sent meanwhile: it has none left for its server, and ends with them.
@@ -76,7 +77,7 @@ class Sender:
             if not self._runs:
                 self._runs = True
                 threading.Thread(target=self._run, name="slora-jax-streams", daemon=True).start()
-        self._news.set()
+        self._wake.set()
         stream.ended.wait()
         failure, stream.failure = stream.failure, None  # or each would keep the other alive
         if failure is not None:
@@ -87,24 +88,32 @@ class Sender:
         yield from ()
 
     def _tell(self) -> None:
-        if not self._news.is_set():  # which costs less than to set it again, for every token
-            self._news.set()
+        if not self._has_news:  # which costs less than to wake again, for every token
+            self._has_news = True
+            self._wake.set()
 
     def _run(self) -> None:
         streams: list[_Stream] = []
+        has_news = False
         while True:
             with self._lock:
                 new, self._new = self._new, []
                 if not (streams or new):
                     self._runs = False
                     return
-            self._news.clear()
+            # All are looked at once a step, or when some were full; in between, only those that are new.
+            if has_news:
+                streams = [stream for stream in streams if stream.advance()]
             # Of what came before ``tell`` there is no news, and a look may take a part: new ones are looked at twice.
-            streams += [stream for stream in new if stream.advance()]
-            streams = [stream for stream in streams if stream.advance()]
-            if streams:
-                waits = any(stream.wire.is_full for stream in streams)
-                self._news.wait(_FULL_SECONDS if waits else POLL_SECONDS)
+            streams += [stream for stream in new if stream.advance() and stream.advance()]
+            waits = any(stream.wire.is_full for stream in streams)
+            was_woken = not streams or self._wake.wait(_FULL_SECONDS if waits else POLL_SECONDS)
+            self._wake.clear()
+            has_news = waits or not was_woken
+            if self._has_news:
+                # Before they are looked at: what comes meanwhile is news again. Never else, or news that come between
+                # the two lines were forgotten.
+                self._has_news, has_news = False, True
 
 
 class _Stream:
