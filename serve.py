@@ -113,6 +113,9 @@ FLAGS = {
         ),
         _flag("--dummy/--no-dummy", "Draw random weights; load none.", default="no-dummy"),
         _flag(
+            "--tokenizer", "With --dummy: a folder whose tokenizer.json is used; none if left out.", metavar="FOLDER"
+        ),
+        _flag(
             "--dtype",
             "Of weights, activations and pool; auto is bfloat16 on a GPU, float32 on a CPU.",
             default="auto",

@@ -185,6 +185,8 @@ class EngineConfig(Section):
         ``configs/``. ``serve.py`` and ``generate`` also take ``demo``, the embedded SmolLM2-135M-Instruct.
       served_name: the base model's name in the API; None takes the folder's or id's last part.
       dummy: draw random weights of the shape on the device instead of loading any.
+      tokenizer: a folder with a ``tokenizer.json`` for a ``dummy`` model, to measure what text costs; None for none:
+        prompts must be token ids then, and answers have no text. Any other model has its own.
       adapters: adapter name to PEFT folder or Hugging Face id.
       adapter_dirs: folders each of whose subfolders is a PEFT adapter, registered under the subfolder's name.
       pinned: names of adapters that are brought to the pool at the start and stay there; in all at most half of it.
@@ -212,6 +214,7 @@ class EngineConfig(Section):
     model: Text = "demo"
     served_name: Text | None = None
     dummy: bool = False
+    tokenizer: Text | None = None
     adapters: dict[Text, Text] = {}
     adapter_dirs: tuple[Text, ...] = ()
     pinned: tuple[Text, ...] = ()
@@ -231,6 +234,12 @@ class EngineConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = pydantic.Field(0, ge=0, lt=2**63)
+
+    @pydantic.model_validator(mode="after")
+    def _models_have_their_own_tokenizer(self):
+        if self.tokenizer is not None and not self.dummy:
+            raise ValueError("tokenizer is for dummy models; leave it out, the model's folder has its own")
+        return self
 
 
 def build_config(fields: dict[str, Any]) -> EngineConfig:

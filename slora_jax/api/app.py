@@ -23,10 +23,12 @@ from slora_jax.api.bounds import check_parts, useful_body_bytes
 from slora_jax.api.deltas import (
     ClientGone,
     GenerationFailed,
+    News,
+    Piece,
+    look,
     raise_failure,
     submit_all,
     wait_all,
-    watch,
     without_failure,
 )
 from slora_jax.api.drain import Drain, Draining
@@ -44,6 +46,7 @@ from slora_jax.api.page_routes import add_page
 from slora_jax.api.replies import ChatReply, CompletionReply, Reply
 from slora_jax.api.resolving import AdapterResolver
 from slora_jax.api.responses import ResponseReply, parse_response
+from slora_jax.api.streaming import WIRE, Sender, Wire, pulled
 from slora_jax.api.tokens import detokenized, tokenized
 from slora_jax.api.tracing import Tracing
 from slora_jax.api.traffic import Followed, Traffic, noting, requests_log
@@ -65,12 +68,13 @@ if TYPE_CHECKING:
 
 RETRY_AFTER_SECONDS = 1
 
-PAUSE_SECONDS_PER_STREAM = 0.0002
-"""After each event a stream rests this long for every request open, and then sends all that came meanwhile.
+PAUSE_SECONDS_PER_REQUEST = 0.0002
+"""A thread that waits for tokens rests this long for every request open before it looks again.
 
-One stream notices nothing (0.2 ms); of 512, each sends an event every 0.1 s. Without it 512 threads wake at
-every step of the engine and hold it up, for they and the engine's loop share one interpreter lock: with 512
-streams and a step each 20 ms it halved the tokens per second."""
+A request alone notices nothing (0.2 ms); with 512, each is looked at every 0.1 s. Without it 512 threads would wake at
+every step of the engine and hold it up, for they and the engine's loop share one interpreter lock. Streams need it only
+under a server that has no ``streaming.Wire``.
+"""
 
 _ITEMS_PER_PIECE = 32
 """Items of a long list that are written as JSON at a time; each may be a token with twenty alternatives."""
@@ -115,8 +119,8 @@ class _Slots:
                 self._taken -= 1
 
     def pause(self) -> float:
-        """Seconds to rest after an event."""
-        return self._taken * PAUSE_SECONDS_PER_STREAM
+        """Seconds to rest before looking for tokens again."""
+        return self._taken * PAUSE_SECONDS_PER_REQUEST
 
 
 class _Bill:
@@ -199,7 +203,7 @@ def create_app(
     folders = folders or AdapterFolders()
     drain = drain or Drain()
     resolver = AdapterResolver(engine, folders) if resolve_adapters else None
-    slots = _Slots(max_streams, drain)
+    slots, sender = _Slots(max_streams, drain), Sender()
     started = int(time.time())
     traffic, onlooker = Traffic(engine.model_name), Onlooker(engine)
     add_metrics(app, engine, traffic, onlooker)
@@ -257,15 +261,15 @@ def create_app(
 
     @app.post("/v1/completions")
     def completions():
-        return _generate(engine, slots, traffic, tracing, use, parse_completion, CompletionReply)
+        return _generate(engine, slots, sender, traffic, tracing, use, parse_completion, CompletionReply)
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return _generate(engine, slots, traffic, tracing, use, parse_chat, ChatReply)
+        return _generate(engine, slots, sender, traffic, tracing, use, parse_chat, ChatReply)
 
     @app.post("/v1/responses")
     def responses():
-        return _generate(engine, slots, traffic, tracing, use, parse_response, ResponseReply)
+        return _generate(engine, slots, sender, traffic, tracing, use, parse_response, ResponseReply)
 
     @app.get("/v1/models")
     def models():
@@ -403,6 +407,7 @@ def error_body(message: str, status: int) -> bytes:
 def _generate(
     engine: "Engine",
     slots: "_Slots",
+    sender: Sender,
     traffic: Traffic,
     tracing: Tracing | None,
     use: Callable[[str], None],
@@ -436,35 +441,41 @@ def _generate(
                 return _json(reply.whole(outputs), depth=reply.depth)
             except ClientGone:
                 return flask.Response(status=499)  # nobody reads it
-        pieces = watch(generations, gone)
+        looks = look(generations, gone)
         if engine.gives_up_late:
             # Once a stream has begun its status is 200: wait for what comes first.
             try:
-                pieces = _begun(pieces)
+                looks = _begun(looks, News(generations))
             except ClientGone:
                 return flask.Response(status=499)
-        response = flask.Response(
-            _events(call, reply, generations, followed, pieces, slots, bill), mimetype="text/event-stream"
-        )
+        # Runs when the stream has ended, failed, or was dropped before its first event.
+        end = cleanup.pop_all().close
+        events = _events(call, reply, generations, followed, looks, bill, end)
+        wire: Wire | None = flask.request.environ.get(WIRE)
+        body = pulled(events, generations, slots.pause) if wire is None else sender.sent(events, generations, wire)
+        response = flask.Response(body, mimetype="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
-        # Runs when the stream has ended, failed, or was dropped before its first event.
-        response.call_on_close(cleanup.pop_all().close)
+        response.call_on_close(end)
         return response
 
 
-def _begun(pieces: Iterator[tuple[int, list[Delta]]]) -> Iterator[tuple[int, list[Delta]]]:
-    """The same, once the first piece is there.
+def _begun(looks: Iterator[list[Piece]], news: News) -> Iterator[list[Piece]]:
+    """The same, once there is something.
 
     Raises:
       ObjectiveMissed: it says that the request was given up.
     """
-    for first in pieces:
-        for delta in first[1]:
-            if delta.finish_reason == "late":
-                raise_failure(delta)
-        return itertools.chain([first], pieces)
-    return pieces
+    for first in looks:
+        if not first:
+            news.wait()
+            continue
+        for _, deltas in first:
+            for delta in deltas:
+                if delta.finish_reason == "late":
+                    raise_failure(delta)
+        return itertools.chain([first], looks)
+    return looks
 
 
 def _events(
@@ -472,36 +483,38 @@ def _events(
     reply: Reply,
     generations: Sequence["Generation"],
     followed: Sequence[Followed],
-    pieces: Iterator[tuple[int, list[Delta]]],
-    slots: "_Slots",
+    looks: Iterator[list[Piece]],
     bill: _Bill,
+    end: Callable[[], None],
 ) -> Iterator[bytes]:
-    """The server-sent events of one stream. Errors cannot change the status any more, so they are events."""
+    """The server-sent events of one stream: whenever it is asked those that there are, b"" for none. It never waits.
+
+    Errors cannot change the status any more, so they are events. ``end`` is called ahead of the last ones: whoever has
+    read them may ask again at once, and finds the stream's place free.
+    """
     completion_tokens = 0
+    writer = _EventWriter(reply)
     try:
-        for event in reply.opening():
-            yield _event(event)
-        for index, deltas in pieces:
-            new_tokens = sum(len(delta.token_ids) for delta in deltas)
-            completion_tokens += new_tokens
-            bill.pay(new_tokens)
-            followed[index].note()
-            events = [said for delta in deltas for said in reply.events(index, without_failure(delta))]
-            if call.usage_in_every_chunk:
-                usage = reply.usage(*_used(generations, completion_tokens))
-                events = [event | usage for event in events]
-            if events:
-                yield b"".join(map(_event, events))
-            for delta in deltas:
-                raise_failure(delta)
-            time.sleep(slots.pause())
-        for event in reply.closing(*_used(generations, completion_tokens)):
-            yield _event(event)
-        if reply.last_words:
-            yield reply.last_words
+        said = [_event(event) for event in reply.opening()]
+        for pieces in looks:
+            for index, deltas in pieces:
+                new_tokens = sum([len(delta.token_ids) for delta in deltas])
+                completion_tokens += new_tokens
+                bill.pay(new_tokens)
+                followed[index].note()
+                usage = reply.usage(*_used(generations, completion_tokens)) if call.usage_in_every_chunk else {}
+                said += [writer.events(index, delta, usage) for delta in deltas]
+            yield b"".join(said)
+            said = []
+            for _, deltas in pieces:
+                for delta in deltas:
+                    raise_failure(delta)
+        end()
+        yield b"".join(map(_event, reply.closing(*_used(generations, completion_tokens)))) + reply.last_words
     except ClientGone:
         return
     except Exception as error:
+        end()
         yield _event(reply.failure(_error_of(error, _rule(error))))
 
 
@@ -607,6 +620,33 @@ def _event(value: dict[str, Any]) -> bytes:
     # The last ones repeat the whole answer, one object deeper than it is without a stream.
     data = "".join(_pieces(value, ResponseReply.depth + 1)).encode("utf-8", "replace")
     return f"event: {value['type']}\n".encode() + b"data: " + data + b"\n\n"
+
+
+class _EventWriter:
+    """Writes what the deltas of one stream add, as events. Of those that bring nothing but text, most of a stream, only
+    the text is written anew for each."""
+
+    _TEXT = "\0text\0"
+
+    def __init__(self, reply: Reply):
+        self._reply = reply
+        self._around: dict[tuple[int, int], tuple[bytes, bytes]] = {}  # the text, by prompt and completion
+
+    def events(self, index: int, delta: Delta, usage: dict[str, Any]) -> bytes:
+        """Of a delta of the prompt ``index``; ``usage`` are further fields of each event."""
+        is_text = delta.text and delta.finish_reason is None and not delta.logprobs
+        if is_text and not usage and self._reply.is_stateless:
+            around = self._around.get((index, delta.index))
+            if around is None:
+                around = self._around[index, delta.index] = self._surroundings(index, delta.index)
+            return around[0] + _encode(delta.text).encode("utf-8", "replace") + around[1]
+        return b"".join([_event(event | usage) for event in self._reply.events(index, without_failure(delta))])
+
+    def _surroundings(self, index: int, completion: int) -> tuple[bytes, bytes]:
+        """What an event has ahead of its text, and behind it."""
+        (event,) = self._reply.events(index, Delta(completion, self._TEXT))
+        before, _, after = _event(event).rpartition(_dumps(self._TEXT))
+        return before, after
 
 
 def _dumps(value: Any) -> bytes:

@@ -1,6 +1,7 @@
 """Reading what running generations produce, without losing sight of who waits for it."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 """How long a client that went away may go unnoticed while its request produces nothing."""
 
-_SWEEP_SECONDS = 0.01
 _SHORTEST_WAIT_SECONDS = 0.002
 
 
@@ -38,31 +38,57 @@ def submit_all(engine: "Engine", requests: Sequence[Request]) -> list["Generatio
     return generations
 
 
-def watch(generations: Sequence["Generation"], gone: Callable[[], bool]) -> Iterator[tuple[int, list[Delta]]]:
-    """Yields (generation's index, its new deltas, one per sequence) until all have ended.
+type Piece = tuple[int, list[Delta]]
+"""A generation's index, and its new deltas, one per sequence."""
+
+
+def look(generations: Sequence["Generation"], gone: Callable[[], bool]) -> Iterator[list[Piece]]:
+    """Yields what has come meanwhile, whenever it is asked, until all have ended. It never waits: nothing is [].
 
     Deltas that piled up while the reader was busy are merged, so a slow reader falls behind in time but not
     in work.
 
     Raises:
-      ClientGone: ``gone()`` turned true.
+      ClientGone: there is nothing, and ``gone()`` is true.
     """
     open_sequences = {i: generation.request.sampling.n for i, generation in enumerate(generations)}
-    wait = POLL_SECONDS if len(generations) == 1 else _SWEEP_SECONDS
     while open_sequences:
-        nothing = True
+        pieces = []
         for i in list(open_sequences):
             generation = generations[i]
             ended = generation.finished  # read first: what was produced before it turned true is then in the queue
-            deltas = _take(generation, 0 if ended or not nothing else wait / len(open_sequences))
+            deltas = _take(generation)
             if deltas:
-                nothing = False
-                open_sequences[i] -= sum(delta.finish_reason is not None for delta in deltas)
-                yield i, deltas
+                open_sequences[i] -= sum([delta.finish_reason is not None for delta in deltas])
+                pieces.append((i, deltas))
             if open_sequences[i] <= 0 or (ended and not deltas):
                 del open_sequences[i]
-        if nothing and gone():
+        if not pieces and open_sequences and gone():
             raise ClientGone
+        yield pieces
+
+
+class News:
+    """Says when to look at generations again. For one thread that waits."""
+
+    def __init__(self, generations: Sequence["Generation"]):
+        self._event = threading.Event()
+        for generation in generations:
+            generation.tell(self._event.set)
+
+    def wait(self) -> None:
+        """Returns once something came since the last call, or the client may have gone."""
+        self._event.wait(POLL_SECONDS)
+        self._event.clear()
+
+
+def watch(generations: Sequence["Generation"], gone: Callable[[], bool]) -> Iterator[Piece]:
+    """As ``look``, and waits while there is nothing."""
+    news = News(generations)
+    for pieces in look(generations, gone):
+        if not pieces:
+            news.wait()
+        yield from pieces
 
 
 def wait_all(
@@ -105,14 +131,15 @@ def without_failure(delta: Delta) -> Delta:
     return delta._replace(finish_reason=None) if failed else delta
 
 
-def _take(generation: "Generation", timeout: float) -> list[Delta]:
-    """The next delta and all that wait behind it, merged by sequence."""
-    delta = generation.next_delta(timeout)
+def _take(generation: "Generation") -> list[Delta]:
+    """All deltas that wait, merged by sequence."""
+    deltas = generation.take()
+    if len(deltas) < 2:
+        return deltas
     merged: dict[int, Delta] = {}
-    while delta is not None:
+    for delta in deltas:
         earlier = merged.get(delta.index)
         merged[delta.index] = delta if earlier is None else _joined(earlier, delta)
-        delta = generation.next_delta(0)
     return list(merged.values())
 
 

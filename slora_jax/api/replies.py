@@ -75,6 +75,11 @@ class Reply:
         chunk = self.chunk(prompt_index, delta)
         return [] if chunk is None else [chunk]
 
+    @property
+    def is_stateless(self) -> bool:
+        """Whether two deltas of a choice that bring nothing but text make events that differ in that text alone."""
+        return not self._call.return_token_ids
+
     def closing(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> list[dict[str, Any]]:
         """What comes behind every choice's last piece."""
         if not self._call.include_usage:
@@ -253,6 +258,10 @@ class ChatReply(Reply):
             self._chunk([{"index": i, "delta": start, "logprobs": None, "finish_reason": None}])
             for i in range(self._call.n)
         ]
+
+    @property
+    def is_stateless(self) -> bool:
+        return super().is_stateless and self._call.tools is None
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         return super().whole(outputs) | self._prompt_logprobs(outputs[0])

@@ -345,6 +345,7 @@ class ResponseReply(ChatReply):
 
     id_prefix = "resp_"
     last_words = b""
+    is_stateless = False  # events are numbered
     depth = 5  # items, item, parts, part, tokens
 
     def __init__(self, call: ResponseCall, tokenizer: Tokenizer | None):

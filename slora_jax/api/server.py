@@ -2,7 +2,7 @@
 
 Waitress reads requests in one thread and answers each in a thread of its own, so every stream holds one
 thread; ``max_streams`` of them may be taken, and ``SPARE_THREADS`` more answer ``/health``, ``/v1/models``
-and refusals meanwhile.
+and refusals meanwhile. A stream's thread sleeps while one thread sends the events of all: see ``streaming``.
 
 Connections are bounded too. One that has no request running, be it kept alive, half-sent or not read by its
 client, is closed when its place is needed, the one that was answered (or accepted) longest ago first.
@@ -32,6 +32,7 @@ from slora_jax.api.app import error_body
 from slora_jax.api.drain import Drain
 from slora_jax.api.folders import AdapterFolders
 from slora_jax.api.parsing import RequestParser
+from slora_jax.api.streaming import WIRE
 from slora_jax.config import Secret, Section, Text
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -394,6 +395,30 @@ class _ErrorTask(waitress.task.ErrorTask):
         self.channel.will_linger()
 
 
+class _Task(waitress.task.WSGITask):
+    """One request, whose answer may also be sent from another thread while its own waits: see ``streaming.Wire``."""
+
+    def get_environment(self):
+        environ = super().get_environment()
+        environ[WIRE] = self
+        return environ
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client has not taken yet what was sent."""
+        return self.channel.total_outbufs_len > 0
+
+    def send(self, data: bytes) -> None:
+        """Sends a part of the body, without waiting if the wire is not full.
+
+        Raises:
+          ClientDisconnected: nobody reads it.
+        """
+        if not self.wrote_header:
+            self.write(b"")
+        self.channel.send_now(b"%X\r\n%b\r\n" % (len(data), data) if self.chunked_response else data)
+
+
 class _Channel(waitress.channel.HTTPChannel):
     """One connection.
 
@@ -402,6 +427,7 @@ class _Channel(waitress.channel.HTTPChannel):
         client sends does not count: one that sends a byte now and then is as idle as one that sends none.
     """
 
+    task_class = _Task
     error_task_class = _ErrorTask
     parser_class = RequestParser
 
@@ -447,6 +473,16 @@ class _Channel(waitress.channel.HTTPChannel):
     def write_soon(self, data):
         self.used = time.monotonic()
         return super().write_soon(data)
+
+    def send_now(self, data: bytes) -> None:
+        """As ``write_soon``, but bytes that the kernel takes go there straight away: into no buffer on the way."""
+        with self.outbuf_lock:
+            if not self.total_outbufs_len and self.connected:
+                self.used = time.monotonic()
+                with contextlib.suppress(OSError):  # full, or broken: who sends the rest meets it again, and says so
+                    data = data[self.socket.send(data) :]
+            if data:
+                self.write_soon(data)
 
 
 class _Listener(waitress.server.TcpWSGIServer):

@@ -630,6 +630,85 @@ def structured(requests: int, tokens: int, repeats: int, out: Path | None):
     _print_or_write(run_structured(requests, tokens, repeats, command_line()), out)
 
 
+@main.command()
+@click.argument("url")
+@click.option("--requests", type=_COUNT, default=1000, show_default=True)
+@click.option("--clients", type=_COUNT, default=512, show_default=True, help="Saturated: so many requests at a time.")
+@click.option("--trace", type=click.Choice(["saturated", "open"]), default="saturated", show_default=True)
+@click.option("--rate", type=_ABOVE_0, default=2.0, show_default=True, help="Open: requests a second.")
+@click.option(
+    "--cv", type=_ABOVE_0, default=1.0, show_default=True, help="Open: coefficient of variation of intervals."
+)
+@click.option("--model", "models", multiple=True, help="Of the server, by name; may be repeated [default: its first].")
+@click.option("--model-prefix", help="All of the server's models whose names begin so, such as its adapters.")
+@click.option(
+    "--choice",
+    type=click.Choice(["uniform", "power", "turn"]),
+    help="Of a model among several [default: as the engine's workload, uniform when saturated and else by power law].",
+)
+@click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True, help="Exponent of the power law.")
+@_LONGEST
+@_LENGTHS
+@click.option("--vocab-size", type=click.IntRange(2), default=32000, show_default=True,
+              help="Of the model: token ids of prompts are below.")  # fmt: skip
+@click.option("--route", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
+@click.option("--seed", type=_SEED, default=42, show_default=True)
+@click.option("--processes", type=_COUNT, default=4, show_default=True, help="That the clients are shared among.")
+@click.option("--warm-up", type=click.IntRange(0), default=64, show_default=True, help="Requests ahead, not counted.")
+@click.option("--calibrate/--no-calibrate", default=True, show_default=True,
+              help="Measure first what the clients themselves can take.")  # fmt: skip
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="Better by the environment [OPENAI_API_KEY].")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def serve(url, requests, clients, trace, rate, cv, models, model_prefix, choice, alpha, longest, lengths, vocab_size,
+          route, seed, processes, warm_up, calibrate, api_key, out):  # fmt: skip
+    """Load on the OpenAI-compatible server at URL: the workload of `throughput`, as streams over HTTP.
+
+    Tokens are those that the server counts. Gaps are between the events of a stream that bring text, however many
+    tokens each brings.
+    """
+    from slora_jax.bench.serve import Load, run_serve, table
+
+    is_open = trace == "open"
+    load = Load(
+        requests=requests,
+        clients=None if is_open else clients,
+        rate=rate,
+        cv=cv,
+        choice=choice or ("power" if is_open else "uniform"),
+        alpha=alpha,
+        lengths=lengths or Lengths.below(longest),
+        vocab_size=vocab_size,
+        route=route,
+        seed=seed,
+    )
+    command = command_line(without=("out", "api_key"))
+    result = run_serve(url, load, models, model_prefix, processes, warm_up, calibrate, api_key, command)
+    click.echo(table(result), err=True)
+    _print_or_write(result, out)
+    if result["errors"]:
+        raise click.ClickException("not every request was answered; see above")
+
+
+@main.command()
+@click.option("--step-ms", type=_ABOVE_0, default=20.0, show_default=True, help="Of the device that only sleeps.")
+@click.option("--requests", type=_COUNT, default=1000, show_default=True)
+@click.option("--clients", type=_COUNT, default=512, show_default=True, help="At a time; the device has room for all.")
+@_LONGEST
+@_LENGTHS
+@click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
+@click.option("--processes", type=_COUNT, default=1, show_default=True, help="That the clients are shared among.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
+def standin(step_ms, requests, clients, longest, lengths, max_batch_tokens, processes, out):
+    """What streaming over HTTP costs the engine's loop, without a GPU: over a device that only sleeps."""
+    from slora_jax.bench.serve import Load
+    from slora_jax.bench.standin import run_standin, table
+
+    load = Load(requests, clients, 1.0, 1.0, "uniform", 1.0, lengths or Lengths.below(longest), 2, "completions", 42)
+    result = run_standin(step_ms / 1e3, load, max_batch_tokens, processes, command_line())
+    click.echo(table(result), err=True)
+    _print_or_write(result, out)
+
+
 def _setting(text: str) -> dict[str, str]:
     """Fields of the configuration from ``field=value,field=value``."""
     fields = {}

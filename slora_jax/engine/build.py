@@ -85,7 +85,7 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
         with _room_for_weights(model_config, dtype, mesh):
             params = dummy_params(model_config, dtype, config.seed, mesh)
         name = config.served_name or Path(config.model).stem
-        return BaseModel(model_config, params, None, name, mesh, meeting=meeting)
+        return BaseModel(model_config, params, _tokenizer_of_dummy(config), name, mesh, meeting=meeting)
     folder = resolve_model(config.model)
     model_config = untied_where_different(folder, ModelConfig.from_folder(folder, config.max_model_len))
     model_config = _held(model_config, config)
@@ -110,6 +110,15 @@ def load_base(config: EngineConfig, progress: bool, meeting: Meeting | None = No
     ends = ending_tokens(model_config, tokenizer.eos_token_ids if tokenizer else ())
     model_config = dataclasses.replace(model_config, eos_token_ids=ends)
     return BaseModel(model_config, params, tokenizer, config.served_name or name, mesh, defaults, meeting)
+
+
+def _tokenizer_of_dummy(config: EngineConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    folder = Path(config.tokenizer).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        raise InvalidRequest(f"tokenizer: {folder} has no tokenizer.json; give a model's folder, or leave it out")
+    return Tokenizer.from_folder(folder)
 
 
 def _held(model: ModelConfig, config: EngineConfig) -> ModelConfig:

@@ -66,6 +66,14 @@ class Generation:
         self._deltas: queue.SimpleQueue[tuple[float, Delta]] = queue.SimpleQueue()
         self._unfinished = request.sampling.n
         self._seen: list[Delta] = []
+        self._on_news: Callable[[], None] | None = None
+
+    def tell(self, on_news: Callable[[], None]) -> None:
+        """Has ``on_news`` called for each delta that comes from now on, by the engine's loop: it must return at once.
+
+        What came before is to be taken first, or nobody tells of it.
+        """
+        self._on_news = on_news
 
     @property
     def finished(self) -> bool:
@@ -89,6 +97,18 @@ class Generation:
         self._seen.append(delta)
         self.timing.note(delta, at)
         return delta
+
+    def take(self) -> list[Delta]:
+        """The deltas of its sequences that wait to be taken, in their order, without waiting for more."""
+        deltas: list[Delta] = []
+        waiting = self._deltas
+        while not waiting.empty():
+            at, delta = waiting.get_nowait()
+            self._unfinished -= delta.finish_reason is not None
+            self.timing.note(delta, at)
+            deltas.append(delta)
+        self._seen += deltas
+        return deltas
 
     def __iter__(self) -> Iterator[Delta]:
         while (delta := self.next_delta()) is not None:
@@ -128,6 +148,8 @@ class Generation:
     def put(self, delta: Delta, at: float) -> None:
         """For the engine: hands a delta to the caller, with the time by ``time.monotonic`` at which its step ended."""
         self._deltas.put((at, delta))
+        if self._on_news is not None:
+            self._on_news()
 
     def put_scores(self, first: int, logprobs: Sequence[TokenLogprob]) -> None:
         """For the engine: log-probabilities of the prompt's tokens from position ``first`` on.

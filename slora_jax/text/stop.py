@@ -32,6 +32,8 @@ class StopMatcher:
         if self._stopped:
             return "", True
         stops, node = self._stops, self._node
+        if stops.is_empty:
+            return text, False
         for position, character in enumerate(text, 1):
             node = stops.next(node, character)
             if length := stops.match_length[node]:
@@ -70,6 +72,11 @@ class _Automaton:
         for stop in stops:
             self.match_length[self._add(stop)] = len(stop)
         self._shorter = self._shorter_beginnings()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no stop strings."""
+        return len(self.depth) == 1
 
     def next(self, node: int, character: str) -> int:
         """Where ``character`` leads to from ``node``."""

@@ -51,6 +51,8 @@ class Tokenizer:
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._piece_bytes = _piece_decoder(backend)
         self._bytes: dict[int, bytes] = {}
+        # Of decoders that leave special tokens out, and of those that do not: the texts of tokens that are whole texts.
+        self._whole: dict[bool, dict[int, str]] = {True: {}, False: {}}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -286,17 +288,33 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, strip_leading_space: bool = False):
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        # What tokens stand for that come when no character is begun: most of them, most of the time.
+        self._whole = tokenizer._whole[skip_special_tokens]
+        self._is_begun = False  # a character, of which not all bytes have come
         self._clean_ups = [_Replacer(old, new) for old, new in _CLEAN_UPS] if tokenizer._clean_up else []
         self._strip = strip_leading_space and _strips_leading_space(tokenizer._backend)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns the text that is complete with it."""
-        if self._skip_special and self._tokenizer.is_special(token_id):
-            return ""
-        text = self._cut(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        text = None if self._is_begun else self._whole.get(token_id)
+        if text is None:
+            text = self._decode(token_id)
+        if self._strip:
+            text = self._cut(text)
         for replacer in self._clean_ups:
             text = replacer.push(text)
+        return text
+
+    def _decode(self, token_id: int) -> str:
+        was_begun = self._is_begun
+        if self._skip_special and self._tokenizer.is_special(token_id):
+            text = ""
+        else:
+            text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+            self._is_begun = bool(self._utf8.getstate()[0])
+        if not (was_begun or self._is_begun):
+            self._whole[token_id] = text
         return text
 
     def flush(self) -> str:

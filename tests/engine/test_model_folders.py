@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 
+from slora_jax.errors import InvalidRequest
+from slora_jax.text.tokenizer import Tokenizer
 from tests.helpers.engine_cases import FIXTURES, Case, greedy, make_engine, run
+from tests.helpers.small_tokenizers import byte_level_folder
 
 
 @pytest.fixture
@@ -79,3 +82,20 @@ def test_sampling_of_the_generation_config_is_the_engines_default(copied):
     folder, _ = copied("smollm_gqa3", generation_config={"temperature": 0.5, "max_new_tokens": 7})
     assert make_engine(folder).default_sampling == {"temperature": 0.5, "max_tokens": 7}
     assert make_engine(folder, generation_config=False).default_sampling == {}
+
+
+def test_random_weights_speak_with_a_tokenizer_of_ones_choice(tmp_path):
+    folder = byte_level_folder(tmp_path / "tokenizer")
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(
+        f"{{model_type: llama, vocab_size: {Tokenizer.from_folder(folder).vocab_size}, hidden_size: 16, "
+        "intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}"
+    )
+    engine = make_engine(shape, dummy=True, tokenizer=str(folder))
+    (result,) = run(engine, engine.submit(greedy((1, 2, 3))))
+    (answer,) = result.completions
+    assert answer.text == engine.tokenizer.decode(answer.token_ids) != ""
+    with pytest.raises(InvalidRequest, match=r"has no tokenizer\.json; give a model's folder"):
+        make_engine(shape, dummy=True, tokenizer=str(tmp_path))
+    with pytest.raises(InvalidRequest, match="the model's folder has its own"):
+        make_engine(folder, tokenizer=str(folder))

@@ -64,6 +64,10 @@ class FakeGeneration:
         self._ended = threading.Event()
         self.timing = Timing()
         self.submitted = self.started = time.monotonic()
+        self._on_news = lambda: None
+
+    def tell(self, on_news) -> None:
+        self._on_news = on_news
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -82,6 +86,12 @@ class FakeGeneration:
             return self._deltas.get(timeout=timeout) if timeout != 0 else self._deltas.get_nowait()
         except queue.Empty:
             return None
+
+    def take(self) -> list[Delta]:
+        deltas = []
+        while (delta := self.next_delta(0)) is not None:
+            deltas.append(delta)
+        return deltas
 
     def __iter__(self):
         while not self.finished:
@@ -131,6 +141,7 @@ class FakeGeneration:
             self.sequences[delta.index].finished = True
             if all(s.finished for s in self.sequences):
                 self._ended.set()
+        self._on_news()
 
 
 class FakeEngine:
