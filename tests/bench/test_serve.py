@@ -65,10 +65,10 @@ def test_a_body_cut_anywhere_is_read_as_the_same_events():
 
 
 def test_the_workload_is_that_of_the_engine():
-    assert draw(LOAD, 5, 40, 3) == draw_workload(40, 5, 100, 3, 20)
-    assert draw(LOAD, 1, 40, 3) == draw_workload(40, 0, 100, 3, 20)
+    assert draw(LOAD, 5, 40, 3) == draw_workload(40, 5, 100, 3, Lengths.below(20))
+    assert draw(LOAD, 1, 40, 3) == draw_workload(40, 0, 100, 3, Lengths.below(20))
     as_open = Load(**{**vars(LOAD), "clients": None, "choice": "power"})
-    assert draw(as_open, 5, 40, 3) == draw_workload(40, 5, 100, 3, 20, OpenTrace(50.0, 1.0, 1.0))
+    assert draw(as_open, 5, 40, 3) == draw_workload(40, 5, 100, 3, Lengths.below(20), OpenTrace(50.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(("choice", "clients"), [("turn", 8), ("turn", None), ("power", 8), ("uniform", None)])
@@ -87,7 +87,7 @@ def test_how_models_are_chosen_changes_nothing_else(choice, clients):
 
 
 def test_chats_have_as_many_words_as_prompts_have_tokens():
-    item = draw_workload(1, 0, 100, 3, 20)[0]
+    item = draw_workload(1, 0, 100, 3, Lengths.below(20))[0]
     body = body_of(item, Load(**{**vars(LOAD), "route": "chat"}), "m", {"ignore_eos": True})
     assert "prompt" not in body and body["ignore_eos"] and body["max_tokens"] == item.num_output
     assert len(body["messages"][0]["content"].split()) == len(item.prompt)
@@ -96,7 +96,7 @@ def test_chats_have_as_many_words_as_prompts_have_tokens():
 @pytest.mark.parametrize("route", ["completions", "chat"])
 def test_every_request_is_answered_in_full_and_tokens_are_those_of_the_server(url, route):
     result = json.loads(run(url, *SMALL, "--clients", "6", "--processes", "2", "--route", route).stdout)
-    expected = sum(item.num_output for item in draw_workload(24, 0, 30, 42, 20))
+    expected = sum(item.num_output for item in draw_workload(24, 0, 30, 42, Lengths.below(20)))
     assert (result["answered"], result["errors"]) == (24, {})
     # The server merges what waits, so there may be fewer events than tokens.
     assert result["output_tokens"] == expected >= result["events"] > 0
@@ -113,7 +113,7 @@ def test_arrivals_are_kept_and_adapters_found_by_their_prefix(url):
     result = json.loads(
         run(url, *SMALL, "--trace", "open", "--rate", "40", "--model-prefix", "p", "--processes", "1").stdout
     )
-    last = draw_workload(24, 0, 30, 42, 20, OpenTrace(40.0, 1.0, 1.0))[-1].arrival
+    last = draw_workload(24, 0, 30, 42, Lengths.below(20), OpenTrace(40.0, 1.0, 1.0))[-1].arrival
     assert result["models"] == 1 and result["answered"] == 24
     assert last < result["wall_seconds"] < last + 2
     assert result["generator"]["sent_late_milliseconds"]["p50"] < 100
