@@ -203,7 +203,10 @@ class StandIn:
     def _next(self) -> Any:
         if not self._pipe.poll(_START_SECONDS):
             raise RuntimeError(f"the server did not answer within {_START_SECONDS} s; see what it said")
-        return self._pipe.recv()
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("the server's process ended; see what it said") from None
 
 
 @contextlib.contextmanager
@@ -213,6 +216,7 @@ def stand_in(step_seconds: float, sequences: int, batch_tokens: int) -> Iterator
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, step_seconds, sequences, batch_tokens), daemon=True)
     process.start()
+    theirs.close()  # or the end of that process would not be the end of the pipe
     assert process.pid is not None
     try:
         yield StandIn(ours, process.pid)
