@@ -113,6 +113,8 @@ def test_only_the_model_and_the_runner_use_kernels():
     assert users == {
         "model/llama.py",
         "model/mesh.py",
+        "model/projection.py",
+        "model/weights.py",
         "engine/batch.py",
         "engine/build.py",
         "engine/runner.py",
