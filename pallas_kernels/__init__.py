@@ -28,6 +28,7 @@ from pallas_kernels.lora import (
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, rotary_write_kv
 from pallas_kernels.pool import PAGE_SIZE
+from pallas_kernels.products import dot
 
 __all__ = [
     "PAGE_SIZE",
@@ -42,6 +43,7 @@ __all__ = [
     "all_reduce",
     "all_reduce_norm",
     "choose_backend",
+    "dot",
     "grouped_matmul",
     "inputs_of_block",
     "lora_delta",

@@ -109,13 +109,14 @@ def _copy(source, target, begin, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _push(
-    x, peers, call, rank, begin, end,
+    x, part, peers, call, rank, begin, end,
     N: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Writes a share of x into this device's slot of every other."""
+    """Writes a share of each other device's part of x into this device's slot there; parts of 0 are all of x."""
     for ahead in tl.static_range(1, N):
-        theirs = _address(peers, (rank + ahead) % N)
-        _copy(x, _slot(theirs, call, rank, HEAD, SLOT, N, DTYPE), begin, end, BLOCK)
+        device = (rank + ahead) % N
+        theirs = _slot(_address(peers, device), call, rank, HEAD, SLOT, N, DTYPE)
+        _copy(x + device.to(tl.int64) * part, theirs, begin, end, BLOCK)
 
 
 @triton.jit
@@ -190,7 +191,7 @@ def _all_reduce_kernel(
     end = tl.minimum(begin + share, size)
     if begin < end:
         call = count // PHASES
-        _push(x, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
+        _push(x, 0, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
         for first in range(begin, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
@@ -220,10 +221,7 @@ def _all_reduce_in_two_kernel(
     end = tl.minimum(begin + share, part)
     if begin < end:
         call = count // PHASES
-        for ahead in tl.static_range(1, N):
-            device = (rank + ahead) % N
-            theirs = _slot(_address(peers, device), call, rank, HEAD, SLOT, N, DTYPE)
-            _copy(x + device.to(tl.int64) * part, theirs, begin, end, BLOCK)
+        _push(x, part, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + 1, N, PROGRAMS)
         own = rank.to(tl.int64) * part
         for first in range(begin, end, BLOCK):
@@ -288,7 +286,7 @@ def _all_reduce_norm_kernel(
     end = tl.minimum(begin + share, rows)
     if begin < end:
         call = count // PHASES
-        _push(term, peers, call, rank, begin * COLUMNS, end * COLUMNS, N, HEAD, SLOT, BLOCK, DTYPE)
+        _push(term, 0, peers, call, rank, begin * COLUMNS, end * COLUMNS, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
         column = tl.arange(0, BLOCK)
         here = column < COLUMNS
@@ -328,10 +326,7 @@ def _all_reduce_norm_in_two_kernel(
         column = tl.arange(0, BLOCK)
         here = column < COLUMNS
         size = part * COLUMNS
-        for ahead in tl.static_range(1, N):
-            device = (rank + ahead) % N
-            theirs = _slot(_address(peers, device), call, rank, HEAD, SLOT, N, DTYPE)
-            _copy(term + device.to(tl.int64) * size, theirs, begin * COLUMNS, end * COLUMNS, BLOCK)
+        _push(term, size, peers, call, rank, begin * COLUMNS, end * COLUMNS, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + 1, N, PROGRAMS)
         own = rank.to(tl.int64) * size
         for row in range(begin, end):
@@ -377,7 +372,7 @@ def _all_gather_kernel(
     end = tl.minimum(begin + share, size)
     if begin < end:
         call = count // PHASES
-        _push(x, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
+        _push(x, 0, peers, call, rank, begin, end, N, HEAD, SLOT, BLOCK, DTYPE)
         all_came = _meet(peers, rank, count + PHASES, N, PROGRAMS)
         for first in range(begin, end, BLOCK):
             at = first + tl.arange(0, BLOCK)

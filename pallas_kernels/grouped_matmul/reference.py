@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.products import dot
+
 _FEW_ROWS, _LEAST_ROWS = 16, 4
 """Up to so many rows programs on GPUs use XLA's own kernels for products; see ``engine.runner.compiler_options``."""
 
@@ -12,10 +14,10 @@ def grouped_matmul(x, values, scale, zero, dtype):
     if num_groups == 1 and zero is None:
         # Half the bytes of float32 in a pass over the output. Not float16, which ends at 65,504.
         summed_as = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-        y = _dot(x, values.astype(x.dtype), (((1,), (0,)), ((), ())), summed_as)
+        y = dot(x, values.astype(x.dtype), (((1,), (0,)), ((), ())), summed_as)
         return (y.astype(jnp.float32) * scale[0]).astype(dtype)
     if num_rows > _FEW_ROWS:
-        return _dot(x, dequantized(values, scale, zero).astype(x.dtype), (((1,), (0,)), ((), ())), dtype)
+        return dot(x, dequantized(values, scale, zero).astype(x.dtype), (((1,), (0,)), ((), ())), dtype)
     # A product for each group, whose scales come behind it: XLA's kernels then read the values as they are stored.
     # Multiplied by scales ahead of it, all of the weights would be written to memory in each step, and read again. A
     # single row XLA would make a sum of products of, which it writes to memory, too.
@@ -23,7 +25,7 @@ def grouped_matmul(x, values, scale, zero, dtype):
         -1, num_groups, values.shape[0] // num_groups
     )
     blocks = values.reshape(num_groups, -1, d_out).astype(x.dtype)
-    sums = _dot(groups, blocks, (((2,), (1,)), ((1,), (0,))), jnp.float32)
+    sums = dot(groups, blocks, (((2,), (1,)), ((1,), (0,))), jnp.float32)
     if zero is not None:
         sums = sums - jnp.sum(groups.astype(jnp.float32), axis=2).T[:, :, None] * zero.astype(jnp.float32)[:, None]
     return jnp.sum(sums * scale[:, None], axis=0)[:num_rows].astype(dtype)
@@ -38,9 +40,3 @@ def dequantized(values: jax.Array, scale: jax.Array, zero: jax.Array | None) -> 
     if zero is not None:
         groups = groups - zero.astype(jnp.float32)[:, None]
     return (groups * scale[:, None]).reshape(values.shape)
-
-
-def _dot(x, kernel, dimension_numbers, out_dtype):
-    """Float32 means float32: without this a GPU would round the operands to tf32."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, preferred_element_type=out_dtype)

@@ -36,6 +36,7 @@ from pallas_kernels import (
     all_gather,
     all_reduce,
     all_reduce_norm,
+    dot,
     lora_delta,
     lora_receive,
     lora_send,
@@ -48,7 +49,7 @@ from pallas_kernels import (
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TP, param_spec
 from slora_jax.model.modules import MODULES, ROW_PARALLEL, local_shapes, split_ranks
-from slora_jax.model.projection import Projection, dot, group_unit
+from slora_jax.model.projection import Projection, group_unit
 from slora_jax.model.rope import plain_turns
 from slora_jax.model.shards import Shards
 

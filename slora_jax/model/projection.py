@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Backend, grouped_matmul, inputs_of_block, pack_integers
+from pallas_kernels import Backend, dot, grouped_matmul, inputs_of_block, pack_integers
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout
 
@@ -65,12 +65,6 @@ class Projection(nn.Module):
                     if layout.has_zeros:
                         zero = self.param("group_zero", zeros, shape, jnp.int8)
                 return grouped_matmul(x, weights, scale, zero, dtype=self.dtype, backend=self.backend)
-
-
-def dot(x, kernel, dimension_numbers, out_dtype=jnp.float32):
-    """``jax.lax.dot_general``, in which float32 means float32: without this a GPU would round the operands to tf32."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, preferred_element_type=out_dtype)
 
 
 def fp8_product(x: jax.Array, weight: jax.Array, channel_scale: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -6,6 +6,9 @@ what is carried into the exponent: that is done here in its place.
 """
 
 import contextlib
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -101,6 +104,15 @@ def _convert_float(values, from_type, to_type, rounding):
     if (from_type.name, to_type.name) == ("fp32", "fp8e4nv"):
         return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     return _convert_as_it_does(values, from_type, to_type, rounding)
+
+
+def assert_interpreted(file: str, chosen: str, num_tests: int) -> None:
+    """Runs tests of a file, chosen as by pytest's -k, in a process where kernels interpret: all must pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    assert result.returncode == 0, result.stdout
+    assert f"{num_tests} passed" in result.stdout
 
 
 @contextlib.contextmanager

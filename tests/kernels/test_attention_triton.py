@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from pallas_kernels import tuning
 from pallas_kernels.paged_attention import rotary_triton, work
 from pallas_kernels.paged_attention import triton as attention
 from pallas_kernels.pool import PAGE_SIZE
-from tests.helpers.triton_on_cpu import compiled, interpreted
+from tests.helpers.triton_on_cpu import assert_interpreted, compiled, interpreted
 from tests.kernels.test_references import ATTENTION, BFLOAT16, COMPILER_OPTIONS, ROTARY, Attention, assert_close
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,11 +35,7 @@ INTERPRETED = {
 
 @pytest.mark.skipif(INTERPRET, reason="is the outer process")
 def test_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "by_interpreter", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert f"{len(INTERPRETED) + len(ROTARY)} passed" in result.stdout
+    assert_interpreted(__file__, "by_interpreter", len(INTERPRETED) + len(ROTARY))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")

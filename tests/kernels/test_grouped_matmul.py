@@ -4,8 +4,6 @@ The oracle takes the packed words apart bit by bit, and shares no code with what
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +15,7 @@ import pytest
 from pallas_kernels import grouped_matmul, pack_integers, tuning, unpack_integers
 from pallas_kernels.grouped_matmul import triton as kernels_of
 from tests.helpers.oracles import stored_integers
-from tests.helpers.triton_on_cpu import compiled, interpreted
+from tests.helpers.triton_on_cpu import assert_interpreted, compiled, interpreted
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)
@@ -107,21 +105,7 @@ def test_the_reference(seed, name, dtype):
 
 @pytest.mark.skipif(INTERPRET, reason="is the outer process")
 def test_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "test_kernel_interpreted",
-        __file__,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
-    assert result.returncode == 0, result.stdout
-    assert f"{2 * len(CASES)} passed" in result.stdout
+    assert_interpreted(__file__, "test_kernel_interpreted", 2 * len(CASES))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")

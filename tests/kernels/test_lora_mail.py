@@ -1,8 +1,6 @@
 """Low-rank updates of several devices whose kernels write into each other's memory, interpreted one by one."""
 
 import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from pallas_kernels import Collectives, LoraSegments, tuning
 from pallas_kernels.collectives.workspace import HEAD_BYTES, MAIL_CHANNELS, mail_slot_bytes
 from pallas_kernels.lora import triton as lora
 from pallas_kernels.pool import PAGE_SIZE
-from tests.helpers.triton_on_cpu import compiled, interpreted
+from tests.helpers.triton_on_cpu import assert_interpreted, compiled, interpreted
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 SLOT, ROW, LAYER = 2**16, 32, 1
@@ -26,21 +24,7 @@ TOTAL = BEFORE + sum(TOKENS) + AFTER
 @pytest.mark.skipif(INTERPRET, reason="is the outer process")
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_interpreted(count):
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        f"every_device and {count}",
-        __file__,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert "1 passed" in result.stdout
+    assert_interpreted(__file__, f"every_device and {count}", 1)
 
 
 def pool_of(matrices) -> tuple[dict[str, np.ndarray], np.ndarray]:

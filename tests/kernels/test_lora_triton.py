@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -15,7 +13,7 @@ import pytest
 from pallas_kernels import tuning
 from pallas_kernels.lora import triton as lora
 from pallas_kernels.lora.api import LoraSegments
-from tests.helpers.triton_on_cpu import compiled, interpreted
+from tests.helpers.triton_on_cpu import assert_interpreted, compiled, interpreted
 from tests.kernels.test_references import BFLOAT16, LORA, Adapters, check_lora, update
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,11 +32,7 @@ INTERPRETED = {
 
 @pytest.mark.skipif(INTERPRET, reason="is the outer process")
 def test_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_lora_interpreted", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert f"{len(INTERPRETED)} passed" in result.stdout
+    assert_interpreted(__file__, "test_lora_interpreted", len(INTERPRETED))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="run by test_interpreted")
