@@ -8,7 +8,7 @@ cannot hold it as it is, but is given what it launches anew whenever an address 
 
 import functools
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -44,15 +44,10 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
     operands = [arg[...] if i in refs else arg for i, arg in enumerate(pointers)]
     changed = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs.values()]
     aliases = {i: len(outputs) + n for n, i in enumerate(refs)}
-    text = _compiled(
-        kernel,
-        tuple(arg if isinstance(arg, int) else _POINTER_TO[arg.dtype.name] for arg in (*args, *outputs)),
-        tuple(_POINTER_TO[ref.dtype.name] for ref in refs.values()),
-        tuple(sorted(constants.items())),
-        num_warps,
-        num_stages,
-        _capability(),
-    )
+    parameters = [arg if isinstance(arg, int) else _POINTER_TO[arg.dtype.name] for arg in (*args, *outputs)]
+    types = tuple("i32" if isinstance(parameter, int) else parameter for parameter in parameters)
+    text = _ttir(kernel, types, tuple(sorted(constants.items())), num_warps, num_stages, _capability())
+    text = _of_pointers(text, kernel.__name__, parameters, [_POINTER_TO[ref.dtype.name] for ref in refs.values()])
     x, y, z = (*grid, 1, 1)[:3]
     call = jax.ffi.ffi_call(_TARGET, [*outputs, *changed], input_output_aliases=aliases)
     results = call(
@@ -72,22 +67,20 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
 
 
 @functools.cache
-def _compiled(
+def _ttir(
     kernel,
-    parameters: tuple[int | str, ...],
-    changed: tuple[str, ...],
+    types: tuple[str, ...],
     constants: tuple[tuple[str, Hashable], ...],
     num_warps: int,
     num_stages: int,
     capability: int,
 ) -> str:
-    """The kernel's TTIR, as a function of pointers alone: to the operands, the outputs, and the operands it changes.
+    """The kernel's TTIR, with a parameter for each of ``types``.
 
-    XLA passes the latter once more, as results.
+    It takes a tenth of a second. It does not depend on what the integers are, so steps of all sizes share it.
     """
     values: dict[str, Any] = dict(constants)
     names = [name for name in kernel.arg_names if name not in values]
-    types = ["i32" if isinstance(parameter, int) else parameter for parameter in parameters]
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(values, "constexpr")
     places = [kernel.arg_names.index(name) for name in names]
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in zip(places, types, strict=True) if kind != "i32"}
@@ -100,11 +93,14 @@ def _compiled(
     codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
     module = source.make_ir(backend.target, options, codegen, modules, context)
     module = backend.make_ttir(module, {}, options, capability)
-    return _of_pointers(_LOCATION.sub("", str(module)), kernel.__name__, parameters, changed)
+    return _LOCATION.sub("", str(module))
 
 
-def _of_pointers(text: str, name: str, parameters: tuple[int | str, ...], changed: tuple[str, ...]) -> str:
-    """The same with its integers compiled in, and with more pointers, which are not used."""
+def _of_pointers(text: str, name: str, parameters: Sequence[int | str], changed: Sequence[str]) -> str:
+    """The same as a function of pointers alone: to the operands, the outputs, and the operands that it changes.
+
+    Integers are compiled in. XLA passes what is changed once more, as results, so there are parameters for them too.
+    """
     head, opening, rest = text.partition(f"tt.func public @{name}(")
     listed, closing, body = rest.partition(") attributes {noinline = false} {\n")
     assert opening and closing, "Triton prints a function so"

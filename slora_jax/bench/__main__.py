@@ -151,13 +151,19 @@ def demo(requests: int, tokens: int, repeats: int, torch_python: str | None, out
     "--scale", type=_COUNT, default=1, show_default=True, help="Divide every size by this: to try the benchmark itself."
 )
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Time cuDNN's attention too.")
+@click.option(
+    "--profiles/--no-profiles",
+    default=True,
+    show_default=True,
+    help="Ask the profiler for the time in which kernels run, which takes ten seconds a case; else the clock counts.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
-def kernels(only: str, scale: int, peers: bool, out: Path | None):
+def kernels(only: str, scale: int, peers: bool, profiles: bool, out: Path | None):
     """Attention, gathered LoRA, int4 products and decode steps against copy bandwidth and cuDNN on this device."""
     from slora_jax.bench.kernels import run_kernels
 
     set_share(None)
-    if not run_kernels(only, scale, peers, command_line(), out):
+    if not run_kernels(only, scale, peers, profiles, command_line(), out):
         raise click.ClickException("a case failed; see above")
 
 

@@ -293,7 +293,7 @@ class KernelBench:
         _attention_problem.cache_clear()
         _lora_problem.cache_clear()
         _matmul_problem.cache_clear()
-        return StepBench(self.scale, self.backend)
+        return StepBench(self.scale, self.backend, self.profiles)
 
 
 # A kernel's arguments and the reference's result for layer 0, kept until another spec's are wanted.
@@ -355,9 +355,10 @@ def _as_plain(spec: MatmulSpec, weights, scale, zero) -> jax.Array:
 class StepBench:
     """Decode steps of a dummy Llama-2-7B: layers, logits, greedy choice; q, k, v and o have adapters."""
 
-    def __init__(self, scale: int, backend: Backend):
+    def __init__(self, scale: int, backend: Backend, profiles: bool):
         self.scale = scale
         self.backend = backend
+        self.profiles = profiles
         config = ModelConfig.from_hf(read_yaml(_LLAMA_7B))
         head_dim = config.head_dim
         heads = max(1, config.num_heads // scale)
@@ -453,7 +454,8 @@ class StepBench:
             tokens, self.pool = step(self.params, batch, self.pool)
             return tokens
 
-        return Timing(seconds_per_execution(run, 0.2), busy_seconds_per_execution(run), error)
+        busy = busy_seconds_per_execution(run) if self.profiles else None
+        return Timing(seconds_per_execution(run, 0.2), busy, error)
 
     @cached_property
     def _short_model(self) -> tuple[ModelConfig, dict]:
@@ -624,12 +626,12 @@ CASES: dict[str, Callable[[KernelBench], Result]] = {
 }
 
 
-def run_kernels(only: str, scale: int, peers: bool, command: str, out: Path | None) -> bool:
+def run_kernels(only: str, scale: int, peers: bool, profiles: bool, command: str, out: Path | None) -> bool:
     """Measures the cases whose names match ``only``, printing each; returns whether every result was right.
 
     The JSON is written after each case, so that a run that is cut short leaves what it has.
     """
-    bench = KernelBench(scale, peers)
+    bench = KernelBench(scale, peers, profiles)
     report = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
