@@ -13,6 +13,7 @@ from pallas_kernels.collectives import (
     all_reduce_norm,
     open_peer_memory,
 )
+from pallas_kernels.float8 import Float8Rows, ScaledProduct, add_norm_round, round_rows, silu_round
 from pallas_kernels.grouped_matmul import grouped_matmul, inputs_of_block, pack_integers, unpack_integers
 from pallas_kernels.lora import (
     LoraPlan,
@@ -35,10 +36,13 @@ __all__ = [
     "AttentionPlan",
     "Backend",
     "Collectives",
+    "Float8Rows",
     "LoraPlan",
     "LoraSegments",
     "PeerMemory",
+    "ScaledProduct",
     "SentSums",
+    "add_norm_round",
     "all_gather",
     "all_reduce",
     "all_reduce_norm",
@@ -58,5 +62,7 @@ __all__ = [
     "plan_lora",
     "rms_norm",
     "rotary_write_kv",
+    "round_rows",
+    "silu_round",
     "unpack_integers",
 ]

@@ -21,6 +21,16 @@ FLOAT8_CAPABILITY = (8, 9)
 _logger = logging.getLogger(__name__)
 
 
+def converts_float8() -> bool:
+    """Whether this process's GPU has instructions for float8; True where there is none, as when lowering on a CPU."""
+    device = jax.devices()[0]
+    return device.platform != "gpu" or _capability(device) >= FLOAT8_CAPABILITY
+
+
+def _capability(device: jax.Device) -> tuple[int, ...]:
+    return tuple(map(int, device.compute_capability.split(".")))
+
+
 def choose_backend(device: jax.Device, head_dim: int, dtype: jnp.dtype, tokens_per_row: int = 1) -> Backend:
     """The kernels for a model on a device, logged; call it once and pass the answer on.
 
@@ -37,7 +47,7 @@ def choose_backend(device: jax.Device, head_dim: int, dtype: jnp.dtype, tokens_p
     if device.platform not in ("gpu", "cuda"):
         backend: Backend = "reference"
     elif tokens_per_row > 1:
-        if tuple(map(int, device.compute_capability.split("."))) < FLOAT8_CAPABILITY:
+        if _capability(device) < FLOAT8_CAPABILITY:
             raise NotImplementedError(
                 f"{device.device_kind} has compute capability {device.compute_capability}, and instructions for float8 "
                 "came with 8.9: keep the KV cache in the model's dtype"

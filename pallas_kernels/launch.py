@@ -19,7 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TARGET = "__gpu$xla.gpu.triton"
-_POINTER_TO = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int8": "*i8"}
+_POINTER_TO = {
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float32": "*fp32",
+    "float8_e4m3fn": "*fp8e4nv",
+    "int32": "*i32",
+    "int8": "*i8",
+}
 _LOCATION = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)
 _PARAMETER = re.compile(r"(%[\w$.-]+): ([^,{}]+?)( \{[^}]*\})?(?:, |$)")
 

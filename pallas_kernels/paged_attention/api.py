@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
+from pallas_kernels.float8 import ScaledProduct
 from pallas_kernels.paged_attention import hopper, reference, rotary_reference, rotary_triton, triton
 from pallas_kernels.paged_attention.hopper import HopperAttentionPlan
 from pallas_kernels.paged_attention.reference import ReferenceAttentionPlan
@@ -116,7 +117,7 @@ def paged_attention(
 
 
 def rotary_write_kv(
-    qkv: jax.Array,
+    qkv: jax.Array | ScaledProduct,
     rope: tuple[jax.Array, jax.Array],
     pool: jax.Array,
     layer: Layer,
@@ -139,14 +140,15 @@ def rotary_write_kv(
         pool[layer, 0, rows[t], h] = rotate(k_h[t])
         pool[layer, 1, rows[t], h] = v_h[t]
 
-    with the pool's token rows seen as ``[K, D]``; rotated in float32, cast to the dtype of ``qkv`` and of the token
+    with the pool's token rows seen as ``[K, D]``; rotated in float32, cast to the dtype of ``q`` and of the token
     rows. Float8 takes what is beyond its largest number as that number. The two halves of D are the pair's parts, as
     in Hugging Face checkpoints. The write is in place where the caller has donated the pool.
 
     Padding: padded tokens name a row of the trash page; rows of the trash page may repeat and hold any value after.
 
     Args:
-      qkv: ``[T, (H + 2 * K) * D]``, any float dtype; H a multiple of K.
+      qkv: ``[T, (H + 2 * K) * D]``, any float dtype; H a multiple of K. Or a product of that shape whose scales are
+        still to be applied.
       rope: cosine and sine, ``[T, D / 2]`` float32 each.
       pool: ``[layers, 2, rows, K * D]``.
       layer: which layer's planes to write.
@@ -156,19 +158,21 @@ def rotary_write_kv(
       tokens_per_row: as for ``plan_attention``; static.
 
     Returns:
-      Rotated q ``[T, H, D]`` of qkv's dtype, and the pool.
+      Rotated q ``[T, H, D]`` of qkv's dtype, of the pool's where qkv is a product, and the pool.
 
     Raises:
       ValueError: a shape or dtype that does not fit the above.
     """
-    num_tokens, width = expect_rank("qkv", qkv, 2)
+    num_tokens, width = expect_rank("qkv", qkv.sums if isinstance(qkv, ScaledProduct) else qkv, 2)
+    if isinstance(qkv, ScaledProduct):
+        qkv.check("qkv", (num_tokens, width))
     check_pool(pool, layer, num_kv_heads * head_dim)
     check_tokens_per_row(pool, tokens_per_row)
     group, rest = divmod(width - 2 * num_kv_heads * head_dim, num_kv_heads * head_dim)
     if group < 1 or rest or head_dim % 2:
         raise ValueError(
             f"qkv must be [T, (H + 2 * {num_kv_heads}) * {head_dim}] with H a multiple of {num_kv_heads} and an even "
-            f"head_dim, got {qkv.shape}"
+            f"head_dim, got {(num_tokens, width)}"
         )
     for name, angles in zip(("cos", "sin"), rope, strict=True):
         if angles.shape != (num_tokens, head_dim // 2) or angles.dtype != jnp.float32:

@@ -13,7 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def _rotary_write_kernel(
-    qkv,  # [T, HEADS + 2 * KV_HEADS, 2 * HALF]
+    sums,  # [T, HEADS + 2 * KV_HEADS, 2 * HALF]: qkv, or the sums of a product whose scales are to be applied
+    row_scale,  # [T] float32, or None
+    column_scale,  # [HEADS + 2 * KV_HEADS, 2 * HALF] float32, or None
+    update,  # [T, HEADS + 2 * KV_HEADS, 2 * HALF], added behind the scales; None for zeros
     cos,  # [T, HALF] float32
     sin,  # [T, HALF] float32
     rows,  # [T]
@@ -34,12 +37,19 @@ def _rotary_write_kernel(
     i = tl.arange(0, BLOCK_HALF)
     inside = i[None, :] < HALF
     exists = (head[:, None] < HEADS + 2 * KV_HEADS) & inside
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head[:, None]) * (2 * HALF) + i[None, :]
-    raw_first = tl.load(source, mask=exists, other=0.0)
-    raw_second = tl.load(source + HALF, mask=exists, other=0.0)
+    in_row = head[:, None] * (2 * HALF) + i[None, :]
+    source = token * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + in_row
+    first = tl.load(sums + source, mask=exists, other=0.0).to(tl.float32)
+    second = tl.load(sums + source + HALF, mask=exists, other=0.0).to(tl.float32)
+    if column_scale is not None:
+        of_row = tl.load(row_scale + token)
+        first *= of_row * tl.load(column_scale + in_row, mask=exists, other=0.0)
+        second *= of_row * tl.load(column_scale + in_row + HALF, mask=exists, other=0.0)
+    if update is not None:
+        first += tl.load(update + source, mask=exists, other=0.0).to(tl.float32)
+        second += tl.load(update + source + HALF, mask=exists, other=0.0).to(tl.float32)
     cosine = tl.load(cos + token * HALF + i, mask=i < HALF, other=0.0)[None, :]
     sine = tl.load(sin + token * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     # Not cos = 1 and sin = 0 for v: its own second half may be infinite.
     is_v = (head >= HEADS + KV_HEADS)[:, None]
     turned_first = tl.where(is_v, first, first * cosine - second * sine)

@@ -33,6 +33,8 @@ from pallas_kernels import (
     Collectives,
     LoraPlan,
     LoraSegments,
+    ScaledProduct,
+    add_norm_round,
     all_gather,
     all_reduce,
     all_reduce_norm,
@@ -45,11 +47,14 @@ from pallas_kernels import (
     plan_lora,
     rms_norm,
     rotary_write_kv,
+    round_rows,
+    silu_round,
 )
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.mesh import TP, param_spec
 from slora_jax.model.modules import MODULES, ROW_PARALLEL, local_shapes, split_ranks
-from slora_jax.model.projection import Projection, group_unit
+from slora_jax.model.projection import Inputs, Projection, group_unit
+from slora_jax.model.quantization import ChannelFp8
 from slora_jax.model.rope import plain_turns
 from slora_jax.model.shards import Shards
 
@@ -94,6 +99,14 @@ class StepTables(NamedTuple):
     lora: LoraPlan | None
     lora_split: LoraPlan | None
     group: Collectives | None
+
+
+type Term = jax.Array | ScaledProduct | None
+"""What is still to be added to hidden states ``[T, h]``.
+
+An array is one device's part of the term, which is the sum over all devices. One device has a product of float8
+operands, or None, for nothing.
+"""
 
 
 class LoraOps(NamedTuple):
@@ -176,7 +189,9 @@ class Llama(nn.Module):
 
     def end(self, x: jax.Array) -> jax.Array:
         """What comes behind the layers: the final norm of hidden states ``[T, h]``."""
-        return self.norm(x)[1]
+        _, normed = self.norm(x)
+        assert normed.plain is not None, "no map in float8 reads it"
+        return normed.plain
 
     def _embed(self, token_ids: jax.Array, group: Collectives | None) -> jax.Array:
         if group is None:
@@ -248,31 +263,31 @@ class Block(nn.Module):
 
     def setup(self):
         config = self.local
-        self.attention_norm = RMSNorm(config.rms_norm_eps, self.dtype)
         layout, units = config.weight_layout, {name: group_unit(name, config) for name in ("o", "down")}
+        self.rounds = isinstance(layout, ChannelFp8)
+        norm = partial(RMSNorm, config.rms_norm_eps, self.dtype, rounds=self.rounds, backend=self.backend)
+        self.attention_norm = norm()
         # Columns [q | k | v], heads in order, and [gate | up].
         project = partial(Projection, dtype=self.dtype, layout=layout, backend=self.backend)
         self.qkv = project(config.q_size + 2 * config.kv_size)
         self.o = project(config.hidden_size, unit=units["o"])
-        self.mlp_norm = RMSNorm(config.rms_norm_eps, self.dtype)
+        self.mlp_norm = norm()
         self.gate_up = project(2 * config.intermediate_size)
         self.down = project(config.hidden_size, unit=units["down"])
 
     def __call__(
-        self, x: jax.Array, term: jax.Array | None, step: StepTables, pool: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """One layer, of hidden states that need not be complete.
-
-        They are ``x + sum of term over devices``: that sum goes with the next norm.
+        self, x: jax.Array, term: Term, step: StepTables, pool: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, Term, jax.Array]:
+        """One layer, of hidden states that need not be complete: their last term is added by the next norm.
 
         Args:
           x: ``[T, h]``.
-          term: ``[T, h]`` of this device; None if x is complete.
+          term: what is missing in x.
           step, pool: as in ``run_layers``.
           layer: its number, an int32 scalar.
 
         Returns:
-          x, the term (None on one device) and the pool after this layer.
+          x, the term and the pool after this layer.
         """
 
         def plan_for(modules) -> LoraPlan | None:
@@ -282,33 +297,50 @@ class Block(nn.Module):
 
         group = step.group
 
-        def project(projection, x, *modules):
+        def project(projection, inputs: Inputs, *modules):
+            product = base(projection, inputs)
             lora = plan_for(modules)
             if lora is None:
-                return projection(x)
-            if group is None:
-                # Nothing between the product and the sum: cuBLAS then does both in one kernel.
-                return projection(x) + self.lora_ops.delta(x, pool, layer, lora, modules)
-            return project_among(projection, x, modules, step.lora_split, lora, by_rank=True)
+                return product
+            if group is not None:
+                return project_among(product, inputs, modules, step.lora_split, lora, by_rank=True)
+            update = self.lora_ops.delta(inputs.plain, pool, layer, lora, modules)
+            # Nothing between the product and the sum: cuBLAS then does both in one kernel.
+            return product._replace(update=update) if isinstance(product, ScaledProduct) else product + update
 
-        def project_among(projection, x, modules, share: LoraPlan | None, lora: LoraPlan, by_rank: bool):
+        def base(projection, inputs: Inputs):
+            return projection(inputs.plain if inputs.rounded is None else inputs.rounded)
+
+        def project_among(product, inputs: Inputs, modules, share: LoraPlan | None, lora: LoraPlan, by_rank: bool):
             """On several devices, of which each has its ``share`` of A."""
-            sent = self.lora_ops.send(x, pool, layer, share, modules, group, by_rank=by_rank)
-            return self.lora_ops.receive(projection(x), sent, pool, layer, lora, modules, group)
+            sent = self.lora_ops.send(inputs.plain, pool, layer, share, modules, group, by_rank=by_rank)
+            return self.lora_ops.receive(applied(product), sent, pool, layer, lora, modules, group)
 
-        def add(x, projection, inputs, module):
-            """x with what a row-parallel module adds to it, or else this device's term of that."""
+        def applied(product) -> jax.Array:
+            return product.value(self.dtype) if isinstance(product, ScaledProduct) else product
+
+        def add(x, projection, inputs: Inputs, module) -> tuple[jax.Array, Term]:
+            """x with what a row-parallel module adds to it, or x and that as its term."""
             if group is None:
-                return x + project(projection, inputs, module), None
-            lora = plan_for((module,))
+                product = project(projection, inputs, module)
+                return (x, product) if isinstance(product, ScaledProduct) else (x + product, None)
+            product, lora = base(projection, inputs), plan_for((module,))
             if lora is None:
-                return x, projection(inputs)
-            return x, project_among(projection, inputs, (module,), lora, lora, by_rank=False)
+                return x, applied(product)
+            return x, project_among(product, inputs, (module,), lora, lora, by_rank=False)
+
+        def gated(product, *readers) -> Inputs:
+            """What a product ``[gate | up]`` gives the modules that read it."""
+            if isinstance(product, ScaledProduct):
+                keeps = plan_for(readers) is not None
+                return Inputs(*silu_round(product, dtype=self.dtype, keeps_activations=keeps, backend=self.backend))
+            gate, up = jnp.split(product, 2, axis=1)
+            return self._inputs(nn.silu(gate) * up)
 
         config = self.local
         # Every read of the adapters' rows comes before the write, which needs all of qkv: XLA copies no pool to keep
         # them valid.
-        x, normed = self.attention_norm(x, term, group)
+        x, normed = self.attention_norm(x, term, group, keeps_plain=plan_for((Q, K, V)) is not None)
         qkv = project(self.qkv, normed, Q, K, V)
         q, pool = rotary_write_kv(
             qkv,
@@ -323,11 +355,13 @@ class Block(nn.Module):
         )
         scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(q, pool, layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale)
-        x, term = add(x, self.o, attended.reshape(-1, config.q_size), O)
-        x, normed = self.mlp_norm(x, term, group)
-        gate, up = jnp.split(project(self.gate_up, normed, GATE, UP), 2, axis=1)
-        x, term = add(x, self.down, nn.silu(gate) * up, DOWN)
+        x, term = add(x, self.o, self._inputs(attended.reshape(-1, config.q_size)), O)
+        x, normed = self.mlp_norm(x, term, group, keeps_plain=plan_for((GATE, UP)) is not None)
+        x, term = add(x, self.down, gated(project(self.gate_up, normed, GATE, UP), DOWN), DOWN)
         return x, term, pool
+
+    def _inputs(self, x: jax.Array) -> Inputs:
+        return Inputs(x, round_rows(x, backend=self.backend) if self.rounds else None)
 
 
 def run_layers(
@@ -352,8 +386,10 @@ def run_layers(
     for i, params in enumerate(layers):
         layer = np.int32(first + i) if isinstance(first, int) else first + i
         x, term, pool = _apply_block(params, x, term, step, pool, layer, *of_model)
-    if term is not None:
-        assert step.group is not None, "on one device there are no terms"
+    if isinstance(term, ScaledProduct):
+        x = x + term.value(x.dtype)
+    elif term is not None:
+        assert step.group is not None, "terms of one device are products"
         x = x + all_reduce(term, step.group)
     return x, pool
 
@@ -391,21 +427,38 @@ def _split_segments(segments: LoraSegments, num_shards: int) -> tuple[LoraSegmen
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of hidden states, behind the sum over devices that completes them."""
+    """Root-mean-square norm of hidden states, behind the sum that completes them.
+
+    Attributes:
+      rounds: whether maps in float8 read it.
+      backend: which kernel rounds.
+    """
 
     epsilon: float
     dtype: jnp.dtype
+    rounds: bool = False
+    backend: Backend = "reference"
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, term: jax.Array | None = None, group: Collectives | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """``x + sum of term over devices`` ``[T, h]`` and its norm; without a term x is complete."""
+        self, x: jax.Array, term: Term = None, group: Collectives | None = None, keeps_plain: bool = True
+    ) -> tuple[jax.Array, Inputs]:
+        """x with its term ``[T, h]``, and the norm of that.
+
+        Where maps in float8 read the norm it is rounded, and ``plain`` may be None unless ``keeps_plain``.
+        """
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        if term is None:
-            return x, rms_norm(x, scale, self.epsilon)
-        assert group is not None, "on one device there are no terms"
-        return all_reduce_norm(term, x, scale, self.epsilon, group)
+        if isinstance(term, jax.Array):
+            assert group is not None, "terms of one device are products"
+            x, normed = all_reduce_norm(term, x, scale, self.epsilon, group)
+            return x, Inputs(normed, round_rows(normed, backend=self.backend) if self.rounds else None)
+        if self.rounds:
+            x, plain, rounded = add_norm_round(
+                x, term, scale, self.epsilon, keeps_normed=keeps_plain, backend=self.backend
+            )
+            return x, Inputs(plain, rounded)
+        assert term is None, "products whose scales are still to be applied come from maps in float8"
+        return x, Inputs(rms_norm(x, scale, self.epsilon))
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

@@ -1,17 +1,38 @@
 """Linear maps as the model applies them: in its own dtype, or quantised in one of the layouts of ``quantization``."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Backend, dot, grouped_matmul, inputs_of_block, pack_integers
+from pallas_kernels import (
+    Backend,
+    Float8Rows,
+    ScaledProduct,
+    dot,
+    grouped_matmul,
+    inputs_of_block,
+    pack_integers,
+    round_rows,
+)
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout
 
-_FP8 = jnp.float8_e4m3fn
-_LARGEST_FP8 = float(jnp.finfo(_FP8).max)
 _LEAST_AMPLITUDE = 1e-30
-"""Far below any activation or weight, and far above where 1 / 448 of it would be flushed to zero."""
+"""Far below any weight, and far above where 1 / 448 of it would be flushed to zero."""
+
+
+class Inputs(NamedTuple):
+    """A matrix as linear maps and their adapters read it.
+
+    Attributes:
+      plain: ``[T, n]`` in the model's dtype, for adapters and for maps that take it so; None where nobody reads it.
+      rounded: the same in float8, for maps in float8; None where there are none.
+    """
+
+    plain: jax.Array | None
+    rounded: Float8Rows | None = None
 
 
 def group_unit(projection: str, local: ModelConfig) -> int:
@@ -25,12 +46,15 @@ def group_unit(projection: str, local: ModelConfig) -> int:
 class Projection(nn.Module):
     """A linear map without bias from ``[T, in]`` to ``[T, features]``.
 
+    It takes an array, or with the layout ``ChannelFp8`` rows in float8, too. With that layout it returns a
+    ``ScaledProduct``, and else an array.
+
     Attributes:
       features: width of the output.
-      dtype: of the output and, without a layout, of the one parameter, ``kernel`` ``[in, features]``.
+      dtype: of an array it returns and, without a layout, of the one parameter, ``kernel`` ``[in, features]``.
       layout: how the weights are quantised, and what the parameters then are.
       unit: a number of inputs that groups must divide, so that devices can share out multiples of it.
-      backend: which kernel multiplies by values that are packed.
+      backend: which kernels multiply by values that are packed, and round to float8.
     """
 
     features: int
@@ -41,15 +65,17 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x, out_dtype=None):
-        d_in, ones, zeros = x.shape[-1], nn.initializers.ones, nn.initializers.zeros
+        d_in = (x.values if isinstance(x, Float8Rows) else x).shape[-1]
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
         match self.layout:
             case None:
                 kernel = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features), self.dtype)
                 return dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), out_dtype or self.dtype)
             case ChannelFp8():
-                weight = self.param("weight", zeros, (self.features, d_in), _FP8)
+                weight = self.param("weight", zeros, (self.features, d_in), jnp.float8_e4m3fn)
                 scale = self.param("channel_scale", ones, (self.features,), jnp.float32)
-                return fp8_product(x, weight, scale, self.dtype)
+                rows = x if isinstance(x, Float8Rows) else round_rows(x, backend=self.backend)
+                return fp8_product(rows, weight, scale, self.dtype)
             case GroupedWeights() as layout:
                 if layout.is_packed(d_in, self.unit):
                     shape: tuple[int, ...] = (d_in // inputs_of_block(layout.bits), self.features, 8)
@@ -67,31 +93,21 @@ class Projection(nn.Module):
                 return grouped_matmul(x, weights, scale, zero, dtype=self.dtype, backend=self.backend)
 
 
-def fp8_product(x: jax.Array, weight: jax.Array, channel_scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``x`` ``[T, in]`` times an fp8 weight ``[out, in]``, in ``dtype``; the values of each token are rounded to fp8.
+def fp8_product(x: Float8Rows, weight: jax.Array, channel_scale: jax.Array, dtype: jnp.dtype) -> ScaledProduct:
+    """Rows ``[T, in]`` times a float8 weight ``[out, in]``, for a model of this dtype.
 
     Both operands have the summed axis last, as Hopper's fp8 instructions want them: any other order would cost a
-    transposed copy of the weights in each step. The scales factor out of the sum, and are applied behind it.
+    transposed copy of the weights in each step.
     """
-    values, token_scale = quantize_rows(x)
-    y = jax.lax.dot_general(values, weight, (((1,), (1,)), ((), ())), preferred_element_type=_summed_as(dtype))
-    return (y.astype(jnp.float32) * token_scale[:, None] * channel_scale).astype(dtype)
-
-
-def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[n, m]`` as float8_e4m3fn ``[n, m]`` and the scale of each row ``[n]`` float32, by which to multiply."""
-    x = x.astype(jnp.float32)
-    amplitude = jnp.max(jnp.abs(x), axis=1)
-    scale = jnp.maximum(amplitude, _LEAST_AMPLITUDE) / _LARGEST_FP8
-    # No clipping: a quotient that rounding has put above 448 is rounded back to it.
-    return (x / scale[:, None]).astype(_FP8), scale
+    sums = jax.lax.dot_general(x.values, weight, (((1,), (1,)), ((), ())), preferred_element_type=_summed_as(dtype))
+    return ScaledProduct(sums, x.scale, channel_scale)
 
 
 def quantize_map(kernel: jax.Array, layout: WeightLayout, unit: int = 0) -> dict[str, jax.Array]:
     """The parameters of a map ``[in, out]`` in a layout, each weight rounded to the nearest; ``unit``: see
     ``Projection``."""
     if isinstance(layout, ChannelFp8):
-        weight, scale = quantize_rows(kernel.T)
+        weight, scale = round_rows(kernel.T, backend="reference")
         return {"weight": weight, "channel_scale": scale}
     dtype = jnp.dtype(layout.values)
     largest = float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)

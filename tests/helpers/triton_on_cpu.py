@@ -23,6 +23,7 @@ TRITON_DTYPE = {
     np.dtype(np.float32): "fp32",
     np.dtype(np.float16): "fp16",
     np.dtype(ml_dtypes.bfloat16): "bf16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "fp8e4nv",
     np.dtype(np.int32): "i32",
     np.dtype(np.int8): "i8",
 }

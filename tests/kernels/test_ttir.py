@@ -10,6 +10,8 @@ import pytest
 from pallas_kernels import (
     Collectives,
     LoraSegments,
+    ScaledProduct,
+    add_norm_round,
     all_gather,
     all_reduce,
     all_reduce_norm,
@@ -21,6 +23,8 @@ from pallas_kernels import (
     plan_attention,
     plan_lora,
     rotary_write_kv,
+    round_rows,
+    silu_round,
 )
 from tests.helpers.ttir import kernels_in
 
@@ -112,3 +116,30 @@ def test_products_with_packed_weights(rows, dtype, zeros):
     # Beyond, weights go through memory.
     many = (jax.ShapeDtypeStruct((1024, 512), dtype), *arguments[1:])
     assert names_of(product, *many) == set()
+
+
+def test_rows_rounded_to_float8():
+    struct, rope = jax.ShapeDtypeStruct, (jax.ShapeDtypeStruct((64, 32), jnp.float32),) * 2
+    x, scale = struct((64, 512), jnp.bfloat16), struct((512,), jnp.float32)
+
+    def layer(x, row_scale, column_scale, weight, rope, pool, rows):
+        product = ScaledProduct(x, row_scale, column_scale, x)
+        x, _, rounded = add_norm_round(x, product, weight, 1e-5, keeps_normed=False, backend="triton")
+        gated = silu_round(product, dtype=jnp.dtype(jnp.bfloat16), keeps_activations=True, backend="triton")
+        sizes = {"num_kv_heads": 2, "head_dim": 64, "tokens_per_row": 2}
+        qkv = ScaledProduct(jnp.tile(x, (1, 2))[:, :512], row_scale, column_scale)
+        return (
+            rounded,
+            gated,
+            round_rows(x, backend="triton"),
+            rotary_write_kv(qkv, rope, pool, 1, rows, backend="triton", **sizes),
+        )
+
+    pool = struct((2, 2, 4096, 128), jnp.bfloat16)
+    row_scale, weight = struct((64,), jnp.float32), struct((512,), jnp.bfloat16)
+    assert names_of(layer, x, row_scale, scale, weight, rope, pool, _int32((64,))) == {
+        "_add_norm_round_kernel",
+        "_silu_round_kernel",
+        "_round_rows_kernel",
+        "_rotary_write_kernel",
+    }

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from slora_jax.model.projection import Projection, fp8_product, quantize_map, quantize_rows
+from pallas_kernels import round_rows
+from slora_jax.model.projection import Projection, fp8_product, quantize_map
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights
 from tests.helpers.oracles import stored_integers
 
@@ -26,9 +27,13 @@ def rounded(x):
     return (x / scale).astype(FP8).astype(np.float64), scale.astype(np.float64)
 
 
+def product_of(x, weight, channel_scale, dtype):
+    return fp8_product(round_rows(x, backend="reference"), weight, channel_scale, dtype).value(dtype)
+
+
 def test_rows_are_rounded_to_the_nearest_value_of_eight_bits():
     x = drawn(40, 64)
-    values, scale = quantize_rows(jnp.asarray(x))
+    values, scale = round_rows(jnp.asarray(x), backend="reference")
     expected, expected_scale = rounded(x)
     np.testing.assert_allclose(scale, expected_scale[:, 0], rtol=1e-6)
     # A last bit of the scale may decide between two neighbours.
@@ -41,7 +46,7 @@ def test_rows_are_rounded_to_the_nearest_value_of_eight_bits():
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [1e-42, 0.0], [3e38, -3e38], [1e-30, -2e-30]])
 def test_rows_of_any_size_stay_finite(row):
-    values, scale = quantize_rows(jnp.asarray([row], jnp.float32))
+    values, scale = round_rows(jnp.asarray([row], jnp.float32), backend="reference")
     back = np.asarray(values, np.float64) * np.asarray(scale, np.float64)[:, None]
     np.testing.assert_allclose(back, np.float64([row]), rtol=1 / 16, atol=1e-31)
 
@@ -49,7 +54,7 @@ def test_rows_of_any_size_stay_finite(row):
 def test_a_row_that_is_no_number_spoils_itself_only():
     x = np.ones((3, 4), np.float32)
     x[1, 2] = np.nan
-    y = np.asarray(fp8_product(jnp.asarray(x), jnp.ones((5, 4), FP8), jnp.ones(5), jnp.float32))
+    y = np.asarray(product_of(jnp.asarray(x), jnp.ones((5, 4), FP8), jnp.ones(5), jnp.float32))
     assert np.isnan(y[1]).all()
     np.testing.assert_allclose(y[[0, 2]], 4.0, rtol=1e-6)
 
@@ -67,10 +72,14 @@ def test_the_product_is_that_of_the_rounded_operands(dtype, bound):
     kernel = drawn(96, 576, seed=1).T / 200
     params = quantize_map(jnp.asarray(kernel), ChannelFp8())
     # Compiled in one, as a step is: a compiler could leave out the rounding.
-    y = jax.jit(Projection(96, dtype, ChannelFp8()).apply)({"params": params}, jnp.asarray(x))
+    projection = Projection(96, dtype, ChannelFp8())
+    y = jax.jit(lambda params, x: projection.apply({"params": params}, x).value(dtype))(params, jnp.asarray(x))
     assert y.dtype == dtype
     # What these are is tested above; here it is their product.
-    xq, sx, wq, sw = (np.asarray(a, np.float64) for a in (*quantize_rows(x), params["weight"], params["channel_scale"]))
+    xq, sx, wq, sw = (
+        np.asarray(a, np.float64)
+        for a in (*round_rows(x, backend="reference"), params["weight"], params["channel_scale"])
+    )
     sx, sw = sx[:, None], sw[:, None]
     expected = (xq * sx) @ (wq * sw).T
     size = np.linalg.norm(xq * sx, axis=1)[:, None] * np.linalg.norm(wq * sw, axis=1)
@@ -84,7 +93,7 @@ def test_the_product_is_that_of_the_rounded_operands(dtype, bound):
 
 def test_sums_of_large_values_fit_in_float16():
     x, weight = jnp.full((2, 512), 3.0, jnp.float16), jnp.full((8, 512), 448.0, FP8)
-    y = fp8_product(x, weight, jnp.full(8, 1e-3), jnp.dtype(jnp.float16))
+    y = product_of(x, weight, jnp.full(8, 1e-3), jnp.dtype(jnp.float16))
     np.testing.assert_allclose(np.asarray(y, np.float32), 3 * 448 * 512e-3, rtol=2e-3)
 
 
@@ -159,7 +168,7 @@ def test_the_fp8_product_is_lowered_as_one_of_eight_bit_operands(rows):
     """XLA's rewriter for GPUs makes ``__cublas$lt$matmul$f8`` of this, without a transposed copy of the weights."""
     shapes = [((rows, 64), jnp.bfloat16), ((96, 64), FP8), ((96,), jnp.float32)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    lowered = jax.jit(lambda x, w, s: fp8_product(x, w, s, jnp.dtype(jnp.bfloat16))).trace(*arguments)
+    lowered = jax.jit(lambda x, w, s: product_of(x, w, s, jnp.dtype(jnp.bfloat16))).trace(*arguments)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     (product,) = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert f"(tensor<{rows}x64xf8E4M3FN>, tensor<96x64xf8E4M3FN>) -> tensor<{rows}x96xbf16>" in product

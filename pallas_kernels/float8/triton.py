@@ -1,0 +1,63 @@
+"""Rows rounded to float8 for NVIDIA GPUs, from Ada on, in Triton: launches. See ``api`` for the contracts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+
+from pallas_kernels import launch
+from pallas_kernels.float8.reference import FLOAT8_MAX, LEAST_AMPLITUDE
+from pallas_kernels.float8.triton_kernels import _add_norm_round_kernel, _round_rows_kernel, _silu_round_kernel
+from pallas_kernels.float8.types import Float8Rows, ScaledProduct, operands_of
+
+_VALUES_OF_THREAD = 16
+_MOST_WARPS = 16
+_TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+def round_rows(x):
+    return _launch(_round_rows_kernel, x.shape, {"x": x}, {})
+
+
+def add_norm_round(x, term: ScaledProduct | None, scale, epsilon, keeps_normed: bool):
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, normed, rows = _launch(
+        _add_norm_round_kernel,
+        x.shape,
+        {"x": x, **operands_of(term), "weight": scale},
+        {"total": None if term is None else like_x, "normed": like_x if keeps_normed else None},
+        EPSILON=epsilon,
+    )
+    return x if total is None else total, normed, rows
+
+
+def silu_round(product: ScaledProduct, dtype, keeps_activations: bool):
+    shape = product.sums.shape[0], product.sums.shape[1] // 2
+    kept = jax.ShapeDtypeStruct(shape, dtype) if keeps_activations else None
+    return _launch(
+        _silu_round_kernel, shape, operands_of(product), {"activations": kept}, DTYPE=_TYPES[np.dtype(dtype).name]
+    )
+
+
+def _launch(kernel, shape: tuple[int, int], operands: dict, outputs: dict, **constants):
+    """Returns the outputs in their order, None where one is None, and rows ``shape`` behind them (or these alone)."""
+    num_rows, num_columns = shape
+    block = triton.next_power_of_2(num_columns)
+    values, scale = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    *made, values, scale = launch.triton_call(
+        *(operand for operand in operands.values() if operand is not None),
+        kernel=kernel,
+        out_type=(*outputs.values(), values, scale),
+        grid=(num_rows,),
+        num_warps=min(_MOST_WARPS, max(1, block // (32 * _VALUES_OF_THREAD))),
+        num_stages=1,
+        COLUMNS=num_columns,
+        BLOCK=block,
+        FLOAT8_MAX=FLOAT8_MAX,
+        LEAST=LEAST_AMPLITUDE,
+        **{name: None for name, value in (operands | outputs).items() if value is None},
+        **constants,
+    )
+    rows = Float8Rows(values, scale)
+    return (*made, rows) if outputs else rows
