@@ -108,8 +108,9 @@ def test_tune_sorts_the_combinations():
 def test_steps_of_a_toy_model(monkeypatch):
     monkeypatch.setattr(kernels, "compiler_options", lambda _: {"xla_backend_optimization_level": 0})
     bench = kernels.KernelBench(scale=64, peers=False)
-    result = kernels.CASES["step-128-mixed"](bench)
-    assert result.value > 0 and result.timing.error == 0.0
+    for name in ("step-128-mixed", "step-1-r16-all", "step-1-fp8", "step-1-int4"):
+        result = kernels.CASES[name](bench)
+        assert result.value > 0 and result.timing.error == 0.0 and result.details["base_seconds"] > 0
 
 
 def test_gpu_events_are_those_of_the_streams():
