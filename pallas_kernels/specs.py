@@ -50,7 +50,10 @@ class MatmulInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """``sequences`` sequences, each of ``queries`` query tokens that end a context of ``context`` tokens."""
+    """``sequences`` sequences, each of ``queries`` query tokens that end a context of ``context`` tokens.
+
+    With ``shortest``, contexts are spread evenly from that many tokens to ``context``, in no order.
+    """
 
     sequences: int
     queries: int
@@ -61,10 +64,17 @@ class AttentionSpec:
     layers: int = 8
     dtype: str = "bfloat16"
     float8: bool = False
+    shortest: int | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.sequences * self.queries
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """``[sequences]`` int32."""
+        shortest = self.context if self.shortest is None else self.shortest
+        return np.linspace(shortest, self.context, self.sequences).astype(np.int32)
 
     @property
     def tokens_per_row(self) -> int:
@@ -74,15 +84,15 @@ class AttentionSpec:
     @property
     def bytes(self) -> int:
         """What one layer must move: K and V of every context, the queries, the output."""
-        kv = 2 * self.sequences * self.context * self.kv_heads
+        kv = 2 * int(self.contexts.sum()) * self.kv_heads
         itemsize = jnp.dtype(self.dtype).itemsize
         return (kv // self.tokens_per_row + 2 * self.num_tokens * self.heads) * self.head_dim * itemsize
 
     @property
     def flops(self) -> int:
         """What one layer must compute: every causal pair of every head has its part in the matmuls with K and V."""
-        pairs = self.queries * self.context - self.queries * (self.queries - 1) // 2
-        return 4 * self.sequences * pairs * self.heads * self.head_dim
+        pairs = self.queries * int(self.contexts.sum()) - self.sequences * self.queries * (self.queries - 1) // 2
+        return 4 * pairs * self.heads * self.head_dim
 
     def scaled(self, divisor: int) -> "AttentionSpec":
         """The same in small: sequences, tokens, heads and layers divided; the heads' group is kept."""
@@ -93,6 +103,7 @@ class AttentionSpec:
             sequences=_divided(self.sequences, divisor),
             queries=min(self.queries, context),
             context=context,
+            shortest=None if self.shortest is None else min(self.shortest, context),
             heads=kv_heads * (self.heads // self.kv_heads),
             kv_heads=kv_heads,
             layers=_divided(self.layers, divisor, least=2),
@@ -115,7 +126,7 @@ class AttentionSpec:
             pool,
             jnp.asarray(table),
             jnp.arange(self.sequences + 1, dtype=jnp.int32) * self.queries,
-            jnp.full(self.sequences, self.context, jnp.int32),
+            jnp.asarray(rng.permutation(self.contexts)),
         )
 
 
@@ -276,16 +287,21 @@ ATTENTION = {
     "attention-decode-mha-128x512": AttentionSpec(128, 1, 512, heads=32, kv_heads=32),
     "attention-decode-gqa-128x2048": AttentionSpec(128, 1, 2048, heads=32, kv_heads=8),
     "attention-decode-gqa-4x32768": AttentionSpec(4, 1, 32768, heads=32, kv_heads=8),
+    # As in service, where most contexts are short.
+    "attention-decode-mha-320x700": AttentionSpec(320, 1, 700, heads=32, kv_heads=32, layers=2, shortest=20),
+    "attention-decode-gqa-480x900": AttentionSpec(480, 1, 900, heads=32, kv_heads=8, layers=4, shortest=20),
     "attention-prefill-gqa-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=8),
     "attention-prefill-mha-8192": AttentionSpec(1, 8192, 8192, heads=32, kv_heads=32),
 }
 # With half of the bytes to read there are more layers, so that all of them never fit a cache.
 ATTENTION |= {
-    f"{name}-float8": dataclasses.replace(ATTENTION[name], float8=True, layers=16)
+    f"{name}-float8": dataclasses.replace(ATTENTION[name], float8=True, layers=2 * ATTENTION[name].layers)
     for name in (
         "attention-decode-mha-128x512",
         "attention-decode-gqa-128x2048",
         "attention-decode-gqa-4x32768",
+        "attention-decode-mha-320x700",
+        "attention-decode-gqa-480x900",
         "attention-prefill-gqa-8192",
     )
 }

@@ -45,9 +45,13 @@ def test_sizes_are_tuned_on_the_cases_that_take_them():
     from fnmatch import filter
 
     for op, key, names in (
-        ("decode_attention", "multi_head", ["attention-decode-mha-128x512"]),
-        ("decode_attention", "multi_head_float8", ["attention-decode-mha-128x512-float8"]),
-        ("decode_attention", "grouped", ["attention-decode-gqa-128x2048", "attention-decode-gqa-4x32768"]),
+        ("decode_attention", "multi_head", ["attention-decode-mha-128x512", "attention-decode-mha-320x700"]),
+        ("decode_attention", "multi_head_float8", [f"attention-decode-mha-{n}-float8" for n in ("128x512", "320x700")]),
+        (
+            "decode_attention",
+            "grouped",
+            [f"attention-decode-gqa-{n}" for n in ("128x2048", "4x32768", "480x900")],
+        ),
         ("prefill_attention", "float8", [FLOAT8]),
         ("mosaic_attention", "half", ["attention-prefill-gqa-8192", "attention-prefill-mha-8192"]),
     ):

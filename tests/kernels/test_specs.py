@@ -17,6 +17,8 @@ def test_bytes_and_operations():
     assert spec.flops == 3 * (4 + 5) * 4 * (2 * 8 + 2 * 8)
     float8 = AttentionSpec(3, 2, 5, heads=4, kv_heads=2, head_dim=8, float8=True)
     assert float8.bytes == 2 * 3 * 5 * 2 * 8 + 2 * 2 * 3 * 2 * 4 * 8
+    spread = AttentionSpec(3, 2, 7, heads=4, kv_heads=2, head_dim=8, shortest=3)
+    assert spread.contexts.tolist() == [3, 5, 7] and spread.bytes == spec.bytes and spread.flops == spec.flops
     lora = LoraSpec((4, 2), (1, 5), 4, widths=((16, 32), (16, 8)), row_width=16)
     assert lora.bytes == 2 * ((4 + 2) * (16 + 32 + 16 + 8) + 6 * (16 + 32 + 8))
     matmul = MatmulSpec(3, 256, 40, has_zeros=True)
@@ -26,7 +28,12 @@ def test_bytes_and_operations():
 
 @pytest.mark.parametrize(
     "name",
-    ["attention-decode-gqa-4x32768", "attention-prefill-gqa-8192", "attention-decode-gqa-128x2048-float8"],
+    [
+        "attention-decode-gqa-4x32768",
+        "attention-prefill-gqa-8192",
+        "attention-decode-gqa-128x2048-float8",
+        "attention-decode-gqa-480x900-float8",
+    ],
 )
 def test_attention_specs(name):
     spec = ATTENTION[name].scaled(256)
