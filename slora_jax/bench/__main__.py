@@ -68,11 +68,12 @@ def _grid(context, parameter, text: str) -> dict[str, list[int]]:
 
 
 def _modules(context, parameter, text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in MODULES]
-    if unknown:
-        raise click.BadParameter(f"no such modules: {', '.join(unknown)}; there are {', '.join(MODULES)}")
-    return names
+    from slora_jax.bench.workload import parsed_modules
+
+    try:
+        return parsed_modules(text)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from None
 
 
 def _exact_lengths(context, parameter, text: str | None) -> Lengths | None:
@@ -227,14 +228,14 @@ def throughput(cases, model, requests, seed, longest, lengths, modules, max_sequ
                pool_gigabytes, tp, quantization, kv_cache_dtype, trace, rate, cv, alpha, profile, out):  # fmt: skip
     """The engine on the paper's synthetic workload, with random weights; one JSON line a CASE.
 
-    A CASE is "base", or a setting of the paper or a rank and a number of adapters, such as S2:100 or rank16:100. All
-    run on one engine.
+    A CASE is "base", or a setting of the paper or a rank and a number of adapters, such as S2:100 or rank16:100. What
+    they change can be said behind it: rank16:100@gate,up,down. All run on one engine.
     """
     from slora_jax.bench.throughput import profile_of, run_throughput
     from slora_jax.bench.workload import Case, OpenTrace
 
     try:
-        parsed = [Case.parse(case) for case in cases or ("base",)]
+        parsed = [Case.parse(case, modules) for case in cases or ("base",)]
     except ValueError as e:
         raise click.UsageError(str(e)) from None
     shape = _shape(model)
@@ -247,7 +248,6 @@ def throughput(cases, model, requests, seed, longest, lengths, modules, max_sequ
             requests=requests,
             seed=seed,
             lengths=lengths or Lengths.below(longest),
-            modules=modules,
             scheduler={
                 "max_sequences": max_sequences,
                 "max_batch_tokens": max_batch_tokens,

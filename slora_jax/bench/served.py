@@ -12,9 +12,9 @@ from slora_jax import Engine
 from slora_jax.bench.baselines import padded_lora
 from slora_jax.bench.merged import MergedWeights, run_merged
 from slora_jax.bench.paper import Outcome, Point, Scale, System, budget_of, settings_of
-from slora_jax.bench.throughput import ADAPTED, Weights, compilations_counted, register_adapters, run_loop
+from slora_jax.bench.throughput import Weights, compilations_counted, register_adapters, run_loop
 from slora_jax.bench.timing import machine
-from slora_jax.bench.workload import SETTINGS, WARM_UP_REQUESTS, Case, Lengths, draw_workload
+from slora_jax.bench.workload import ADAPTED, SETTINGS, WARM_UP_REQUESTS, Case, Lengths, draw_workload
 from slora_jax.config import build_config, read_yaml
 from slora_jax.engine.build import BaseModel, EngineParts, enable_compilation_cache, make_parts
 from slora_jax.engine.engine import leave_alone_what_exists
@@ -63,7 +63,7 @@ class EngineServer:
         enable_compilation_cache(self._config.compilation_cache)
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         self._params = dummy_params(self._model, dtype, self._config.seed)
-        self._weights = Weights(PoolLayout.for_model(self._model), dtype, ADAPTED)
+        self._weights = Weights(PoolLayout.for_model(self._model), dtype)
         self._parts: EngineParts | None = None
         self._is_padded = False
         self._registered: set[Case] = set()
@@ -152,7 +152,7 @@ class EngineServer:
         def merge(adapter: int) -> float:
             rank = point.case.rank(adapter)
             if rank not in self._staged:
-                self._staged[rank] = self._merged.stage(self._weights[rank])
+                self._staged[rank] = self._merged.stage(self._weights.of(rank, ADAPTED))
             return self._merged.merge(dict.fromkeys(ADAPTED, rank), self._staged[rank])
 
         for adapter in range(min(point.case.num_adapters, len(SETTINGS[point.case.setting]))):

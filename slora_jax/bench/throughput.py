@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import itertools
 import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +30,24 @@ from slora_jax.engine.engine import leave_alone_what_exists
 from slora_jax.engine.generation import Generation
 from slora_jax.memory.layout import PoolLayout
 
-ADAPTED = ("q", "k", "v", "o")
-"""What the paper's adapters change."""
-
 _PROFILED_STEPS = range(100, 110)
 _IDLE_WAIT_SECONDS = 0.01
 
 
 class Weights:
-    """Made-up weights on the host, one buffer for each rank: all adapters of a rank share it.
+    """Made-up weights on the host, one buffer for all adapters that change the same modules at the same rank."""
 
-    Attributes:
-      modules: what the adapters change.
-    """
-
-    def __init__(self, layout: PoolLayout, dtype: np.dtype, modules: Sequence[str]):
+    def __init__(self, layout: PoolLayout, dtype: np.dtype):
         self._layout = layout
         self._dtype = dtype
-        self.modules = tuple(modules)
-        self._of_rank: dict[int, np.ndarray] = {}
+        self._made: dict[tuple[int, tuple[str, ...]], np.ndarray] = {}
 
-    def __getitem__(self, rank: int) -> np.ndarray:
-        if rank not in self._of_rank:
-            self._of_rank[rank] = synthetic_weights(rank, self.modules, self._layout, self._dtype, seed=rank)
-        return self._of_rank[rank]
+    def of(self, rank: int, modules: tuple[str, ...]) -> np.ndarray:
+        """Those of a rank and modules."""
+        key = rank, modules
+        if key not in self._made:
+            self._made[key] = synthetic_weights(rank, modules, self._layout, self._dtype, seed=rank)
+        return self._made[key]
 
 
 def register_adapters(engine: Engine, cases: Sequence[Case], weights: Weights) -> None:
@@ -59,7 +55,8 @@ def register_adapters(engine: Engine, cases: Sequence[Case], weights: Weights) -
     for case in cases:
         for i in range(case.num_adapters + case.num_spare):
             rank = case.rank(i)
-            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(weights.modules, rank), weights[rank])
+            packed = weights.of(rank, case.modules)
+            engine.register_loaded_adapter(case.adapter_name(i), dict.fromkeys(case.modules, rank), packed)
 
 
 @dataclass
@@ -190,7 +187,6 @@ def run_throughput(
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
-    modules: Sequence[str] = ADAPTED,
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
 ) -> Iterator[dict]:
@@ -199,7 +195,7 @@ def run_throughput(
     config = random_config(model, requests, scheduler, pool, tp, **kinds)
     parts = build_parts(config, progress=False)
     try:
-        yield from run_cases(parts, cases, requests, seed, lengths, trace, profile, command, modules)
+        yield from run_cases(parts, cases, requests, seed, lengths, trace, profile, command)
     finally:
         parts.close()
 
@@ -213,7 +209,6 @@ def run_cases(
     trace: OpenTrace | None,
     profile: Path | None,
     command: str,
-    modules: Sequence[str] = ADAPTED,
 ) -> Iterator[dict]:
     """For each case warms an engine up and times the workload. The parts stay as they are.
 
@@ -223,51 +218,63 @@ def run_cases(
       trace: when requests come; None for all at once.
       profile: folder for what ``profile_of`` reads; None for no profile.
       command: to be noted with the result.
-      modules: what the adapters change.
     """
     config = parts.config
     part_seconds: Counter[str] = Counter()
     engine = Engine(parts, observe=PartTimer(lambda part, seconds: part_seconds.update({part: seconds})))
+
+    def run_one(case: Case, start: dict[str, float]) -> dict:
+        vocab = engine.model_config.vocab_size
+        warm_up = draw_workload(min(requests, WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, lengths)
+        if case.num_adapters:
+            warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
+        run_loop(engine, case, warm_up)
+        workload = draw_workload(requests, case.num_adapters, vocab, seed, lengths, trace)
+        part_seconds.clear()
+        return {
+            **_run_case(engine, case, workload, part_seconds, profile and profile / str(case)),
+            **start,
+            "model": Path(config.model).stem,
+            "quantization": config.quantization,
+            "tp": config.mesh.tp,
+            "kv_cache_dtype": config.kv_cache_dtype,
+            "seed": seed,
+            "modules": list(case.modules),
+            "lengths": str(lengths),
+            "scheduler": config.scheduler.model_dump(),
+            "trace": trace and dataclasses.asdict(trace),
+            "profiled": profile is not None,
+            **machine(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+        }
+
     try:
-        making = time.perf_counter()
-        register_adapters(engine, cases, Weights(engine.pool_layout, engine.dtype, modules))
-        making = time.perf_counter() - making
-        compiling = time.perf_counter()
-        engine.warm_up()
-        compiling = time.perf_counter() - compiling
-        leave_alone_what_exists()
-        # Of the process, but for making up adapters: what a server makes its user wait.
-        start_seconds = time.time() - psutil.Process().create_time() - making
-        click.echo(f"ready after {start_seconds:.1f} s, {compiling:.1f} of them compiling", err=True)
-        for case in cases:
-            vocab = engine.model_config.vocab_size
-            warm_up = draw_workload(min(requests, WARM_UP_REQUESTS), case.num_spare, vocab, seed + 1000, lengths)
-            if case.num_adapters:
-                warm_up = [dataclasses.replace(item, adapter=item.adapter + case.num_adapters) for item in warm_up]
-            run_loop(engine, case, warm_up)
-            workload = draw_workload(requests, case.num_adapters, vocab, seed, lengths, trace)
-            part_seconds.clear()
-            yield {
-                **_run_case(engine, case, workload, part_seconds, profile and profile / str(case)),
-                "start_seconds": start_seconds,
-                "start_compiling_seconds": compiling,
-                "model": Path(config.model).stem,
-                "quantization": config.quantization,
-                "tp": config.mesh.tp,
-                "kv_cache_dtype": config.kv_cache_dtype,
-                "seed": seed,
-                "modules": list(modules),
-                "lengths": str(lengths),
-                "scheduler": config.scheduler.model_dump(),
-                "trace": trace and dataclasses.asdict(trace),
-                "profiled": profile is not None,
-                **machine(),
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "command": command,
-            }
+        weights, start = Weights(engine.pool_layout, engine.dtype), {}
+        # Steps of adapters that change more modules are other programs: these are made when it is their turn.
+        for _, group in itertools.groupby(cases, key=attrgetter("modules")):
+            alike = list(group)
+            start = _made_ready(engine, alike, weights) | start
+            for case in alike:
+                yield run_one(case, start)
     finally:
         engine.close()
         gc.unfreeze()
+
+
+def _made_ready(engine: Engine, cases: Sequence[Case], weights: Weights) -> dict[str, float]:
+    """Registers cases' adapters and compiles what their steps run. Returns what of it a user would wait for."""
+    making = time.perf_counter()
+    register_adapters(engine, cases, weights)
+    making = time.perf_counter() - making
+    compiling = time.perf_counter()
+    engine.warm_up()
+    compiling = time.perf_counter() - compiling
+    leave_alone_what_exists()
+    # Of the process, but for making up adapters: what a server makes its user wait.
+    seconds = time.time() - psutil.Process().create_time() - making
+    click.echo(f"ready after {seconds:.1f} s, {compiling:.1f} of them compiling", err=True)
+    return {"start_seconds": seconds, "start_compiling_seconds": compiling}
 
 
 def _run_case(

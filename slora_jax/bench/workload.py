@@ -7,9 +7,14 @@ from statistics import NormalDist
 
 import numpy as np
 
+from slora_jax.model.modules import MODULES
+
 SETTINGS = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8), "S4": (64, 32, 16), "S5": (32,), "S6": (64,)}
 """Ranks of the adapters of each of the paper's settings, in turn; q, k, v and o. S1 and S2 are for the 7B model, S4, S5
 and S6 for those of 13B, 30B and 70B."""
+
+ADAPTED = ("q", "k", "v", "o")
+"""Modules that the paper's adapters change."""
 
 WARM_UP_REQUESTS = 64
 _SHORTEST = 8
@@ -83,18 +88,24 @@ class OpenTrace:
 
 @dataclass(frozen=True)
 class Case:
-    """So many adapters of a setting's ranks in turn: one of the paper's settings, or ``rankR``, all of rank R."""
+    """So many adapters of a setting's ranks in turn: one of the paper's settings, or ``rankR``, all of rank R.
+
+    ``modules`` are what they change.
+    """
 
     setting: str
     num_adapters: int
+    modules: tuple[str, ...] = ADAPTED
 
     @classmethod
-    def parse(cls, text: str) -> "Case":
-        """``base``, or ``SETTING:N`` such as ``S2:100`` or ``rank16:100``.
+    def parse(cls, text: str, modules: tuple[str, ...] = ADAPTED) -> "Case":
+        """``base``, or ``SETTING:N`` such as ``S2:100`` or ``rank16:100``, with or without ``@MODULE,...``.
 
         Raises:
           ValueError: neither; the message says what is.
         """
+        text, _, named = text.partition("@")
+        modules = parsed_modules(named) if named else modules
         setting, _, number = text.partition(":")
         ranks = ranks_of(setting)
         known = ranks is not None and (number.isdecimal() if ranks else not number)
@@ -103,7 +114,7 @@ class Case:
                 "a case is base, or a setting or a rank, and how many adapters, such as S2:100 or rank16:100; "
                 f"got {text!r}"
             )
-        return cls(setting, int(number or 0))
+        return cls(setting, int(number or 0), modules)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -113,7 +124,10 @@ class Case:
         return ranks
 
     def __str__(self):
-        return f"{self.setting}:{self.num_adapters}" if self.num_adapters else self.setting
+        if not self.num_adapters:
+            return self.setting
+        modules = "" if self.modules == ADAPTED else f"@{','.join(self.modules)}"
+        return f"{self.setting}:{self.num_adapters}{modules}"
 
     @property
     def num_spare(self) -> int:
@@ -121,11 +135,24 @@ class Case:
         return min(self.num_adapters, WARM_UP_REQUESTS)
 
     def adapter_name(self, index: int) -> str:
-        return f"{self.setting}-{self.num_adapters}-{index}"
+        return f"{self}-{index}"
 
     def rank(self, index: int) -> int:
         """Of an adapter."""
         return self.ranks[index % len(self.ranks)]
+
+
+def parsed_modules(text: str) -> tuple[str, ...]:
+    """Modules by name, such as ``q,k,v,o``.
+
+    Raises:
+      ValueError: one of them does not exist; the message says which do.
+    """
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in MODULES]
+    if unknown:
+        raise ValueError(f"no such modules: {', '.join(unknown)}; there are {', '.join(MODULES)}")
+    return names
 
 
 def ranks_of(setting: str) -> tuple[int, ...] | None:

@@ -105,12 +105,13 @@ def test_throughput_of_a_toy(shape):
 
 def test_adapters_of_one_rank_on_other_modules_and_exact_lengths(shape, tmp_path):
     out = tmp_path / "lines.json"
-    arguments = ["throughput", "rank3:2", "--model", str(shape), "--requests", "4", "--lengths", "5:3"]
+    arguments = ["throughput", "rank3:2", "S1:1@q,o", "--model", str(shape), "--requests", "4", "--lengths", "5:3"]
     arguments += ["--pool-gigabytes", "0.001", "--max-sequences", "4", "--max-batch-tokens", "16"]
     with compiled_fast():
         done = CliRunner().invoke(main, [*arguments, "--modules", "q,gate,down", "--out", str(out)])
     assert done.exit_code == 0, done.output
-    result = json.loads(out.read_text())
+    result, other = map(json.loads, out.read_text().splitlines())
+    assert (other["setting"], other["n"], other["modules"]) == ("S1", 1, ["q", "o"]) and other["adapter_loads"] == 1
     assert (result["setting"], result["n"], result["modules"]) == ("rank3", 2, ["q", "gate", "down"])
     assert result["lengths"] == "5:3" and result["adapter_loads"] == 2
     assert result["output_tokens_per_second"] * result["wall_seconds"] == pytest.approx(4 * 3)
@@ -119,10 +120,10 @@ def test_adapters_of_one_rank_on_other_modules_and_exact_lengths(shape, tmp_path
     assert result["adapter_load_bytes"] == 2 * pages * layout.page_bytes(itemsize=4)
 
 
-@pytest.mark.parametrize("case", ["S1", "S1:0", "base:3", "S9:1", "S1:x", "rank:3", "rank0:3", "rank16"])
+@pytest.mark.parametrize("case", ["S1", "S1:0", "base:3", "S9:1", "S1:x", "rank:3", "rank0:3", "rank16", "S1:2@q,x"])
 def test_what_is_no_case_is_refused(shape, case):
     done = CliRunner().invoke(main, ["throughput", case, "--model", str(shape)])
-    assert done.exit_code == 2 and "such as S2:100" in done.output
+    assert done.exit_code == 2 and ("such as S2:100" in done.output or "no such modules: x" in done.output)
 
 
 @pytest.mark.parametrize(
