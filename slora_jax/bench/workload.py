@@ -135,7 +135,7 @@ class Case:
         return min(self.num_adapters, WARM_UP_REQUESTS)
 
     def adapter_name(self, index: int) -> str:
-        return f"{self}-{index}"
+        return f"{self}-{index}".replace(",", "+")
 
     def rank(self, index: int) -> int:
         """Of an adapter."""
