@@ -5,6 +5,7 @@ The Triton back end's kernels then do the decoding sequences, and write them int
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import struct
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import MOSAIC_DTYPES, MOSAIC_HEAD_DIMS
+from pallas_kernels.mosaic_launch import mosaic_call
 from pallas_kernels.paged_attention import mosaic_kernel, triton, work
 from pallas_kernels.paged_attention.mosaic_kernel import QUERY_TILE, Sizes
 from pallas_kernels.paged_attention.work import Tiles, Work
@@ -107,7 +109,7 @@ def attend_tiles(
     Raises:
       NotImplementedError: a head size, scale or dtype that only other back ends have.
     """
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, _, head_dim = q.shape
     if q.dtype != pool.dtype or q.dtype not in MOSAIC_DTYPES or head_dim not in MOSAIC_HEAD_DIMS or scale <= 0:
         raise NotImplementedError(
             "the Mosaic kernel does head_dim 64 and 128, a positive scale, and q and pool both bfloat16 or float16; got"
@@ -116,15 +118,39 @@ def attend_tiles(
     sizes = sizes or Sizes(**block_sizes("mosaic_attention", device_kind(), "half"))
     if num_tokens < QUERY_TILE:
         q = jnp.pad(q, ((0, QUERY_TILE - num_tokens), (0, 0), (0, 0)))
-    options = {"num_rows": pool.shape[2], "num_kv_heads": num_kv_heads, "scale": scale, "sizes": sizes}
+    operands = (
+        q,
+        pool.reshape(-1, pool.shape[3]),
+        page_table,
+        tiles.records,
+        tiles.count,
+        layer_array(layer),
+        jnp.full(1, q.shape[0], jnp.int32),
+    )
+    options: dict[str, Any] = {"num_rows": pool.shape[2], "num_kv_heads": num_kv_heads, "scale": scale, "sizes": sizes}
+    if interpret is not None:
+        return launch(*operands, **options, interpret=interpret)
+    # Steps differ in the numbers of tokens, sequences and tiles.
+    return mosaic_call(launch, *operands, any_length=(0, 2, 3), length=q.shape[0], **options)
+
+
+def launch(
+    q: jax.Array,
+    *operands: jax.Array,
+    sizes: Sizes,
+    interpret: plgpu.InterpretGPUParams | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Launches ``mosaic_kernel.attend``, which says what the operands and options are; returns its output."""
     return plgpu.kernel(
-        partial(mosaic_kernel.attend, **options, interpret=interpret),
+        partial(mosaic_kernel.attend, **options, sizes=sizes, interpret=interpret),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types={"buffers": mosaic_kernel.buffers(sizes, head_dim, q.dtype)},
-        grid=(min(sizes.programs, num_heads * tiles.records.shape[0]),),
+        scratch_types={"buffers": mosaic_kernel.buffers(sizes, q.shape[2], q.dtype)},
+        # Not fewer for fewer tiles: programs of all sizes share one kernel. What finds no tile ends at once.
+        grid=(sizes.programs,),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(q, pool.reshape(-1, pool.shape[3]), page_table, tiles.records, tiles.count, layer_array(layer))
+    )(q, *operands)

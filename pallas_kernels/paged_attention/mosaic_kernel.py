@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
     Attributes:
       block_n: keys of a block, a multiple of 64.
       stages: blocks in shared memory.
-      programs: most programs; where there are more than tiles times heads, none has two.
+      programs: how many there are; where they are more than tiles times heads, some have nothing to do.
       turns: whether the computing warpgroups take turns.
     """
 
@@ -96,10 +96,16 @@ def attend(
     tiles,  # [N, 4]
     num_tiles,  # [1]
     layer,  # [1]
+    num_tokens,  # [1]
     out,  # [T, H, D]
     **options,
 ):
     """The kernel: one program does some of the tiles of some heads, the longest first.
+
+    It is compiled for T, N and S that are larger than what is there, so none of its code may depend on them. Queries
+    and outputs have ``num_tokens`` rows, at least ``QUERY_TILE``. TMA copies would reach what lies behind these, as
+    their descriptors know T alone. But none comes so far: a copy of queries ends at ``num_tokens`` at the latest, and
+    copies of outputs have exactly a tile's rows.
 
     ``options`` are ``num_rows`` (the pool's), ``num_kv_heads``, ``scale``, ``sizes``, ``interpret`` (the interpreter's
     parameters, None on a GPU) and ``buffers``.
@@ -135,7 +141,7 @@ def attend(
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        attend_tile = _attender(q, out, warpgroup, **options)
+        attend_tile = _attender(q, out, num_tokens, warpgroup, **options)
         # Half a turn apart.
         pl.when(warpgroup == 1)(partial(_switch, **options))
         lax.fori_loop(0, num_mine, lambda i, before: attend_tile(tile_of(i), before), jnp.int32(0))
@@ -185,9 +191,9 @@ def _drain(num_blocks, *, sizes, buffers, **_):
                 plgpu.barrier_wait(buffers[f"{name}_consumed"].at[slot])
 
 
-def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
+def _attender(q, out, num_tokens, warpgroup, *, scale, sizes, interpret, buffers, **_):
     """Returns a function that does this warpgroup's queries of a tile, and counts all blocks so far."""
-    num_tokens, _, head_dim = q.shape
+    head_dim = q.shape[2]
     block_n = sizes.block_n
     exponent = scale * math.log2(math.e)
     staged, queries = buffers["staged"].at[warpgroup], buffers["queries"].at[warpgroup]
@@ -196,7 +202,7 @@ def _attender(q, out, warpgroup, *, scale, sizes, interpret, buffers, **_):
     def attend_tile(tile: _Tile, before):
         # Where 128 rows would pass the end of the batch they begin earlier. Those that are not the tile's are computed
         # like the others, and not stored.
-        start = jnp.minimum(tile.token, num_tokens - QUERY_TILE) + warpgroup * _ROWS
+        start = jnp.minimum(tile.token, num_tokens[0] - QUERY_TILE) + warpgroup * _ROWS
         position = tile.position + start - tile.token
         num_blocks = _num_blocks(tile, sizes)
 

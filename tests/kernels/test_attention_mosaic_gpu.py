@@ -1,5 +1,6 @@
 """The Mosaic attention kernel on a Hopper GPU against float64 loops."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -30,7 +31,7 @@ CASES = {
 }
 SIZES = {
     "tuned": None,
-    "one tile a program": Sizes(128, 2, 1 << 20, 1),
+    "a tile at most for each program": Sizes(128, 2, 1000, 1),
     "many tiles a program": Sizes(128, 2, 3, 1),
     "no turns": Sizes(128, 2, 132, 0),
     "small blocks": Sizes(64, 4, 132, 1),
@@ -93,6 +94,11 @@ def test_a_whole_batch_with_its_decoding_sequences(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
     check(CASES["128, 4 heads, bf16"], 0, SIZES[name])
+
+
+@pytest.mark.parametrize("padding", [900, 0, 77])
+def test_batches_of_several_lengths_share_a_kernel(padding):
+    check(dataclasses.replace(CASES["128, 4 heads, bf16"], padding=padding), 3)
 
 
 def test_a_pool_of_more_than_2_to_31_elements():
