@@ -10,7 +10,7 @@ import numpy as np
 from slora_jax.adapters.synthetic import loaded_adapter
 from slora_jax.bench.simulate import ReadyAdapter
 from slora_jax.bench.timing import PartTimer
-from slora_jax.config import POLICIES, SchedulerConfig
+from slora_jax.config import PAGE_SIZE, POLICIES, SchedulerConfig
 from slora_jax.engine.batch import AdapterSlice, Buckets, HostBatch, build_batch
 from slora_jax.engine.core import Core, StepResult
 from slora_jax.engine.sampling import build_sampler_inputs
@@ -73,7 +73,7 @@ class StubDevice:
     def lay_out(self, entries: tuple[ScheduledSequence, ...]) -> HostBatch:
         keys = dict.fromkeys(e.sequence.adapter_key for e in entries)
         adapters = {key: self._slices[key] for key in keys}
-        batch = build_batch(entries, adapters, self._rows, self._buckets, self._table_width)
+        batch = build_batch(entries, adapters, self._rows, self._buckets, self._table_width, PAGE_SIZE)
         build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, _LLAMA_7B.vocab_size)
         return batch
 

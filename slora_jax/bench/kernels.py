@@ -420,12 +420,14 @@ class StepBench:
         rng = np.random.default_rng(seed)
         pages_each = self.pool_layout.token_pages(self.context)
         free = rng.permutation(np.arange(1, self.pool.shape[2] // PAGE_SIZE, dtype=np.int32))
-        table = np.zeros((sequences, self.pool_layout.token_pages(self.config.max_position_embeddings)), np.int32)
+        # Padded as the engine would.
+        most_pages = self.pool_layout.token_pages(self.config.max_position_embeddings)
+        shape = Buckets.fine(1024, 512).shape(sequences, sequences, pages_each, most_pages)
+        missing = shape.tokens - sequences
+        table = np.zeros((sequences, shape.table_width), np.int32)
         table[:, :pages_each] = free[: sequences * pages_each].reshape(sequences, pages_each)
         last = self.context - 1
         rows = table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE
-        # Padded as the engine would.
-        missing = Buckets.fine(1024, 512).shape(sequences, sequences, table.shape[1]).tokens - sequences
 
         def int32(values):
             return jnp.asarray(np.pad(values, [(0, missing)] + [(0, 0)] * (np.ndim(values) - 1)), jnp.int32)

@@ -24,7 +24,7 @@ from slora_jax.adapters.store import AdapterStore
 from slora_jax.api.app import create_app
 from slora_jax.api.server import Server, listen
 from slora_jax.bench.serve import Load, draw, run_serve
-from slora_jax.config import EngineConfig, build_config, read_yaml
+from slora_jax.config import PAGE_SIZE, EngineConfig, build_config, read_yaml
 from slora_jax.demo import demo_model_path
 from slora_jax.engine.batch import Buckets, HostBatch, build_batch
 from slora_jax.engine.build import EngineParts
@@ -88,7 +88,7 @@ class SleepingDevice:
         raise AssertionError("there are no adapters")
 
     def lay_out(self, entries: tuple[ScheduledSequence, ...]) -> HostBatch:
-        batch = build_batch(entries, {}, self._rows, self._buckets, self._table_width)
+        batch = build_batch(entries, {}, self._rows, self._buckets, self._table_width, PAGE_SIZE)
         build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
         return batch
 

@@ -16,6 +16,7 @@ from pallas_kernels import LoraSegments
 from pallas_kernels.pool import owner
 from slora_jax.adapters.peft import MAX_RANK
 from slora_jax.config import PAGE_SIZE
+from slora_jax.memory.layout import cdiv
 from slora_jax.memory.pages import TRASH_PAGE
 from slora_jax.model.llama import TokenBatch
 from slora_jax.model.modules import MODULES
@@ -24,6 +25,10 @@ from slora_jax.scheduler.sequence import ScheduledSequence
 _ALIGNMENT = 32
 """Fields of the packed buffer begin at multiples of this many int32: kernels get slices of it as they lie, and expect
 them aligned to 16 bytes at least."""
+
+_NARROW_WIDTH = 512
+"""Pages of the narrow page table: 8,192 tokens, or twice as many in float8. With 512 sequences it takes 1 MiB, where
+that of a model of 131,072 tokens takes 16, which the host would fill and every step would copy over PCIe."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,10 @@ class Buckets:
       total_ranks: sums of ranks of a step's distinct adapters; increasing.
       few_ahead: compile ahead only what steps of a few short requests need: up to 256 tokens and 16 sequences, with as
         many ranks as one adapter has.
+      narrow_width: pages that a sequence has room for in the page table of these steps, if the longest one allowed has
+        more; None if all steps have room for the longest.
+      wide: sizes of the steps with a sequence of more pages, which have room for the longest; None if ``narrow_width``
+        is. The largest of each are those of the other steps.
     """
 
     decode: tuple[int, ...]
@@ -88,6 +97,11 @@ class Buckets:
     sequences: tuple[int, ...]
     total_ranks: tuple[int, ...]
     few_ahead: bool = False
+    narrow_width: int | None = None
+    wide: "Buckets | None" = None
+
+    def __post_init__(self):
+        assert (self.narrow_width is None) == (self.wide is None), "steps with longer sequences need sizes"
 
     @classmethod
     def coarse(cls, max_tokens: int, max_sequences: int, few_ahead: bool = True) -> "Buckets":
@@ -106,7 +120,8 @@ class Buckets:
     def fine(cls, max_tokens: int, max_sequences: int) -> "Buckets":
         """Close sizes, as a GPU's time follows them; steps with prompts have one S, and all steps one sum of ranks.
 
-        Those two cost the Triton kernels nothing: their work follows the batch, not its padding.
+        Those two cost the Triton kernels nothing: their work follows the batch, not its padding. Page tables are narrow
+        in most steps; a wide one takes longer to fill and copy than a small step takes.
         """
         # A product of one row is slower than one of two: XLA takes another path (H200: 123 against 115 µs a layer, 7B).
         sizes = [
@@ -122,7 +137,18 @@ class Buckets:
         decode = tuple(size for size in sizes if size < max_sequences)
         room = _first_at_least(sizes, max_sequences)
         tokens = tuple(size for size in sizes if 64 <= size < max_tokens)
-        return cls((*decode, room), (*tokens, max(64, max_tokens)), (room,), (MAX_RANK * max_sequences,))
+        most = max(64, max_tokens)
+        # Each size is compiled before the first step, and steps with a long sequence are rare and long anyway: for them
+        # there are a fifth as many. 16 rows are the last with XLA's own kernels (``runner.compiler_options``); up to
+        # 128 a step mostly reads the weights, whatever its rows; beyond 256 its time follows the rows, so that steps
+        # with prompts are padded to at most four times theirs. As sizes of narrow steps they share those' samplers.
+        wide = cls(
+            (*(size for size in (16, 128) if size < room), room),
+            (*(size for size in (256, 1024, 4096) if size < most), most),
+            (room,),
+            (MAX_RANK * max_sequences,),
+        )
+        return cls((*decode, room), (*tokens, most), (room,), wide.total_ranks, False, _NARROW_WIDTH, wide)
 
     @property
     def max_sequences(self) -> int:
@@ -138,6 +164,7 @@ class Buckets:
         self,
         num_tokens: int,
         num_sequences: int,
+        num_pages: int,
         table_width: int,
         total_rank: int = 0,
         room: AdapterRoom = AdapterRoom(),
@@ -145,17 +172,30 @@ class Buckets:
         """The smallest shape that holds a batch.
 
         Args:
-          num_tokens, num_sequences, table_width, total_rank: as in ``BatchShape``, without padding.
+          num_tokens, num_sequences, total_rank: as in ``BatchShape``, without padding.
+          num_pages: most pages that the step reads or writes of one sequence.
+          table_width: pages of the longest sequence allowed.
           room: what the shape has room for if there are adapters.
         """
+        assert num_pages <= table_width, f"a sequence of {num_pages} pages, where the longest allowed has {table_width}"
+        width = self._width(table_width)
+        if num_pages > width:
+            assert self.wide is not None, "without narrow tables, all have the full width"
+            return self.wide.shape(num_tokens, num_sequences, num_pages, table_width, total_rank, room)
         decode_only = num_tokens == num_sequences
         sequences = _first_at_least(self.decode if decode_only else self.sequences, num_sequences)
         tokens = sequences if decode_only else _first_at_least(self.tokens, num_tokens)
         total_rank = _first_at_least(self.total_ranks, total_rank) if total_rank else 0
-        return BatchShape.with_room(tokens, sequences, table_width, decode_only, total_rank, room)
+        return BatchShape.with_room(tokens, sequences, width, decode_only, total_rank, room)
+
+    def _width(self, table_width: int) -> int:
+        """Pages in the tables of the steps that are not wide."""
+        return table_width if self.narrow_width is None else min(self.narrow_width, table_width)
 
     def all_shapes(self, table_width: int, room: AdapterRoom) -> "list[BatchShape]":
         """Every shape that ``shape`` gives with this room; without active modules, those of steps without adapters."""
+        width = self._width(table_width)
+        wide = self.wide.all_shapes(table_width, room) if self.wide is not None and width < table_width else []
         sizes = [(n, n) for n in self.decode]
         # A step that is not of this kind has at least one token more than sequences.
         fewest = (0, *self.sequences)
@@ -164,10 +204,10 @@ class Buckets:
         ]
         num_decode = len(self.decode)
         return [
-            BatchShape.with_room(t, s, table_width, i < num_decode, total_rank, room)
+            BatchShape.with_room(t, s, width, i < num_decode, total_rank, room)
             for total_rank in ((0, *self.total_ranks) if room.active else (0,))
             for i, (t, s) in enumerate(sizes)
-        ]
+        ] + wide
 
     def shapes_ahead(self, table_width: int, room: AdapterRoom, max_rank: int) -> "list[BatchShape]":
         """The shapes to compile before the first step.
@@ -205,7 +245,7 @@ class BatchShape:
 
     Attributes:
       tokens, sequences: padded T and S.
-      table_width: pages a sequence can have.
+      table_width: pages that the page table has room for of each sequence.
       total_rank: padded sum of ranks of the distinct adapters; 0 when no token has an adapter.
       adapter_pages: padded pages of the distinct adapters; 0 when no token has an adapter.
       active: modules that the adapters may change, increasing; () when no token has an adapter.
@@ -348,6 +388,7 @@ def build_batch(
     pending_rows: dict[int, int],
     buckets: Buckets,
     table_width: int,
+    page_tokens: int,
     room: AdapterRoom = AdapterRoom(),
 ) -> HostBatch:
     """Pads a plan's entries to a bucket, ordered so that each adapter's tokens are contiguous.
@@ -358,6 +399,7 @@ def build_batch(
       pending_rows: by ``sequence_id``: the row that sampled the sequence's pending token in the previous step.
       buckets: allowed sizes.
       table_width: pages of the longest sequence allowed.
+      page_tokens: tokens whose K and V one page holds.
       room: what to have room for in any case.
     """
     num_adapters = len(adapters)
@@ -372,6 +414,7 @@ def build_batch(
     starts = np.zeros(len(entries) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     num_real_tokens = int(starts[-1])
+    contexts = np.add(first_tokens, counts)
     total_rank = 0
     if adapters:
         flat = np.frombuffer(b"".join([a.module_bytes for a in adapters.values()]), np.int32)
@@ -383,6 +426,8 @@ def build_batch(
     shape = buckets.shape(
         num_tokens=num_real_tokens,
         num_sequences=len(entries),
+        # A sequence may have pages already for tokens of its prompt that later steps compute.
+        num_pages=cdiv(int(contexts.max()), page_tokens),
         table_width=table_width,
         total_rank=total_rank,
         room=room,
@@ -391,14 +436,15 @@ def build_batch(
     arrays["token_ids"][:num_real_tokens] = _token_ids(entries, pending_rows)
     arrays["query_start"][: len(starts)] = starts
     arrays["query_start"][len(starts) :] = num_real_tokens
-    np.add(first_tokens, counts, out=arrays["context_len"][: len(entries)])
+    arrays["context_len"][: len(entries)] = contexts
     # Copied as they lie, a row at a time: tables are mostly empty, and a whole one can be 16 MiB.
     table = memoryview(arrays["page_table"].reshape(-1))
+    width = shape.table_width
     place = 0
     for sequence in sequences:
-        pages = sequence.pages
+        pages = sequence.pages if len(sequence.pages) <= width else sequence.pages[:width]
         table[place : place + len(pages)] = pages
-        place += table_width
+        place += width
     if adapters:
         _fill_segments(arrays, adapters, modules, np.bincount(segment_of, counts, num_adapters + 1)[:num_adapters])
     return HostBatch(shape, packed, entries, np.array(rows), room)

@@ -185,7 +185,8 @@ class Runner:
         self._pool = pool
         self._buckets = buckets
         self._vocab_size = model.config.vocab_size
-        self._table_width = cdiv(max_len, PAGE_SIZE * model.tokens_per_row)
+        self._page_tokens = PAGE_SIZE * model.tokens_per_row
+        self._table_width = cdiv(max_len, self._page_tokens)
         self._rows: dict[int, int] = {}
         self.reset()
         # One device has no reason to count ranks: its kernels work on real ones.
@@ -292,7 +293,9 @@ class Runner:
           entries: at least one; each of another sequence. Pending tokens are those of the step started last.
           adapters: by ``sequence.adapter_key``: every adapter of the entries.
         """
-        batch = build_batch(entries, dict(adapters), self._rows, self._buckets, self._table_width, self._room)
+        batch = build_batch(
+            entries, dict(adapters), self._rows, self._buckets, self._table_width, self._page_tokens, self._room
+        )
         sampler, inputs = build_sampler_inputs(batch.entries, self._rows, batch.shape.sequences, self._vocab_size)
         scorer, pieces = plan_scores(batch.entries, batch.entry_of_row, batch.shape.tokens)
         return LaidOut(entries, batch, LaunchArguments(batch.shape, batch.packed, sampler, inputs, scorer), pieces)

@@ -1,49 +1,171 @@
 """Padding to shapes, compiling them ahead, and what the compiled step does with the pool."""
 
+from array import array
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slora_jax.adapters.synthetic import synthetic_weights
-from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets
-from slora_jax.engine.forward import ForwardInParts, WholeForward
+from slora_jax.config import PAGE_SIZE
+from slora_jax.engine.batch import AdapterRoom, BatchShape, Buckets, HostBatch, build_batch
+from slora_jax.engine.forward import ForwardInParts, Part, WholeForward
 from slora_jax.engine.transfer import Transfer
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
 from slora_jax.model.modules import MODULES
+from slora_jax.request import SamplingParams
+from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 from tests.helpers.engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
 
 FINE = Buckets.fine(1100, 200)
+# Pages of the longest sequence allowed: more than narrow tables have.
+LONG = 8192
 COARSE = Buckets.coarse(512, 200)
 
 
 def test_sizes():
     decode = (2, 8, 16, 32, 64, 96, 128, 160, 192, 224)
     tokens = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1100)
-    assert Buckets(decode, tokens, (224,), (256 * 200,)) == FINE
-    assert Buckets.fine(16, 16) == Buckets((2, 8, 16), (64,), (16,), (256 * 16,))
+    wide = Buckets((16, 128, 224), (256, 1024, 1100), (224,), (256 * 200,))
+    assert Buckets(decode, tokens, (224,), (256 * 200,), narrow_width=512, wide=wide) == FINE
+    wide = Buckets((16,), (64,), (16,), (256 * 16,))
+    assert Buckets.fine(16, 16) == Buckets((2, 8, 16), (64,), (16,), (256 * 16,), narrow_width=512, wide=wide)
     assert Buckets.fine(2048, 512).tokens[-4:] == (768, 1024, 1536, 2048)
     ranks = (32, 128, 512, 2048, 8192, 32768, 131072)
     assert Buckets((4, 16, 64, 256), (16, 64, 256, 512), (16, 64, 256), ranks, few_ahead=True) == COARSE
     assert Buckets.coarse(16, 3) == Buckets((4,), (16,), (16,), ranks, few_ahead=True)
 
 
-@pytest.mark.parametrize("buckets", [FINE, COARSE])
-def test_all_shapes_are_all_shapes(buckets):
+@pytest.mark.parametrize(
+    ("buckets", "table_width", "pages"),
+    [(FINE, 7, [1, 7]), (FINE, LONG, [1, 512, 513, LONG]), (COARSE, 7, [1, 7]), (COARSE, LONG, [1, LONG])],
+)
+def test_all_shapes_are_all_shapes(buckets, table_width, pages):
     max_tokens, seen = buckets.tokens[-1], set()
-    for num_sequences in range(1, 201):
-        for num_tokens in range(num_sequences, max_tokens + 1):
-            shape = buckets.shape(num_tokens, num_sequences, 7)
-            assert shape.tokens >= num_tokens and shape.sequences >= num_sequences
-            seen.add(shape)
-    assert set(buckets.all_shapes(7, AdapterRoom())) == seen
+    for num_pages in pages:
+        for num_sequences in range(1, 201):
+            for num_tokens in range(num_sequences, max_tokens + 1):
+                shape = buckets.shape(num_tokens, num_sequences, num_pages, table_width)
+                assert shape.tokens >= num_tokens and shape.sequences >= num_sequences
+                assert shape.table_width >= num_pages
+                seen.add(shape)
+    assert set(buckets.all_shapes(table_width, AdapterRoom())) == seen
     room = AdapterRoom((0, 2), 8, 32)
     for rank in buckets.total_ranks:
-        seen |= {buckets.shape(n, m, 7, rank, room) for n, m in ((1, 1), (200, 200), (201, 2))}
-    both = buckets.all_shapes(7, room)
+        for p in pages:
+            seen |= {buckets.shape(n, m, p, table_width, rank, room) for n, m in ((1, 1), (200, 200), (201, 2))}
+    both = buckets.all_shapes(table_width, room)
     assert seen <= set(both) and len(both) == len(set(both))
     assert {s.total_rank for s in both} == {0, *buckets.total_ranks}
+
+
+@st.composite
+def _steps(draw):
+    """Limits of tokens and sequences, the pages of the longest sequence, and those three of a step within them."""
+    max_sequences = draw(st.integers(1, 1100))
+    max_tokens = draw(st.integers(max(16, max_sequences), 20_000))
+    table_width = draw(st.sampled_from([1, 256, 511, 512, 513, LONG]) | st.integers(1, 2 * LONG))
+    num_sequences = draw(st.integers(1, max_sequences))
+    num_tokens = draw(st.just(num_sequences) | st.integers(num_sequences, max_tokens))
+    return max_tokens, max_sequences, table_width, num_tokens, num_sequences, draw(st.integers(1, table_width))
+
+
+@given(_steps(), st.sampled_from([Buckets.fine, Buckets.coarse]), st.integers(0, 256))
+def test_every_step_has_one_of_all_shapes(step, make, rank):
+    max_tokens, max_sequences, table_width, num_tokens, num_sequences, num_pages = step
+    buckets, room = make(max_tokens, max_sequences), AdapterRoom((0, 2), 8, 32)
+    shape = buckets.shape(num_tokens, num_sequences, num_pages, table_width, rank, room)
+    assert shape in buckets.all_shapes(table_width, room)
+    assert (shape.tokens >= num_tokens) and (shape.sequences >= num_sequences) and (shape.total_rank >= rank)
+    narrow = make == Buckets.fine and num_pages <= 512 < table_width
+    assert shape.table_width == (512 if narrow else table_width)
+    # Programs that read what a step leaves are made for the largest of any.
+    assert shape.tokens <= buckets.max_tokens and shape.sequences <= buckets.max_sequences
+
+
+def test_few_shapes_are_compiled_for_long_sequences():
+    buckets, room = Buckets.fine(8192, 512), AdapterRoom((0,), 64, 16)
+    shapes = buckets.all_shapes(LONG, room)
+    wide = [shape for shape in shapes if shape.table_width == LONG]
+    narrow = [shape for shape in shapes if shape not in wide]
+    assert {s.table_width for s in narrow} == {512}
+    assert len(narrow) == len(buckets.all_shapes(512, room)), "as many as for a model of few tokens"
+    assert len(wide) <= len(narrow) / 5
+    assert {s.sequences for s in wide} <= {s.sequences for s in narrow}, "they need no samplers of their own"
+    assert {s.max_rank for s in wide} == {0, 64}, "with adapters and without"
+
+
+def test_what_a_step_of_a_long_model_sends_is_small_unless_a_sequence_is_long():
+    # Llama-3.1-8B with 512 sequences: 131,072 tokens are 8,192 pages.
+    buckets, room = Buckets.fine(8192, 512), AdapterRoom(tuple(range(len(MODULES))), 64, 64)
+    for rank in (0, 512 * 64):
+        for num_tokens in (512, 8192):
+            shape = buckets.shape(num_tokens, 512, 8192 // PAGE_SIZE, LONG, rank, room)
+            assert 4 * shape.packed_size < 2_000_000
+            shape = buckets.shape(num_tokens, 512, 8192 // PAGE_SIZE + 1, LONG, rank, room)
+            assert 4 * shape.packed_size > 16_000_000, "the size was that of all steps once"
+
+
+def _entry(number: int, start: int, count: int, num_pages: int) -> ScheduledSequence:
+    pages = array("i", range(1000 * number, 1000 * number + num_pages))
+    sequence = Sequence(number, [number] * (start + count), start + count, 1, SamplingParams(), 0, pages=pages)
+    return ScheduledSequence(sequence, start, count, True, 0)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 32])
+def test_a_page_table_is_as_wide_as_its_sequences(page_tokens):
+    narrow, few = 512 * page_tokens, [_entry(number, 20, 1, 2) for number in (1, 2)]
+    for context, width in ((1, 512), (narrow - 1, 512), (narrow, 512), (narrow + 1, LONG), (LONG * page_tokens, LONG)):
+        long = _entry(3, context - 1, 1, -(-context // page_tokens))
+        batch = build_batch([few[0], long, few[1]], {}, {}, FINE, LONG, page_tokens)
+        assert batch.shape == BatchShape(*((8, 8) if width == 512 else (16, 16)), width, 0, 0, (), True, 0)
+        table = _field(batch, "page_table")
+        for row, entry in zip(table, batch.entries, strict=False):
+            pages = entry.sequence.pages
+            assert row[: len(pages)].tolist() == pages.tolist() and not row[len(pages) :].any()
+        assert not table[3:].any(), "padding has no pages"
+
+
+def test_pages_for_later_pieces_of_a_prompt_do_not_widen_the_table():
+    # A prompt of 600 pages, taken when it was admitted, of which this step computes the last tokens that fit.
+    for start, width in ((512 * 16 - 100, 512), (512 * 16 - 99, LONG)):
+        long, short = _entry(1, start, 100, 600), _entry(2, 5, 1, 1)
+        batch = build_batch([long, short], {}, {}, FINE, LONG, 16)
+        assert (batch.shape.tokens, batch.shape.table_width) == (128 if width == 512 else 256, width)
+        table = _field(batch, "page_table")
+        assert table[0, : min(600, width)].tolist() == long.sequence.pages[:width].tolist()
+        assert table[1].tolist() == [2000] + [0] * (width - 1)
+
+
+def _field(batch: HostBatch, name: str) -> np.ndarray:
+    packed, fields = batch.shape.zeros()
+    packed[:] = batch.packed
+    return fields[name]
+
+
+@pytest.mark.parametrize(("pages", "options"), [(30, {}), (16, {"kv_cache_dtype": "fp8"})])
+def test_tokens_do_not_depend_on_the_width_of_page_tables(pages, options):
+    """Some sequences grow beyond narrow tables, and are preempted, while others stay short."""
+    case = FIXTURES / "llama3_gqa"
+    # Tokens of the prompt and of the answer; a page holds 16, or 64 in float8.
+    lengths = ((3, 10), (20, 100), (60, 150), (150, 40), (5, 20), (100, 120))
+    results = []
+    for narrow_width in (None, 2):
+        engine = make_engine(case / "model", case / "adapters", pages, narrow_width=narrow_width, **options)
+        names = [None, *engine.adapters()]
+        generations = [
+            engine.submit(greedy(range(1, 1 + prompt), names[i % len(names)], limit))
+            for i, (prompt, limit) in enumerate(lengths)
+        ]
+        results.append([result.completions[0].token_ids for result in run(engine, *generations)])
+        widths = {part.shape.table_width for part in engine.device.runner.programs if isinstance(part, Part)}
+        assert engine.stats()["preemptions"] > 0
+        assert len(widths) == (1 if narrow_width is None else 2) and (2 in widths) == (narrow_width == 2)
+    assert results[0] == results[1]
 
 
 def test_few_shapes_are_compiled_ahead_on_a_cpu():
@@ -60,11 +182,11 @@ def test_few_shapes_are_compiled_ahead_on_a_cpu():
 
 def test_room_for_adapters_only_grows():
     room = AdapterRoom(max_rank=8)
-    assert FINE.shape(20, 20, 7, room=room).adapter_pages == 0
-    shape = FINE.shape(20, 20, 7, 8, room.including((3, 1), 5, 16))
+    assert FINE.shape(20, 20, 1, 7, room=room).adapter_pages == 0
+    shape = FINE.shape(20, 20, 1, 7, 8, room.including((3, 1), 5, 16))
     assert (shape.active, shape.max_rank, shape.adapter_pages) == ((1, 3), 8, 16 * 32)
     room = room.including((3, 1), 33, 17).including((0,), 1, 1)
-    shape = FINE.shape(20, 20, 7, 8, room)
+    shape = FINE.shape(20, 20, 1, 7, 8, room)
     assert (shape.active, shape.max_rank, shape.adapter_pages) == ((0, 1, 3), 64, 32 * 32)
 
 

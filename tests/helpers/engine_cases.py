@@ -3,6 +3,7 @@
 import contextlib
 import json
 from array import array
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -33,12 +34,18 @@ def compiled_fast():
 
 
 def make_engine(
-    folder: Path, adapters: Path | None = None, pages: int = 400, few_shapes: bool = True, **options
+    folder: Path,
+    adapters: Path | None = None,
+    pages: int = 400,
+    few_shapes: bool = True,
+    narrow_width: int | None = None,
+    **options,
 ) -> Engine:
     """An engine without a background thread: ``run`` steps it, checking the pool after every step.
 
     Args:
       few_shapes: pad all steps alike, as compiling takes most of a test's time.
+      narrow_width: as of ``Buckets``, for few shapes.
     """
     scheduler = {"max_batch_tokens": 32, "max_sequences": 16} | options.pop("scheduler", {})
     fields = {
@@ -53,7 +60,7 @@ def make_engine(
     config = build_config(fields | options)
     if not few_shapes:
         return Engine.create(config, progress=False)
-    parts = make_parts(config, load_base(config, progress=False), buckets=_few_buckets(config))
+    parts = make_parts(config, load_base(config, progress=False), buckets=_few_buckets(config, narrow_width))
     parts.device.runner.all_shapes(range(len(MODULES)), max_rank=64)
     engine = Engine.owning(parts)
     return engine
@@ -84,9 +91,10 @@ def make_dummy_engine(shape: Path, tp: int, *ranks: int, **options) -> Engine:
     return engine
 
 
-def _few_buckets(config) -> Buckets:
+def _few_buckets(config, narrow_width: int | None) -> Buckets:
     sequences = (config.scheduler.max_sequences,)
-    return Buckets(sequences, (config.scheduler.max_batch_tokens,), sequences, (64, 1024))
+    buckets = Buckets(sequences, (config.scheduler.max_batch_tokens,), sequences, (64, 1024))
+    return buckets if narrow_width is None else replace(buckets, narrow_width=narrow_width, wide=buckets)
 
 
 def run(engine: Engine, *generations, max_steps: int = 5000):
@@ -141,7 +149,13 @@ def forced_logits(engine: Engine, tokens: list[int], adapter: str | None) -> np.
         sequence.adapter_key = "key"
     entry = ScheduledSequence(sequence, 0, len(tokens), True, 0)
     batch = build_batch(
-        [entry], slices, {}, Buckets((1,), (64, 320), (1,), (64,)), 64, AdapterRoom(tuple(range(len(MODULES))))
+        [entry],
+        slices,
+        {},
+        Buckets((1,), (64, 320), (1,), (64,)),
+        64,
+        engine.pool_layout.page_tokens,
+        AdapterRoom(tuple(range(len(MODULES)))),
     )
     model = engine.device.runner.model
     hidden, engine.device.pool.array = _forced_hidden(
