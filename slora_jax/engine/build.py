@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -236,6 +237,7 @@ def make_parts(
         mesh,
         # Programs are kept by the model's shape, which does not tell other updates apart.
         program_folder(config) if lora_ops is GATHERED else None,
+        free_for_compiling(layout.shards.count),
     )
     followers = Followers(base.meeting, runner)
     page_bytes = layout.page_bytes(dtype.itemsize)
@@ -277,7 +279,8 @@ def follow(config: EngineConfig, meeting: Meeting, progress: bool = True) -> Non
     pool, max_len = make_pool(config, model, layout, dtype, mesh, meeting)
     # Host 0 decides what is kept, and each host keeps the same.
     _least(meeting, "adapter memory", host_adapter_bytes(config))
-    runner = Runner(llama, base.params, pool, make_buckets(config), max_len, mesh)
+    free = free_for_compiling(layout.shards.count)
+    runner = Runner(llama, base.params, pool, make_buckets(config), max_len, mesh, free=free)
     meeting.follow()
     Follower(meeting, model, layout, pool, runner).follow()
 
@@ -455,6 +458,17 @@ class DeviceMemory:
             )
             limit = reserved
         return cls(limit - used, source, limit - used)
+
+
+def free_for_compiling(num_devices: int) -> float:
+    """Bytes of each device that compilers may take beside the weights and the pool, all together.
+
+    Infinite on a CPU, where XLA tries no products, and where JAX's allocator keeps no count.
+    """
+    if jax.local_devices()[0].platform == "cpu":
+        return math.inf
+    memory = DeviceMemory.now(num_devices)
+    return math.inf if memory is None else memory.free
 
 
 def num_pages_of(config: PoolConfig, page_bytes: int, memory: DeviceMemory | None) -> int:

@@ -11,6 +11,7 @@ on a CPU), so that cache is off while what is kept here is compiled.
 import hashlib
 import itertools
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -60,6 +61,8 @@ class Programs[Shape: Hashable]:
         made_of: object,
         code: Iterable[Path],
         devices: Sequence[jax.Device],
+        needs: Callable[[Shape], int] = lambda shape: 0,
+        free: float = math.inf,
     ):
         """
         Args:
@@ -69,9 +72,14 @@ class Programs[Shape: Hashable]:
           made_of: with its ``repr``, all that programs depend on besides their shape, the code, JAX and the devices.
           code: folders of the source code that makes them, with its data.
           devices: those that run them, all of this process.
+          needs: bytes of each device's memory that compiling a shape's program takes for its products to be tried.
+          free: bytes of it that the programs compiled at a time may need together; one that needs more is compiled
+            alone.
         """
         self._lower = lower
         self._options = options
+        self._needs = needs
+        self._memory = _Shared(free)
         self._devices = devices
         self._folder = (
             None if folder is None else _claimed(folder / _digest(repr(made_of), *_environment(code, devices)))
@@ -100,7 +108,7 @@ class Programs[Shape: Hashable]:
         return self._lasting[shape]
 
     def prepare(self, shapes: Iterable[Shape], what: str = "a program", lasting: bool = False) -> None:
-        """Gets these shapes' programs into memory, using all cores.
+        """Gets these shapes' programs into memory, using all cores, as far as the devices' memory lets them.
 
         If one must be compiled, a line in the log says so before, and another how long it took.
 
@@ -144,6 +152,7 @@ class Programs[Shape: Hashable]:
         return {shape: programs[shape] for shape in shapes}
 
     def _compile_all(self, shapes: Sequence[Shape], workers: Executor) -> dict[Shape, jax.stages.Compiled]:
+        self._tell_if_memory_is_short(shapes)
         # XLA compiles outside of Python's lock, so while it does, this thread traces the next shape.
         compiling = {workers.submit(self._compile, shape, self._lower(shape)): shape for shape in shapes}
         programs = {}
@@ -153,11 +162,21 @@ class Programs[Shape: Hashable]:
             except jax.errors.JaxRuntimeError as e:
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
-        # Compiling tries products on the device: several at a time can want more memory than a pool leaves.
+        # ``needs`` is an estimate: several at a time can still want more memory than a pool leaves.
         for shape in shapes:
             if shape not in programs:
                 programs[shape] = self._compile(shape, self._lower(shape))
         return programs
+
+    def _tell_if_memory_is_short(self, shapes: Sequence[Shape]) -> None:
+        needed, free = max(map(self._needs, shapes)), self._memory.size
+        if needed > free:
+            logger.warning(
+                "XLA tries kernels with up to %.3g GiB of each device, and %.3g GiB are free: it leaves out those that "
+                "find no memory, and steps may be slower for it; a smaller pool leaves more",
+                needed / 2**30,
+                free / 2**30,
+            )
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -173,7 +192,8 @@ class Programs[Shape: Hashable]:
         logger.warning("compiled %s in %.1f s%s", what, time.perf_counter() - start, kept)
 
     def _compile(self, shape: Shape, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        program = lowered.compile(self._options(shape))
+        with self._memory.taken(self._needs(shape)):
+            program = lowered.compile(self._options(shape))
         if self._is_writable:
             self._write(shape, program)
         return program
@@ -217,6 +237,28 @@ class Programs[Shape: Hashable]:
             is_first, self._is_writable = self._is_writable, False
         if is_first:
             logger.warning("compiled programs are kept in %s no longer, until a restart: %s", self._folder, error)
+
+
+class _Shared:
+    """Bytes, ``size`` in all, that threads take and give back."""
+
+    def __init__(self, size: float):
+        self.size = size
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """Takes so many for a while. Waits until they are left; or, if there are fewer in all, until all are."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self.size)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
 
 
 @contextmanager

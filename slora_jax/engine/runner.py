@@ -1,6 +1,7 @@
 """Runs plans on the device: the one place that knows which functions are compiled and what stays on the device."""
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from slora_jax.engine.programs import Programs, source_digest
 from slora_jax.engine.sampling import Sampled, SamplerInputs, SamplerShape, build_sampler_inputs, sample
 from slora_jax.engine.scoring import Piece, ScorerArguments, ScorerShape, Scores, plan_scores, read_scores, score
 from slora_jax.engine.transfer import Transfer
+from slora_jax.engine.tuning import head_bytes, layers_bytes
 from slora_jax.memory.layout import cdiv
 from slora_jax.memory.pool import UnifiedPool
 from slora_jax.model.llama import Llama
@@ -163,6 +165,7 @@ class Runner:
         max_len: int,
         mesh: ModelMesh | None = None,
         program_folder: Path | None = None,
+        free: float = math.inf,
     ):
         """
         Args:
@@ -173,6 +176,7 @@ class Runner:
           max_len: longest sequence, in tokens.
           mesh: the devices that share the model; None for one.
           program_folder: see ``Programs``.
+          free: bytes of each device's memory that are left for compiling, see ``Programs``.
         """
         self.model = model
         self.params = params
@@ -206,6 +210,8 @@ class Runner:
             ),
             _CODE,
             list(mesh.mesh.devices.flat) if mesh else jax.devices()[:1],
+            self._tuning_bytes,
+            free,
         )
 
     def expect(self, active: Collection[int], max_rank: int = 1, pages: int = 1) -> None:
@@ -271,6 +277,12 @@ class Runner:
                 self._tokens.block_until_ready()
             # Both have run: other shapes of as many sequences need only one to go with.
             del its_samplers[1:]
+
+    def _tuning_bytes(self, shape: _Key) -> int:
+        """Of each device's memory, while a program is compiled for a GPU."""
+        local = self._mesh.shards.local if self._mesh else self.model.config
+        is_head = isinstance(shape, SamplerShape | ScorerShape)
+        return (head_bytes if is_head else layers_bytes)(local, _num_rows(shape), self.model.dtype.itemsize)
 
     def _lower(self, shape: _Key) -> jax.stages.Lowered:
         hidden = self._struct((self._buckets.max_tokens, self.model.config.hidden_size), self.model.dtype)

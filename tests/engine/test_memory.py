@@ -1,6 +1,7 @@
 """How much of a device's memory is taken: JAX's share of a GPU, the pool's share of that, and what is said of it."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,17 @@ import jax
 import pytest
 
 from slora_jax import gpu_memory
-from slora_jax.config import EngineConfig, PoolConfig
-from slora_jax.engine.build import DeviceMemory, host_adapter_bytes, num_pages_of
+from slora_jax.config import EngineConfig, PoolConfig, read_yaml
+from slora_jax.engine import build, runner
+from slora_jax.engine.batch import BatchShape
+from slora_jax.engine.build import DeviceMemory, free_for_compiling, host_adapter_bytes, num_pages_of
+from slora_jax.engine.sampling import SamplerShape
+from slora_jax.engine.scoring import ScorerShape
+from slora_jax.engine.tuning import head_bytes, layers_bytes
 from slora_jax.errors import InvalidRequest
+from slora_jax.model.config import ModelConfig
+from slora_jax.model.shards import Shards
+from slora_jax.shapes import shape_file
 from tests.helpers.engine_cases import FIXTURES, make_engine
 
 GIB = 2**30
@@ -166,3 +175,51 @@ def test_a_context_longer_than_the_models_is_told(caplog):
     engine = make_engine(FIXTURES / "llama3_gqa" / "model", max_model_len=10**6)
     assert engine.max_model_len == engine.model_config.max_position_embeddings
     assert any("max_model_len is 1000000, but the model takes" in record.getMessage() for record in caplog.records)
+
+
+def test_what_trying_products_takes():
+    """Both operands and two results, of the largest product: by hand, for Llama-3.1-8B in bfloat16."""
+    model = ModelConfig.from_hf(read_yaml(shape_file("llama-3.1-8b")))
+    beside = 128 * 2**20
+    # The head: 4,096 by 128,256; its results are float32.
+    weights = 4096 * 128256 * 2
+    for rows in (2, 512):
+        assert head_bytes(model, rows, 2) == weights + rows * 4096 * 2 + 2 * rows * 128256 * 4 + beside
+    # The layers: [gate | up] has 4,096 by 28,672, and is the largest in operands and results alike.
+    assert layers_bytes(model, 2048, 2) == 4096 * 28672 * 2 + 2048 * 4096 * 2 + 2 * 2048 * 28672 * 2 + beside
+    # One of 8 devices has 16,032 columns of the head, and 3,584 of [gate | up]; [q | k | v] has fewer.
+    local = Shards(model, 8).local
+    assert head_bytes(local, 2, 2) == 4096 * 16032 * 2 + 2 * 4096 * 2 + 2 * 2 * 16032 * 4 + beside
+    assert layers_bytes(local, 2, 2) == 4096 * 3584 * 2 + 2 * 4096 * 2 + 2 * 2 * 3584 * 2 + beside
+    # On one H200 the pool left 12 GB: enough to compile 6 samplers of 512 sequences at a time, not one on each core.
+    assert 12 * 10**9 // head_bytes(model, 512, 2) == 6
+
+
+def test_compilers_share_what_the_pool_leaves(environment):
+    gpus(environment, Gpu(bytes_limit=70, bytes_in_use=60, pool_bytes=70), Gpu(bytes_limit=70, bytes_in_use=50))
+    assert free_for_compiling(2) == 10 * GIB
+    gpus(environment, Gpu())
+    assert free_for_compiling(1) == math.inf, "the allocator keeps no count"
+    environment.undo()
+    assert free_for_compiling(1) == math.inf, "a CPU's programs are not tried"
+
+
+def test_programs_know_what_compiling_them_takes(monkeypatch):
+    given = []
+
+    class Spied(runner.Programs):
+        def __init__(self, *arguments):
+            given.extend(arguments[-2:])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(runner, "Programs", Spied)
+    monkeypatch.setattr(build, "free_for_compiling", lambda num_devices: 12345 * num_devices)
+    engine = make_engine(FIXTURES / "llama3_gqa" / "model")
+    needs, free = given
+    assert free == 12345
+    sampler = SamplerShape(48, random=True, filtered=False, history=0, logprobs=False)
+    assert needs(sampler) == head_bytes(engine.model_config, 48, 4)
+    assert needs(ScorerShape(128, 1)) == head_bytes(engine.model_config, 128, 4)
+    batch = BatchShape(256, 48, 4, 0, 0, (), False, 0)
+    for key in (batch, runner.Part("layers", batch)):
+        assert needs(key) == layers_bytes(engine.model_config, 256, 4)

@@ -18,9 +18,10 @@ from tests.helpers.engine_cases import FAST_TO_COMPILE
 class Counting:
     """Programs that add their shape to a vector they are given for good; counts how many were lowered."""
 
-    def __init__(self, folder, made_of="a model", code=Path(__file__).parent):
+    def __init__(self, folder, made_of="a model", code=Path(__file__).parent, **memory):
         self.lowered = []
-        self.programs = Programs(self.lower, lambda shape: FAST_TO_COMPILE, folder, made_of, [code], jax.devices()[:1])
+        devices = jax.devices()[:1]
+        self.programs = Programs(self.lower, lambda shape: FAST_TO_COMPILE, folder, made_of, [code], devices, **memory)
 
     def lower(self, shape):
         self.lowered.append(shape)
@@ -164,6 +165,64 @@ def test_what_finds_no_memory_beside_others_is_compiled_alone():
     crowded.programs.prepare([1, 2, 3])
     assert crowded.lowered == [1, 2, 3, 2, 3]
     assert crowded.results(1, 2, 3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+
+
+def test_programs_compiled_at_a_time_share_the_devices_memory(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    needs = {**dict.fromkeys(range(12), 3), **dict.fromkeys(range(12, 15), 40)}
+    lock, three, running, most = threading.Lock(), threading.Barrier(3), [], {3: 0, 40: 0}
+
+    class Slow:
+        def __init__(self, need):
+            self.need = need
+
+        def compile(self, options):
+            with lock:
+                running.append(self.need)
+                most[self.need] = max(most[self.need], len(running))
+                assert sum(running) <= 10 or running == [40]
+            if self.need == 3:
+                three.wait(20)  # for two others: as many as have room are compiled side by side
+            time.sleep(0.02)
+            with lock:
+                running.remove(self.need)
+
+    programs = Programs(
+        lambda shape: Slow(needs[shape]),
+        lambda shape: FAST_TO_COMPILE,
+        None,
+        "a model",
+        [],
+        jax.devices()[:1],
+        needs.__getitem__,
+        free=10,
+    )
+    programs.prepare(needs)
+    assert most == {3: 3, 40: 1} and set(programs) == set(needs)
+
+
+def test_memory_too_short_for_a_compiler_is_told(caplog):
+    counting = Counting(None, needs=lambda shape: shape * 2**30, free=3 * 2**30)
+    counting.programs.prepare([1, 2, 3])
+    assert "kernels" not in caplog.text
+    counting.programs.prepare([4, 5])
+    (told,) = (line for line in caplog.messages if "kernels" in line)
+    assert "5 GiB" in told and "3 GiB are free" in told and "a smaller pool leaves more" in told
+
+
+def test_a_compiler_that_fails_gives_its_memory_back():
+    class Failing:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    class FailingOnce(Counting):
+        def lower(self, shape):
+            lowered = super().lower(shape)
+            return lowered if self.lowered.count(shape) > 1 else Failing()
+
+    counting = FailingOnce(None, needs=lambda shape: 6, free=10)
+    counting.programs.prepare([1, 2, 3])
+    assert counting.results(1, 2, 3) == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
 
 
 def test_who_waits_for_a_compiler_is_told(tmp_path, caplog):
