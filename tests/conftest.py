@@ -1,5 +1,7 @@
 """Tests marked ``gpu`` are skipped where JAX finds no GPU; generated tests draw the same examples in every run."""
 
+import logging
+
 import hypothesis
 import pytest
 
@@ -22,3 +24,15 @@ def pytest_collection_modifyitems(items):
         if jax.default_backend() != "gpu":
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def log_levels_stay():
+    """A test that sets up the log of a server changes nothing for those behind it."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, ("slora_jax", "slora_jax.start", "slora_jax.events"))]
+    loggers.append(logging.getLogger("pallas_kernels"))
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, level, propagate in before:
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -107,7 +107,9 @@ def check_norm(case: Rows, seed: int, backend, has_term: bool, keeps: bool) -> N
     added, size = (0.0, 0.0) if term is None else value_of(term)
     exact, size = x.astype(np.float64) + added, np.abs(x.astype(np.float64)) + size
     rounding = ROUNDING[case.dtype]
-    assert out.dtype == case.dtype and (np.abs(np.asarray(out, np.float64) - exact) <= rounding * size).all()
+    smallest = float(jnp.finfo(case.dtype).smallest_subnormal)
+    assert out.dtype == case.dtype
+    assert (np.abs(np.asarray(out, np.float64) - exact) <= rounding * size + smallest).all()
     # Of what the next layers see, which is rounded.
     seen = np.asarray(out, np.float64)
     exact = seen / np.sqrt((seen**2).mean(axis=1, keepdims=True) + EPSILON) * weight.astype(np.float64)
