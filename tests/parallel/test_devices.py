@@ -25,7 +25,9 @@ def run_cases(file: str, marks: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", ["cases_tokens", "cases_programs", "cases_bench"])
+@pytest.mark.parametrize(
+    "file", ["cases_tokens", "cases_programs", pytest.param("cases_bench", marks=pytest.mark.slow)]
+)
 def test_on_eight_devices(file):
     run_cases(file, "not slow")
 
