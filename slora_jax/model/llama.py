@@ -298,12 +298,12 @@ class Block(nn.Module):
         group = step.group
 
         def project(projection, inputs: Inputs, *modules):
-            product = base(projection, inputs)
             lora = plan_for(modules)
+            if lora is not None and group is not None:
+                return project_among(projection, inputs, modules, step.lora_split, lora, by_rank=True)
+            product = base(projection, inputs)
             if lora is None:
                 return product
-            if group is not None:
-                return project_among(product, inputs, modules, step.lora_split, lora, by_rank=True)
             update = self.lora_ops.delta(inputs.plain, pool, layer, lora, modules)
             # Nothing between the product and the sum: cuBLAS then does both in one kernel.
             return product._replace(update=update) if isinstance(product, ScaledProduct) else product + update
@@ -311,10 +311,12 @@ class Block(nn.Module):
         def base(projection, inputs: Inputs):
             return projection(inputs.plain if inputs.rounded is None else inputs.rounded)
 
-        def project_among(product, inputs: Inputs, modules, share: LoraPlan | None, lora: LoraPlan, by_rank: bool):
+        def project_among(projection, inputs: Inputs, modules, share: LoraPlan | None, lora: LoraPlan, by_rank: bool):
             """On several devices, of which each has its ``share`` of A."""
             sent = self.lora_ops.send(inputs.plain, pool, layer, share, modules, group, by_rank=by_rank)
-            return self.lora_ops.receive(applied(product), sent, pool, layer, lora, modules, group)
+            # What is sent travels while the base's product is computed.
+            product = applied(base(projection, inputs))
+            return self.lora_ops.receive(product, sent, pool, layer, lora, modules, group)
 
         def applied(product) -> jax.Array:
             return product.value(self.dtype) if isinstance(product, ScaledProduct) else product
@@ -324,10 +326,10 @@ class Block(nn.Module):
             if group is None:
                 product = project(projection, inputs, module)
                 return (x, product) if isinstance(product, ScaledProduct) else (x + product, None)
-            product, lora = base(projection, inputs), plan_for((module,))
+            lora = plan_for((module,))
             if lora is None:
-                return x, applied(product)
-            return x, project_among(product, inputs, (module,), lora, lora, by_rank=False)
+                return x, applied(base(projection, inputs))
+            return x, project_among(projection, inputs, (module,), lora, lora, by_rank=False)
 
         def gated(product, *readers) -> Inputs:
             """What a product ``[gate | up]`` gives the modules that read it."""

@@ -78,6 +78,24 @@ def lowered_step(engine, shape: BatchShape) -> jax.stages.Lowered:
     return whole.lower(shape, runner.params, tokens, engine.device.pool.array, hidden)
 
 
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_low_rank_sums_are_on_their_way_before_the_bases_product(shape_file, quantization):
+    engine = make_engine(shape_file, dummy=True, mesh={"tp": 4}, pages=4000, quantization=quantization)
+    shape = BatchShape(24, 8, 4, 64, 32, tuple(range(len(MODULES))), False, 16)
+    lines = lowered_step(engine, shape).as_text().splitlines()
+    # One device's weights of [q | k | v], o, [gate | up] and down, by which they are found among the products.
+    weights = "48x24", "12x48", "48x40", "20x48"
+    if quantization:
+        weights = tuple("x".join(reversed(weight.split("x"))) + "xf8E4M3FN" for weight in weights)
+    products = [
+        next(i for i, line in enumerate(lines) if "stablehlo.dot_general" in line and f"tensor<{weight}" in line)
+        for weight in weights
+    ]
+    kinds = "all_gather", "all_reduce", "all_gather", "all_reduce"
+    for before, kind, product in zip((0, *products), kinds, products, strict=False):
+        assert any(f"stablehlo.{kind}" in line for line in lines[before:product]), (kind, product)
+
+
 @pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_steps_collectives_are_the_papers(shape_file, tp):
     engine = make_engine(shape_file, dummy=True, mesh={"tp": tp}, pages=4000)
