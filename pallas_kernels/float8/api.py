@@ -2,7 +2,7 @@
 
 Each row is divided by a scale of its own, so that its largest value becomes the largest of float8: the per-token
 quantization of W8A8 (vLLM and compressed-tensors name it so). What makes the rows is fused with the rounding, because
-at these sizes every pass over the activations costs a few percent of the product that it feeds.
+every pass over the activations takes time beside the product that it feeds.
 """
 
 import jax

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.float8.types import Float8Rows, ScaledProduct
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.pool import FLOAT8, FLOAT8_MAX
 
-_FLOAT8 = jnp.float8_e4m3fn
-FLOAT8_MAX = float(jnp.finfo(_FLOAT8).max)
 LEAST_AMPLITUDE = 1e-30
 """Far below any activation or weight, and far above where 1 / 448 of it would be flushed to zero."""
 
@@ -17,12 +16,12 @@ def round_rows(x):
     amplitude = jnp.max(jnp.abs(x), axis=1)
     scale = jnp.maximum(amplitude, LEAST_AMPLITUDE) / FLOAT8_MAX
     # No clipping: a quotient that rounding has put above 448 is rounded back to it.
-    return Float8Rows((x / scale[:, None]).astype(_FLOAT8), scale)
+    return Float8Rows((x / scale[:, None]).astype(FLOAT8), scale)
 
 
 def add_norm_round(x, term: ScaledProduct | None, scale, epsilon):
     if term is not None:
-        x = (x.astype(jnp.float32) + term.in_float32()).astype(x.dtype)
+        x = term.added_to(x)
     normed = rms_norm(x, scale, epsilon)
     return x, normed, round_rows(normed)
 

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import launch
-from pallas_kernels.float8.reference import FLOAT8_MAX, LEAST_AMPLITUDE
+from pallas_kernels.float8.reference import LEAST_AMPLITUDE
 from pallas_kernels.float8.triton_kernels import _add_norm_round_kernel, _round_rows_kernel, _silu_round_kernel
 from pallas_kernels.float8.types import Float8Rows, ScaledProduct, operands_of
+from pallas_kernels.pool import FLOAT8, FLOAT8_MAX
 
 _VALUES_OF_THREAD = 16
 _MOST_WARPS = 16
@@ -44,7 +45,7 @@ def _launch(kernel, shape: tuple[int, int], operands: dict, outputs: dict, **con
     """Returns the outputs in their order, None where one is None, and rows ``shape`` behind them (or these alone)."""
     num_rows, num_columns = shape
     block = triton.next_power_of_2(num_columns)
-    values, scale = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    values, scale = jax.ShapeDtypeStruct(shape, FLOAT8), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     *made, values, scale = launch.triton_call(
         *(operand for operand in operands.values() if operand is not None),
         kernel=kernel,

@@ -47,6 +47,10 @@ class ScaledProduct(NamedTuple):
         """The matrix ``[T, n]`` in ``dtype``, computed in float32."""
         return self.in_float32().astype(dtype)
 
+    def added_to(self, x: jax.Array) -> jax.Array:
+        """``x`` ``[T, n]`` with the matrix, added in float32 and rounded once to x's dtype."""
+        return (x.astype(jnp.float32) + self.in_float32()).astype(x.dtype)
+
     def in_float32(self) -> jax.Array:
         """The same in float32."""
         value = self.sums.astype(jnp.float32) * self.row_scale[:, None] * self.column_scale

@@ -389,7 +389,7 @@ def run_layers(
         layer = np.int32(first + i) if isinstance(first, int) else first + i
         x, term, pool = _apply_block(params, x, term, step, pool, layer, *of_model)
     if isinstance(term, ScaledProduct):
-        x = x + term.value(x.dtype)
+        x = term.added_to(x)
     elif term is not None:
         assert step.group is not None, "terms of one device are products"
         x = x + all_reduce(term, step.group)

@@ -17,6 +17,7 @@ from slora_jax.engine.transfer import Transfer
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, abstract_params
 from slora_jax.model.modules import MODULES
+from slora_jax.model.quantization import ChannelFp8
 from slora_jax.request import SamplingParams
 from slora_jax.scheduler.sequence import ScheduledSequence, Sequence
 from tests.helpers.engine_cases import FAST_TO_COMPILE, FIXTURES, greedy, make_engine, run
@@ -237,13 +238,16 @@ def test_short_requests_wait_for_no_compiler(caplog):
     assert "compiling" not in caplog.text
 
 
-def test_a_forward_in_parts_is_the_whole_forward():
-    config = ModelConfig(64, 32, 48, 6, 4, 2, 8)
+@pytest.mark.parametrize("layout", [None, ChannelFp8()])
+def test_a_forward_in_parts_is_the_whole_forward(layout):
+    config = ModelConfig(64, 32, 48, 6, 4, 2, 8, weight_layout=layout)
     model = Llama(config, jnp.dtype(jnp.float32), "reference")
     key = jax.random.key(0)
     leaves, tree = jax.tree.flatten(abstract_params(config, jnp.float32))
     keys = jax.random.split(key, len(leaves))
-    params = tree.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    params = tree.unflatten(
+        [(0.1 * jax.random.normal(k, x.shape)).astype(x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
     shape = BatchShape(8, 4, 3, 0, 0, (), False, 0)
     packed, arrays = shape.zeros()
     arrays["token_ids"][:5] = [1, 2, 3, 4, 5]
