@@ -5,13 +5,17 @@ further from the exact one than half of that.
 """
 
 import os
+import re
+import subprocess
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton.backends.nvidia.compiler import get_ptxas
 
 from pallas_kernels import ScaledProduct, add_norm_round, rotary_write_kv, round_rows, silu_round
 from pallas_kernels.float8 import triton as kernels_of
@@ -194,16 +198,20 @@ def test_kernels_interpreted(seed, name):
 @pytest.mark.skipif(INTERPRET, reason="kernels that interpret cannot be compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [89, 90])
-@pytest.mark.parametrize(("rows", "columns", "dtype"), [(1, 4096, BF16), (1024, 14336, BF16), (16, 576, F16)])
-def test_kernels_compile(rows, columns, dtype, capability):
+@pytest.mark.parametrize(
+    ("rows", "columns", "gated", "dtype"),
+    [(1, 4096, 11008, BF16), (1024, 4096, 14336, BF16), (16, 576, 1536, F16), (8, 8192, 28672, BF16)],
+)
+def test_kernels_compile(rows, columns, gated, dtype, capability, tmp_path):
     x = jax.ShapeDtypeStruct((rows, columns), dtype)
-    scales = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (rows, columns)]
-    wide = jax.ShapeDtypeStruct((rows, 2 * columns), dtype)
+    scales = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (rows, columns, 2 * gated)]
+    wide = jax.ShapeDtypeStruct((rows, 2 * gated), dtype)
 
-    def calls(x, weight, row_scale, column_scale, wide):
+    def calls(x, weight, row_scale, column_scale, scale_of_wide, wide):
         product = ScaledProduct(x, row_scale, column_scale, x)
-        gate_up = ScaledProduct(wide, row_scale, jnp.concatenate([column_scale] * 2))
+        gate_up = ScaledProduct(wide, row_scale, scale_of_wide)
         return (
+            round_rows(wide[:, :gated], backend="triton"),
             round_rows(x, backend="triton"),
             add_norm_round(x, product, weight, EPSILON, keeps_normed=True, backend="triton"),
             add_norm_round(x, None, weight, EPSILON, keeps_normed=False, backend="triton"),
@@ -214,12 +222,31 @@ def test_kernels_compile(rows, columns, dtype, capability):
         jax.eval_shape(calls, x, jax.ShapeDtypeStruct((columns,), dtype), *scales, wide)
     assert [name for name, _ in kernels] == [
         "_round_rows_kernel",
+        "_round_rows_kernel",
         "_add_norm_round_kernel",
         "_add_norm_round_kernel",
         "_silu_round_kernel",
     ]
     # A row stays in registers.
-    assert all("st.local" not in code.asm["ptx"] for _, code in kernels)
+    assert [spilled_bytes(code.asm["ptx"], tmp_path) for _, code in kernels] == [0] * len(kernels)
+
+
+def spilled_bytes(ptx: str, folder: Path) -> int:
+    """What one thread keeps in memory because it has too few registers: PTX does not say, its assembler does."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    command = [get_ptxas(int(re.search(r"\d+", target).group())).path, "-v", f"-arch={target}", source]
+    told = subprocess.run([*command, "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
+
+
+def test_a_product_is_added_with_one_rounding():
+    x = jnp.full((2, 8), 256, jnp.bfloat16)
+    # In bfloat16 1.001 is 1, and 257 is half way between 256 and 258, and would become 256.
+    product = ScaledProduct(jnp.ones((2, 8)), jnp.full(2, 1.001), jnp.ones(8))
+    added = product.added_to(x)
+    assert added.dtype == jnp.bfloat16 and (added == 258).all()
 
 
 PRODUCT = ScaledProduct(jnp.zeros((3, 8)), jnp.ones(3), jnp.ones(8))
