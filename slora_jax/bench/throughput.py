@@ -254,6 +254,7 @@ def run_cases(
         # Steps of adapters that change more modules are other programs: these are made when it is their turn.
         for _, group in itertools.groupby(cases, key=attrgetter("modules")):
             alike = list(group)
+            # Ahead of a later group the process has run cases: how long its start took is what the first one says.
             start = _made_ready(engine, alike, weights) | start
             for case in alike:
                 yield run_one(case, start)

@@ -104,9 +104,9 @@ class Case:
         Raises:
           ValueError: neither; the message says what is.
         """
-        text, _, named = text.partition("@")
-        modules = parsed_modules(named) if named else modules
-        setting, _, number = text.partition(":")
+        case, at, named = text.partition("@")
+        modules = parsed_modules(named) if at else modules
+        setting, _, number = case.partition(":")
         ranks = ranks_of(setting)
         known = ranks is not None and (number.isdecimal() if ranks else not number)
         if not known or (number and int(number) < 1):
