@@ -8,6 +8,7 @@ import pytest
 import triton
 import triton.language as tl
 
+from pallas_kernels import launch
 from pallas_kernels.launch import triton_call
 from tests.helpers.ttir import kernels_in
 
@@ -41,8 +42,8 @@ def scaled(x, factors, changed, count: int):
     return out, jax.freeze(ref)
 
 
-def lowered(count: int) -> str:
-    x, factors = jnp.ones((8, 64)), jnp.ones(8)
+def lowered(count: int, columns: int = 64) -> str:
+    x, factors = jnp.ones((8, columns)), jnp.ones(8)
     traced = jax.jit(scaled, static_argnums=3, donate_argnums=2).trace(x, factors, x, count)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -59,6 +60,15 @@ def test_what_a_kernel_changes_is_changed_in_place():
     # The third operand is the second result: nothing is copied where the caller donates it.
     (alias,) = re.findall(r"output_operand_alias<([^>]*)>", lowered(count=5))
     assert "output_tuple_indices = [1]" in alias and "operand_index = 2" in alias
+
+
+def test_calls_that_differ_in_integers_share_what_triton_compiles(monkeypatch):
+    made, source = [], launch.ASTSource
+    monkeypatch.setattr(launch, "ASTSource", lambda *args: made.append(args) or source(*args))
+    # No other test has as many columns: nothing is made yet.
+    for count in (1, 2, 6):
+        lowered(count, columns=32)
+    assert len(made) == 1
 
 
 def test_integers_are_compiled_in_and_only_pointers_are_parameters():
