@@ -86,10 +86,10 @@ class Buckets:
       total_ranks: sums of ranks of a step's distinct adapters; increasing.
       few_ahead: compile ahead only what steps of a few short requests need: up to 256 tokens and 16 sequences, with as
         many ranks as one adapter has.
-      narrow_width: pages that a sequence has room for in the page table of these steps, if the longest one allowed has
-        more; None if all steps have room for the longest.
-      wide: sizes of the steps with a sequence of more pages, which have room for the longest; None if ``narrow_width``
-        is. The largest of each are those of the other steps.
+      narrow_width: pages of each sequence that a step's page table has room for, unless one of its sequences has more;
+        None if all tables have room for the longest sequence allowed.
+      wide: sizes of the steps in which one has more, whose tables have room for the longest allowed; the largest of
+        them must be as large as those here. None if ``narrow_width`` is.
     """
 
     decode: tuple[int, ...]
