@@ -113,6 +113,5 @@ def test_a_quantised_base_answers_on_four_devices_as_on_one(tmp_path):
         np.testing.assert_allclose(logprobs[name, 4], logprobs[name, 1], atol=1e-4)
     # Activations that the devices share out are rounded on each by the scale of its own part.
     apart, effect = (np.abs(logprobs["fp8", 4] - logprobs[other]).mean() for other in (("fp8", 1), ("plain", 1)))
-    print(apart, effect)
     assert 0 < apart < 1.5 * effect
     assert effect < 0.02
