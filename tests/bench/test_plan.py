@@ -23,10 +23,14 @@ def shape(name: str) -> ModelConfig:
 
 def test_pages_and_peak_memory_of_a_recorded_run():
     runs = json.loads((ROOT / "slora_jax" / "bench" / "results" / "throughput_h200.json").read_text())
-    for run in runs:
+    # What the engine chose, which `plan` predicts for a base that is not quantised.
+    chosen = [r for r in runs if "--pool-gigabytes" not in r["command"] and r["quantization"] is None]
+    assert len(chosen) >= 14
+    for run in chosen:
         assert run["device"] == "NVIDIA H200"
-        # JAX had been given 0.93 of what CUDA says that there is, 139.6 GB.
-        planned = plan(shape(run["model"]), 1, GPUS["h200"], Load(512, 512), gpu_share=0.926)
+        # JAX had been given 0.93 of what CUDA says that there is, 139.6 GB, and later the 0.92 of today.
+        share = 0.926 if run["date"] < "2026-11-27" else 0.9158
+        planned = plan(shape(run["model"]), 1, GPUS["h200"], Load(512, 512), gpu_share=share)
         assert planned["pages"]["total"] == pytest.approx(run["pages_total"], rel=0.001)
         held = planned["memory"]["weights"] + planned["memory"]["pool"]
         assert 1 <= run["peak_memory_bytes"] / held < 1.1, "activations and staged copies come on top"
