@@ -17,7 +17,7 @@ from slora_jax.bench.loads import table as table_of_loads
 
 @pytest.mark.timeout(600)  # compiles, on a machine that never did
 def test_a_short_load_loses_nothing(capsys):
-    result = soak.run_soak(20, 12, print, changing=1)
+    result = soak.run_soak(10, 12, print, changing=1)
     print(soak.table(result))
     checks = {name: holds for name, holds in result["checks"].items() if "memory grows" not in name}
     # So short a run is all warm-up: programs are loaded until its end.

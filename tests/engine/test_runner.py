@@ -148,7 +148,9 @@ def _field(batch: HostBatch, name: str) -> np.ndarray:
     return fields[name]
 
 
-@pytest.mark.parametrize(("pages", "options"), [(30, {}), (16, {"kv_cache_dtype": "fp8"})])
+@pytest.mark.parametrize(
+    ("pages", "options"), [(30, {}), pytest.param(16, {"kv_cache_dtype": "fp8"}, marks=pytest.mark.slow)]
+)
 def test_tokens_do_not_depend_on_the_width_of_page_tables(pages, options):
     """Some sequences grow beyond narrow tables, and are preempted, while others stay short."""
     case = FIXTURES / "llama3_gqa"

@@ -22,7 +22,7 @@ def group_of(size: int, slot_bytes: int = 2**22) -> Collectives:
 @pytest.mark.parametrize(
     ("size", "seed"),
     # Half a minute each.
-    [(3, 0), *(pytest.param(size, seed, marks=pytest.mark.slow) for size, seed in ((2, 0), (2, 1), (4, 0), (4, 1)))],
+    [(3, 0), *(pytest.param(n, seed, marks=pytest.mark.slow) for n, seed in ((2, 0), (2, 1), (4, 0), (4, 1)))],
 )
 def test_devices_that_come_at_any_time_agree_with_numpy(size, seed):
     """Two dozen calls of all kinds and sizes one after the other, each device late now and then."""
