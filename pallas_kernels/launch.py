@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import triton
+import triton.language as tl
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,6 +28,8 @@ _POINTER_TO = {
     "int32": "*i32",
     "int8": "*i8",
 }
+TRITON_TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+"""By dtypes' names, as kernels take them for constants."""
 _LOCATION = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)
 _PARAMETER = re.compile(r"(%[\w$.-]+): ([^,{}]+?)( \{[^}]*\})?(?:, |$)")
 
@@ -35,9 +38,10 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
     """Calls a Triton kernel, whose parameters are ``args``, the outputs, and ``constants``.
 
     Args:
-      args: arrays; integers, which are compiled in; and references (``jax.new_ref``) to arrays that the kernel changes.
+      args: arrays; integers, which are compiled in; references (``jax.new_ref``) to arrays that the kernel changes; and
+        None for what a kernel is compiled without.
       kernel: decorated with ``triton.jit``; parameters that are not in ``constants`` come in the order above.
-      out_type: a pytree of shapes and dtypes, of arrays that the kernel writes.
+      out_type: a pytree of shapes and dtypes, of arrays that the kernel writes; and None, as in ``args``.
       grid: up to three numbers of programs.
       num_warps, num_stages: as Triton has them.
       constants: values of the ``tl.constexpr`` parameters, hashable.
@@ -45,6 +49,8 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
     Returns:
       Arrays as of ``out_type``.
     """
+    constants |= absent(kernel, args, out_type, constants)
+    args = tuple(arg for arg in args if arg is not None)
     outputs, tree = jax.tree.flatten(out_type)
     pointers = [arg for arg in args if not isinstance(arg, int)]
     refs = {i: arg for i, arg in enumerate(pointers) if isinstance(arg, jax.Ref)}
@@ -71,6 +77,13 @@ def triton_call(*args, kernel, out_type, grid: tuple[int, ...], num_warps: int, 
     for ref, result in zip(refs.values(), results[len(outputs) :], strict=True):
         ref[...] = result
     return jax.tree.unflatten(tree, results[: len(outputs)])
+
+
+def absent(kernel, args: tuple, out_type, constants: dict[str, Any]) -> dict[str, None]:
+    """The kernel's parameters for which ``triton_call`` is given None, by name."""
+    outputs = jax.tree.leaves(out_type, is_leaf=lambda leaf: leaf is None)
+    names = (name for name in kernel.arg_names if name not in constants)
+    return {name: None for name, value in zip(names, (*args, *outputs), strict=True) if value is None}
 
 
 @functools.cache

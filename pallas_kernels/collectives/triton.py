@@ -12,14 +12,12 @@ import math
 
 import jax
 import triton
-import triton.language as tl
 
 from pallas_kernels import launch
 from pallas_kernels.collectives import triton_kernels
 from pallas_kernels.collectives.workspace import HEAD_BYTES, MAIL_HEAD_BYTES, MAX_PROGRAMS, mail_slot_bytes
+from pallas_kernels.launch import TRITON_TYPES
 from pallas_kernels.tuning import block_sizes, device_kind
-
-_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
 def all_reduce(x, group):
@@ -91,7 +89,7 @@ def _constants(x, group) -> dict:
         "PROGRAMS": programs,
         "HEAD": HEAD_BYTES,
         "SLOT": group.slot_bytes,
-        "DTYPE": _DTYPES[x.dtype.name],
+        "DTYPE": TRITON_TYPES[x.dtype.name],
     }
 
 

@@ -86,7 +86,7 @@ def silu_round(
     num_columns = expect_rank("gate_up", gate_up.sums, 2)[1]
     if num_columns % 2:
         raise ValueError(f"gate_up must have as many columns for gate as for up, got {num_columns}")
-    gate_up.check("gate_up", gate_up.sums.shape)
+    gate_up.check("gate_up", gate_up.shape)
     if _has_kernels(backend):
         return triton.silu_round(gate_up, dtype, keeps_activations)
     activations, rows = reference.silu_round(gate_up, dtype)

@@ -36,6 +36,11 @@ class ScaledProduct(NamedTuple):
     column_scale: jax.Array
     update: jax.Array | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(T, n)``."""
+        return self.sums.shape
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError, which calls this ``name``, if it is not a matrix of this shape."""
         expected = {"sums": shape, "row_scale": shape[:1], "column_scale": shape[1:], "update": shape}
@@ -57,8 +62,6 @@ class ScaledProduct(NamedTuple):
         return value if self.update is None else value + self.update.astype(jnp.float32)
 
 
-def operands_of(matrix: jax.Array | ScaledProduct | None) -> dict[str, jax.Array | None]:
-    """A matrix as operands of a Triton kernel, by its parameters' names; None for those it does not get."""
-    if isinstance(matrix, ScaledProduct):
-        return matrix._asdict()
-    return dict.fromkeys(ScaledProduct._fields) | {"sums": matrix}
+def operands_of(matrix: jax.Array | ScaledProduct | None) -> tuple[jax.Array | None, ...]:
+    """A matrix as a Triton kernel's operands ``sums``, ``row_scale``, ``column_scale`` and ``update``."""
+    return matrix if isinstance(matrix, ScaledProduct) else (matrix, None, None, None)

@@ -45,15 +45,13 @@ def grouped_matmul(x, packed, scale, zero, dtype, bits: int):
     each = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, each)
     sums = launch.triton_call(
-        *(x, packed, scale),
-        *(() if zero is None else (zero,)),
+        *(x, packed, scale, zero),
         num_rows,
         kernel=_grouped_matmul_kernel,
         out_type=jax.ShapeDtypeStruct((splits, num_rows, d_out), dtype if splits == 1 else jnp.float32),
         grid=(*grid, splits),
         num_warps=sizes["num_warps"],
         num_stages=sizes["num_stages"],
-        **({"zero": None} if zero is None else {}),
         D_IN=d_in,
         D_OUT=d_out,
         GROUP=group,

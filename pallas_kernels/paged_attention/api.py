@@ -165,14 +165,14 @@ def rotary_write_kv(
     """
     num_tokens, width = expect_rank("qkv", qkv.sums if isinstance(qkv, ScaledProduct) else qkv, 2)
     if isinstance(qkv, ScaledProduct):
-        qkv.check("qkv", (num_tokens, width))
+        qkv.check("qkv", qkv.shape)
     check_pool(pool, layer, num_kv_heads * head_dim)
     check_tokens_per_row(pool, tokens_per_row)
     group, rest = divmod(width - 2 * num_kv_heads * head_dim, num_kv_heads * head_dim)
     if group < 1 or rest or head_dim % 2:
         raise ValueError(
             f"qkv must be [T, (H + 2 * {num_kv_heads}) * {head_dim}] with H a multiple of {num_kv_heads} and an even "
-            f"head_dim, got {(num_tokens, width)}"
+            f"head_dim, got {qkv.shape}"
         )
     for name, angles in zip(("cos", "sin"), rope, strict=True):
         if angles.shape != (num_tokens, head_dim // 2) or angles.dtype != jnp.float32:

@@ -17,13 +17,12 @@ from pallas_kernels.tuning import block_sizes, device_kind
 def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim, tokens_per_row=1):
     """Rotates q and k, and writes K and V; ``api.rotary_write_kv`` has the arguments' meaning."""
     q_dtype = pool.dtype if isinstance(qkv, ScaledProduct) else qkv.dtype
-    operands = operands_of(qkv)
-    num_tokens, width = (qkv.sums if isinstance(qkv, ScaledProduct) else qkv).shape
+    num_tokens, width = qkv.shape
     num_heads = width // head_dim - 2 * num_kv_heads
     sizes = block_sizes("rotary_write_kv", device_kind(), "any")
     pool_ref = jax.new_ref(pool)
     q = launch.triton_call(
-        *(operand for operand in operands.values() if operand is not None),
+        *operands_of(qkv),
         *rope,
         rows,
         layer_array(layer),
@@ -39,7 +38,6 @@ def rotary_write_kv(qkv, rope, pool, layer, rows, *, num_kv_heads, head_dim, tok
         HALF=head_dim // 2,
         BLOCK_H=sizes["block_h"],
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        **{name: None for name, operand in operands.items() if operand is None},
         FLOAT8_MAX=FLOAT8_MAX if tokens_per_row > 1 else None,
     )
     return q, jax.freeze(pool_ref)

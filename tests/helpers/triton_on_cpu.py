@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime import interpreter
 
+from pallas_kernels.launch import absent
+
 TRITON_DTYPE = {
     np.dtype(np.float32): "fp32",
     np.dtype(np.float16): "fp16",
@@ -90,6 +92,8 @@ def _to_tensor(argument):
 
 def _interpret(*args, kernel, out_type, grid, num_warps, num_stages, **metaparams):
     """As ``launch.triton_call``, with outputs that hold NaN before."""
+    metaparams |= absent(kernel, args, out_type, metaparams)
+    args = tuple(arg for arg in args if arg is not None)
     leaves, tree = jax.tree.flatten(out_type)
     outputs = [np.full(leaf.shape, np.nan, leaf.dtype) for leaf in leaves]
     names = [name for name in kernel.arg_names if name not in metaparams]
@@ -136,7 +140,8 @@ def compiled(module, capability):
 
     def call(*args, kernel, out_type, grid, num_warps, num_stages, **constants):
         assert isinstance(grid, tuple) and all(isinstance(n, int) for n in grid)
-        values = (*args, *jax.tree.leaves(out_type))
+        constants |= absent(kernel, args, out_type, constants)
+        values = (*(arg for arg in args if arg is not None), *jax.tree.leaves(out_type))
         names = [name for name in kernel.arg_names if name not in constants]
         signature = dict(zip(names, map(_signature, values), strict=True))
         places = [kernel.arg_names.index(name) for name in names]
