@@ -29,8 +29,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def log_levels_stay():
     """A test that sets up the log of a server changes nothing for those behind it."""
-    loggers = [logging.getLogger(), *map(logging.getLogger, ("slora_jax", "slora_jax.start", "slora_jax.events"))]
-    loggers.append(logging.getLogger("pallas_kernels"))
+    names = (None, "pallas_kernels", "slora_jax", "slora_jax.start", "slora_jax.events")  # None: the root
+    loggers = [logging.getLogger(name) for name in names]
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     yield
     for logger, level, propagate in before:

@@ -364,6 +364,13 @@ class Step(NamedTuple):
     modules: tuple[str, ...] = MODULES[:4]
     layout: WeightLayout | None = None
 
+    def scaled(self, divisor: int) -> "Step":
+        """The same with fewer sequences."""
+        return self._replace(sequences=max(1, self.sequences // divisor))
+
+
+_FULL, _ONE = Step(128), Step(1)
+
 
 class StepBench:
     """Decode steps of a dummy Llama-2-7B: layers, logits, greedy choice."""
@@ -385,13 +392,12 @@ class StepBench:
             num_kv_heads=heads,
             head_dim=head_dim,
         )
-        self.sequences = max(1, 128 // scale)
         self.context = max(24, 512 // scale)
         self.dtype = jnp.dtype(jnp.bfloat16)
         self.pool_layout = PoolLayout.for_model(self.config)
-        fullest = self._adapters(Step(self.sequences, _MIXED))
-        adapter_pages = sum(layout.num_pages for layout in fullest)
-        num_pages = 1 + self.sequences * self.pool_layout.token_pages(self.context) + adapter_pages
+        fullest = _FULL._replace(ranks=_MIXED).scaled(scale)
+        adapter_pages = sum(layout.num_pages for layout in self._adapters(fullest))
+        num_pages = 1 + fullest.sequences * self.pool_layout.token_pages(self.context) + adapter_pages
         self.pool = self._draw_pool(num_pages)
         self.time = cache(self._time)
         self._model = cache(self._make_model)
@@ -464,6 +470,7 @@ class StepBench:
         )
 
     def _time(self, step: Step) -> Timing:
+        step = step.scaled(self.scale)
         batch = self.batch(step)
         error = self._error(batch, step.layout)
         config, params = self._model(self.config.num_layers, step.layout)
@@ -588,24 +595,20 @@ def _matmul(name: str, target: str | None, bench: KernelBench) -> Result:
 
 
 def _step_over(other: Step, step: Step, target: str | None, bench: KernelBench) -> Result:
-    """One step beside another, where -1 is the bench's full batch."""
-    steps = bench.steps
-    base, timing = (steps.time(s if s.sequences > 0 else s._replace(sequences=steps.sequences)) for s in (other, step))
+    """One step beside another."""
+    base, timing = bench.steps.time(other), bench.steps.time(step)
     return Result(timing, "x base", timing.seconds / base.seconds, target, {"base_seconds": base.seconds})
 
 
 def _step_base(bench: KernelBench) -> Result:
-    return Result(bench.steps.time(Step(bench.steps.sequences)), "", None)
+    return Result(bench.steps.time(_FULL), "", None)
 
 
 def _one_user(bench: KernelBench) -> Result:
-    timing = bench.steps.time(Step(1))
+    timing = bench.steps.time(_ONE)
     # Reading alone: the copy's bytes are read and written.
     least = bench.steps.read_bytes / bench.copy["bytes_per_second"]
     return Result(timing, "x read", timing.seconds / least, "<= 1.15", {"read_bytes": bench.steps.read_bytes})
-
-
-_FULL, _ONE = Step(-1), Step(1)
 
 
 CASES: dict[str, Callable[[KernelBench], Result]] = {

@@ -47,7 +47,6 @@ from pallas_kernels import (
     plan_lora,
     rms_norm,
     rotary_write_kv,
-    round_rows,
     silu_round,
 )
 from slora_jax.model.config import ModelConfig
@@ -337,7 +336,7 @@ class Block(nn.Module):
                 keeps = plan_for(readers) is not None
                 return Inputs(*silu_round(product, dtype=self.dtype, keeps_activations=keeps, backend=self.backend))
             gate, up = jnp.split(product, 2, axis=1)
-            return self._inputs(nn.silu(gate) * up)
+            return Inputs.of(nn.silu(gate) * up, self.rounds, self.backend)
 
         config = self.local
         # Every read of the adapters' rows comes before the write, which needs all of qkv: XLA copies no pool to keep
@@ -357,13 +356,11 @@ class Block(nn.Module):
         )
         scale = 1.0 / math.sqrt(config.head_dim)
         attended = paged_attention(q, pool, layer, step.attention, num_kv_heads=config.num_kv_heads, scale=scale)
-        x, term = add(x, self.o, self._inputs(attended.reshape(-1, config.q_size)), O)
+        inputs = Inputs.of(attended.reshape(-1, config.q_size), self.rounds, self.backend)
+        x, term = add(x, self.o, inputs, O)
         x, normed = self.mlp_norm(x, term, group, keeps_plain=plan_for((GATE, UP)) is not None)
         x, term = add(x, self.down, gated(project(self.gate_up, normed, GATE, UP), DOWN), DOWN)
         return x, term, pool
-
-    def _inputs(self, x: jax.Array) -> Inputs:
-        return Inputs(x, round_rows(x, backend=self.backend) if self.rounds else None)
 
 
 def run_layers(
@@ -453,7 +450,7 @@ class RMSNorm(nn.Module):
         if isinstance(term, jax.Array):
             assert group is not None, "terms of one device are products"
             x, normed = all_reduce_norm(term, x, scale, self.epsilon, group)
-            return x, Inputs(normed, round_rows(normed, backend=self.backend) if self.rounds else None)
+            return x, Inputs.of(normed, self.rounds, self.backend)
         if self.rounds:
             x, plain, rounded = add_norm_round(
                 x, term, scale, self.epsilon, keeps_normed=keeps_plain, backend=self.backend

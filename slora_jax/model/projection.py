@@ -16,11 +16,9 @@ from pallas_kernels import (
     pack_integers,
     round_rows,
 )
+from pallas_kernels.float8 import LEAST_AMPLITUDE
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout
-
-_LEAST_AMPLITUDE = 1e-30
-"""Far below any weight, and far above where 1 / 448 of it would be flushed to zero."""
 
 
 class Inputs(NamedTuple):
@@ -33,6 +31,11 @@ class Inputs(NamedTuple):
 
     plain: jax.Array | None
     rounded: Float8Rows | None = None
+
+    @classmethod
+    def of(cls, x: jax.Array, rounds: bool, backend: Backend) -> "Inputs":
+        """Of ``[T, n]``, which is rounded by the back end's kernel if maps in float8 read it."""
+        return cls(x, round_rows(x, backend=backend) if rounds else None)
 
 
 def group_unit(projection: str, local: ModelConfig) -> int:
@@ -114,7 +117,7 @@ def quantize_map(kernel: jax.Array, layout: WeightLayout, unit: int = 0) -> dict
     d_in, d_out = kernel.shape
     group = d_in if layout.is_by_channel else layout.device_group(d_in, unit)
     groups = kernel.astype(jnp.float32).reshape(-1, group, d_out)
-    scale = jnp.maximum(jnp.max(jnp.abs(groups), axis=1), _LEAST_AMPLITUDE) / largest
+    scale = jnp.maximum(jnp.max(jnp.abs(groups), axis=1), LEAST_AMPLITUDE) / largest
     values = groups / scale[:, None]
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
