@@ -61,7 +61,7 @@ from slora_jax.memory.layout import AdapterLayout, PoolLayout
 from slora_jax.model.config import ModelConfig
 from slora_jax.model.llama import Llama, TokenBatch
 from slora_jax.model.modules import MODULES
-from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout
+from slora_jax.model.quantization import ChannelFp8, GroupedWeights, WeightLayout, least_rows
 from slora_jax.model.weights import dummy_params
 from slora_jax.shapes import shape_file
 
@@ -70,6 +70,9 @@ _MAX_ERROR = 1e-2
 """Largest ``||out - ref|| / ||ref||``; a bfloat16 result, rounded once, has about 2e-3."""
 _MAX_STEP_ERROR = 3e-2
 """The same after two whole layers that round in every operation."""
+_MAX_FLOAT8_STEP_ERROR = 0.15
+"""The same where activations are rounded to float8: a difference in the last bit of bfloat16 takes some of them over to
+the next number, a sixteenth away. The reference itself then differs by 0.085 from itself in float32."""
 _MIXED = (64, 32, 16, 8)
 """Ranks in turn of the paper's setting S2: of all that are measured here, those that take most pages."""
 _LLAMA_7B = shape_file("llama-7b")
@@ -428,7 +431,7 @@ class StepBench:
         free = rng.permutation(np.arange(1, self.pool.shape[2] // PAGE_SIZE, dtype=np.int32))
         # Padded as the engine would.
         most_pages = self.pool_layout.token_pages(self.config.max_position_embeddings)
-        shape = Buckets.fine(1024, 512).shape(sequences, sequences, pages_each, most_pages)
+        shape = Buckets.fine(1024, 512, least_rows(step.layout)).shape(sequences, sequences, pages_each, most_pages)
         missing = shape.tokens - sequences
         table = np.zeros((sequences, shape.table_width), np.int32)
         table[:, :pages_each] = free[: sequences * pages_each].reshape(sequences, pages_each)
@@ -494,7 +497,8 @@ class StepBench:
         for backend in {self.backend, "reference"}:
             model = Llama(config, self.dtype, backend)
             hidden[backend], _ = jax.jit(model.apply)({"params": params}, batch, self.pool[: config.num_layers])
-        return checked_error(hidden[self.backend], hidden["reference"], _MAX_STEP_ERROR)
+        largest = _MAX_FLOAT8_STEP_ERROR if isinstance(layout, ChannelFp8) else _MAX_STEP_ERROR
+        return checked_error(hidden[self.backend], hidden["reference"], largest)
 
 
 def _step(model: Llama, params, batch: TokenBatch, pool):

@@ -117,11 +117,15 @@ class Buckets:
         return cls(decode, tuple(tokens[1:]), sequences, tuple(32 * 4**i for i in range(7)), few_ahead)
 
     @classmethod
-    def fine(cls, max_tokens: int, max_sequences: int) -> "Buckets":
+    def fine(cls, max_tokens: int, max_sequences: int, least_rows: int = 2) -> "Buckets":
         """Close sizes, as a GPU's time follows them; steps with prompts have one S, and all steps one sum of ranks.
 
         Those two cost the Triton kernels nothing: their work follows the batch, not its padding. Page tables are narrow
         in most steps; a wide one takes longer to fill and copy than a small step takes.
+
+        Args:
+          max_tokens, max_sequences: of a step.
+          least_rows: that the products of a step have, padding included.
         """
         # A product of one row is slower than one of two: XLA takes another path (H200: 123 against 115 µs a layer, 7B).
         sizes = [
@@ -134,6 +138,7 @@ class Buckets:
             768,
             *range(1024, max_tokens + 512, 512),
         ]
+        sizes = [size for size in sizes if size >= least_rows]
         decode = tuple(size for size in sizes if size < max_sequences)
         room = _first_at_least(sizes, max_sequences)
         tokens = tuple(size for size in sizes if 64 <= size < max_tokens)

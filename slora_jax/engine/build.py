@@ -34,7 +34,7 @@ from slora_jax.model.checkpoint import load_or_restore
 from slora_jax.model.config import ModelConfig, default_sampling, ending_tokens
 from slora_jax.model.llama import GATHERED, Llama, LoraOps
 from slora_jax.model.mesh import ModelMesh
-from slora_jax.model.quantization import ChannelFp8
+from slora_jax.model.quantization import ChannelFp8, least_rows
 from slora_jax.model.weights import dummy_params, resolve_model, untied_where_different, weight_files
 from slora_jax.text.tokenizer import Tokenizer
 
@@ -232,7 +232,7 @@ def make_parts(
         llama,
         base.params,
         pool,
-        buckets or make_buckets(config),
+        buckets or make_buckets(config, base.model_config),
         max_len,
         mesh,
         # Programs are kept by the model's shape, which does not tell other updates apart.
@@ -280,7 +280,7 @@ def follow(config: EngineConfig, meeting: Meeting, progress: bool = True) -> Non
     # Host 0 decides what is kept, and each host keeps the same.
     _least(meeting, "adapter memory", host_adapter_bytes(config))
     free = free_for_compiling(layout.shards.count)
-    runner = Runner(llama, base.params, pool, make_buckets(config), max_len, mesh, free=free)
+    runner = Runner(llama, base.params, pool, make_buckets(config, model), max_len, mesh, free=free)
     meeting.follow()
     Follower(meeting, model, layout, pool, runner).follow()
 
@@ -579,9 +579,9 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, min(available, limit))
 
 
-def make_buckets(config: EngineConfig) -> Buckets:
+def make_buckets(config: EngineConfig, model: ModelConfig) -> Buckets:
     limits = config.scheduler
     if jax.default_backend() == "cpu":
         # Compiling takes a second a shape there, and a padded step costs little for the small models it can run.
         return Buckets.coarse(limits.max_batch_tokens, limits.max_sequences, few_ahead=not config.warm_up)
-    return Buckets.fine(limits.max_batch_tokens, limits.max_sequences)
+    return Buckets.fine(limits.max_batch_tokens, limits.max_sequences, least_rows(model.weight_layout))

@@ -57,17 +57,13 @@ def _num_rows(shape: _Key) -> int:
 
 def compiler_options(num_rows: int) -> dict[str, str | bool]:
     """What XLA is told for a program whose products have this many rows."""
-    few = num_rows <= _FEW_ROWS
     return {
         # XLA allows a program 80 % of the GPU less its inputs and outputs: nothing, beside a pool that fills the GPU.
         # So it would compute what all layers share (tiles, chunks, places) anew in every layer, to save kilobytes.
         "xla_disable_hlo_passes": "rematerialization",
         # Up to so many rows XLA's own kernels beat cuBLAS by 7 %, on an H200; beyond, the search for the best of them
         # costs most of the compile time and at 64 and 128 rows ends with slower ones.
-        "xla_gpu_enable_triton_gemm": few,
-        # Kernels that do not need each other run side by side: LoRA's shrink beside the base product, which for one
-        # sequence takes half of an adapter's cost away. Larger products leave no room beside them.
-        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT" if few else "LHS",
+        "xla_gpu_enable_triton_gemm": num_rows <= _FEW_ROWS,
     }
 
 

@@ -1,5 +1,6 @@
 """Padding to shapes, compiling them ahead, and what the compiled step does with the pool."""
 
+import dataclasses
 from array import array
 
 import jax
@@ -36,6 +37,7 @@ def test_sizes():
     wide = Buckets((16,), (64,), (16,), (256 * 16,))
     assert Buckets.fine(16, 16) == Buckets((2, 8, 16), (64,), (16,), (256 * 16,), narrow_width=512, wide=wide)
     assert Buckets.fine(2048, 512).tokens[-4:] == (768, 1024, 1536, 2048)
+    assert Buckets.fine(1100, 200, 16) == dataclasses.replace(FINE, decode=decode[2:])
     ranks = (32, 128, 512, 2048, 8192, 32768, 131072)
     assert Buckets((4, 16, 64, 256), (16, 64, 256, 512), (16, 64, 256), ranks, few_ahead=True) == COARSE
     assert Buckets.coarse(16, 3) == Buckets((4,), (16,), (16,), ranks, few_ahead=True)
