@@ -124,13 +124,12 @@ class StepInFlight:
         """Waits for the step."""
         assert self.sampled is not None, "a step is read when its tokens are drawn"
         entries, order = self.step.entries, self.step.batch.entry_of_row
+        sampled = jax.tree.map(Transfer.read, self.sampled)
         tokens = np.empty(len(order), np.int32)
-        tokens[order] = np.asarray(self.sampled.tokens)[: len(order)]
+        tokens[order] = sampled.tokens[: len(order)]
         logprobs: dict[int, TokenLogprob] = {}
-        if self.sampled.logprob is not None:
-            chosen, top_ids, top_values = (
-                np.asarray(a) for a in (self.sampled.logprob, self.sampled.top_tokens, self.sampled.top_logprobs)
-            )
+        if sampled.logprob is not None:
+            chosen, top_ids, top_values = sampled.logprob, sampled.top_tokens, sampled.top_logprobs
             for row, place in enumerate(order.tolist()):
                 count = entries[place].sequence.sampling.logprobs
                 if count is not None:
@@ -319,7 +318,7 @@ class Runner:
     def draw(self, running: StepInFlight) -> None:
         """Starts the drawing of a step's tokens, ahead of the next step's start, and returns at once."""
         running.sampled = self.launch_sampler(running.started, running.step.arguments)
-        for array in jax.tree.leaves((running.sampled, running.started.scores)):
+        for array in jax.tree.leaves(running.started.scores):
             array.copy_to_host_async()
 
     def reset(self) -> None:

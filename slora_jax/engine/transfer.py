@@ -6,6 +6,7 @@ scratch memory then lies elsewhere in every step, and nearly all that a CUDA gra
 of 7B, instead of 0.8 (an H100).
 """
 
+import ctypes
 from collections import deque
 from functools import cached_property
 
@@ -67,6 +68,20 @@ class Transfer:
     def give(self, results):
         """Inside of the program: a tree of its results, the same on all devices, where the host will read them."""
         return results if self._kind is None else jax.device_put(results, self._sharding(self._kind))
+
+    @staticmethod
+    def read(result: jax.Array) -> np.ndarray:
+        """The values of one of the results that ``give`` gave, when they are there.
+
+        As an array NumPy would get a view of the page-locked memory, and JAX counts who uses a buffer in that way. Once
+        in some 10⁵ steps its count was wrong when the buffer was freed, which ends the process (jax 0.11.2, "Non-zero
+        type 1 hold on destruction"). So nothing is left that looks there: the few kilobytes are copied.
+        """
+        if result.sharding.memory_kind != _PINNED:
+            return np.asarray(result)
+        here = result.addressable_data(0).block_until_ready()
+        memory = ctypes.string_at(here.unsafe_buffer_pointer(), here.nbytes)
+        return np.frombuffer(memory, here.dtype).reshape(here.shape)
 
     def _copy(self, vector: np.ndarray) -> jax.Array:
         if self._mesh is None:
