@@ -44,6 +44,7 @@ def plan_attention(
     context_len: jax.Array,
     *,
     num_tokens: int,
+    num_kv_heads: int,
     backend: Backend,
     max_query_len: int | None = None,
     tokens_per_row: int = 1,
@@ -56,6 +57,7 @@ def plan_attention(
       context_len: ``[S]`` int32, tokens of each sequence including its query tokens; at most
         ``P * PAGE_SIZE * tokens_per_row``.
       num_tokens: T, the step's tokens with padding; static.
+      num_kv_heads: KV heads of every layer, as ``paged_attention`` gets them; static.
       backend: which implementation ``paged_attention`` is to run; static.
       max_query_len: static upper bound of query tokens a sequence, if known; 1 makes a decode-only step cheaper.
       tokens_per_row: how many tokens have their K in one row of the pool: 1, in the pool's dtype, or as many as an
@@ -69,7 +71,12 @@ def plan_attention(
     expect_int32("query_start", query_start, (num_sequences + 1,))
     expect_int32("context_len", context_len, (num_sequences,))
     planner = _BACK_ENDS[backend].plan
-    sizes = {"num_tokens": num_tokens, "max_query_len": max_query_len, "tokens_per_row": tokens_per_row}
+    sizes = {
+        "num_tokens": num_tokens,
+        "num_kv_heads": num_kv_heads,
+        "max_query_len": max_query_len,
+        "tokens_per_row": tokens_per_row,
+    }
     return planner(page_table, query_start, context_len, **sizes)
 
 

@@ -40,6 +40,7 @@ def plan(
     context_len: jax.Array,
     *,
     num_tokens: int,
+    num_kv_heads: int,
     max_query_len: int | None = None,
     tokens_per_row: int = 1,
 ) -> HopperAttentionPlan:
@@ -58,6 +59,7 @@ def plan(
         max_query_len=max_query_len,
         query_tile=QUERY_TILE,
         min_chunk=block_sizes("attention_plan", device_kind(), "any")["min_chunk"],
+        levels=triton.levels_of(num_kv_heads),
     )
     return HopperAttentionPlan(cut)
 

@@ -47,8 +47,9 @@ def _pages_per_block(tokens_per_row: int) -> int:
     return _BLOCK // (PAGE_SIZE * tokens_per_row)
 
 
-def plan(page_table, query_start, context_len, *, num_tokens, max_query_len=None, tokens_per_row=1):
+def plan(page_table, query_start, context_len, *, num_tokens, num_kv_heads, max_query_len=None, tokens_per_row=1):
     """Cuts the queries into tiles; ``api.plan_attention`` has the arguments' meaning."""
+    del num_kv_heads
     tile = 1 if max_query_len == 1 else QUERY_TILE
     num_sequences, table_width = page_table.shape
     sequence, token, in_tile = _tiles(query_start, num_tokens, num_sequences, tile)

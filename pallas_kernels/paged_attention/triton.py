@@ -5,6 +5,7 @@ sequences' contexts, the other the tiles of all other query tokens. A third puts
 chunks together, in order. All of them write into one output.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,14 @@ from flax import struct
 
 from pallas_kernels import launch
 from pallas_kernels.paged_attention import triton_kernels, work
-from pallas_kernels.paged_attention.work import Tiles, Work
+from pallas_kernels.paged_attention.work import ITEM_LEVELS, Tiles, Work
 from pallas_kernels.pool import PAGE_SIZE, Layer, layer_array
 from pallas_kernels.tuning import block_sizes, device_kind
 
 MAX_HEAD_DIM = 128
 MAX_GROUP = 64
 
+_DECODE_KEYS = ("multi_head", "grouped", "float32", "multi_head_float8", "grouped_float8")
 _DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"), jnp.dtype("float32"))
 
 
@@ -44,6 +46,7 @@ def plan(
     context_len: jax.Array,
     *,
     num_tokens: int,
+    num_kv_heads: int,
     max_query_len: int | None = None,
     tokens_per_row: int = 1,
 ) -> TritonAttentionPlan:
@@ -57,8 +60,20 @@ def plan(
         max_query_len=max_query_len,
         query_tile=sizes["query_tile"],
         min_chunk=sizes["min_chunk"],
+        levels=levels_of(num_kv_heads),
     )
     return TritonAttentionPlan(cut, tokens_per_row)
+
+
+def levels_of(num_kv_heads: int) -> tuple[int, ...]:
+    """The levels, of those that contexts can be cut at, that ``attend_decoding`` may take for so many KV heads."""
+    wanted = {block_sizes("decode_attention", device_kind(), key)["programs"] for key in _DECODE_KEYS}
+    return tuple(sorted({_level(ITEM_LEVELS, num_kv_heads, programs) for programs in wanted}))
+
+
+def _level(levels: Sequence[int], num_kv_heads: int, programs: int) -> int:
+    """The lowest level that gives as many programs, else the highest."""
+    return next((level for level in levels if level * num_kv_heads >= programs), levels[-1])
 
 
 def paged_attention(
@@ -124,8 +139,8 @@ def attend_decoding(
     if tokens_per_row > 1 and key != "float32":
         key += "_float8"
     sizes = block_sizes("decode_attention", device_kind(), key)
-    enough = (decode for decode in work.decode if decode.level * num_kv_heads >= sizes["programs"])
-    decode = next(enough, work.decode[-1])
+    level = _level([decode.level for decode in work.decode], num_kv_heads, sizes["programs"])
+    (decode,) = (decode for decode in work.decode if decode.level == level)
     num_items = decode.items.shape[0]
     partial_types = (
         jax.ShapeDtypeStruct((num_items, num_heads, q.shape[2]), jnp.float32),

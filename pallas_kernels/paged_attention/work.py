@@ -9,6 +9,8 @@ Every other sequence is cut into *tiles* of consecutive query tokens. Their atte
 program holds a tile's queries of one head and walks the keys up to the diagonal.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -22,7 +24,7 @@ ROW_FIELDS = 4
 TILE_FIELDS = 4
 """Integers of a tile: first token, number of tokens, sequence, position of the first token."""
 ITEM_LEVELS = tuple(2**i for i in range(5, 12))
-"""Numbers of chunks the decoding contexts can be cut into; each layer takes one by its number of KV heads."""
+"""Numbers of chunks the decoding contexts can be cut into; which ones a kernel takes follows from its KV heads."""
 
 _CHUNK_UNIT = 64
 _FEW_ROWS = 16
@@ -67,8 +69,8 @@ class Work:
 
     Attributes:
       page_table: ``[S, P]`` int32, no entry negative.
-      decode: the decoding sequences' contexts, cut for each of ``ITEM_LEVELS``. Under jit, what no layer uses is never
-        computed.
+      decode: the decoding sequences' contexts, cut at each level that was asked for. Under jit, what no layer uses is
+        never computed.
       tiles: the other sequences' tokens; None when no sequence has several tokens.
     """
 
@@ -86,6 +88,7 @@ def cut(
     max_query_len: int | None,
     query_tile: int,
     min_chunk: int,
+    levels: Sequence[int],
 ) -> Work:
     """Cuts a batch into work; the arrays and the first two sizes are those of ``plan_attention``.
 
@@ -97,6 +100,7 @@ def cut(
       max_query_len: upper bound of query tokens a sequence, None if not known; 1 leaves out the tiles. Static.
       query_tile: most tokens of a tile; static.
       min_chunk: fewest keys of a chunk of a context that has as many; static.
+      levels: of ``ITEM_LEVELS``, those at which to cut the decoding contexts; static.
     """
     # A buffer of its own: XLA hands a kernel a slice of a larger buffer in place, and Triton needs 16-byte alignment.
     page_table = jnp.maximum(page_table, 0)
@@ -115,7 +119,7 @@ def cut(
         token = jnp.where(single, query_start[:-1], -1)
         length = jnp.where(single, context_len, 0)
         tiles = cut_tiles(query_start, context_len, num_tokens=num_tokens, size=query_tile)
-    decode = tuple(_decode_items(token, sequence, length, level, min_chunk) for level in ITEM_LEVELS)
+    decode = tuple(_decode_items(token, sequence, length, level, min_chunk) for level in levels)
     return Work(page_table, decode, tiles)
 
 

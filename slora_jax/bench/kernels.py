@@ -318,6 +318,7 @@ def _attend(spec: AttentionSpec) -> Callable[..., jax.Array]:
 def _attention_plan(spec: AttentionSpec, inputs: AttentionInputs, backend: Backend) -> AttentionPlan:
     sizes = {
         "num_tokens": spec.num_tokens,
+        "num_kv_heads": spec.kv_heads,
         "max_query_len": spec.queries,
         "tokens_per_row": spec.tokens_per_row,
     }

@@ -223,6 +223,7 @@ class Llama(nn.Module):
             batch.query_start,
             batch.context_len,
             num_tokens=num_tokens,
+            num_kv_heads=Shards(self.config, self.num_shards).local.num_kv_heads,
             backend=self.backend,
             max_query_len=1 if batch.decode_only else None,
             tokens_per_row=self.tokens_per_row,

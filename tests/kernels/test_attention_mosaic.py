@@ -190,7 +190,7 @@ def test_a_whole_batch_lowers():
     table, starts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 64), (9,), (8,)))
 
     def attend(q, pool, *ragged):
-        plan = plan_attention(*ragged, num_tokens=300, backend="hopper")
+        plan = plan_attention(*ragged, num_tokens=300, num_kv_heads=8, backend="hopper")
         return paged_attention(q, pool, 1, plan, num_kv_heads=8, scale=0.1)
 
     with compiled(triton, 90) as kernels:
@@ -221,7 +221,7 @@ def test_what_runs_where():
 def test_float8_is_for_another():
     ragged = jnp.zeros((1, 1), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.int32)
     with pytest.raises(NotImplementedError, match="not in float8: use triton"):
-        plan_attention(*ragged, num_tokens=3, backend="hopper", tokens_per_row=2)
+        plan_attention(*ragged, num_tokens=3, num_kv_heads=8, backend="hopper", tokens_per_row=2)
 
 
 @pytest.mark.parametrize(

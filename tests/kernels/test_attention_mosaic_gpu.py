@@ -83,7 +83,7 @@ def test_a_whole_batch_with_its_decoding_sequences(name):
 
     @jax.jit
     def run(q, pool, *ragged):
-        plan = hopper.plan(*ragged, num_tokens=q.shape[0])
+        plan = hopper.plan(*ragged, num_tokens=q.shape[0], num_kv_heads=case.kv_heads)
         return hopper.paged_attention(q, pool, case.layer, plan, **options)
 
     poison()

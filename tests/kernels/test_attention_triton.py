@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def test_attention_by_interpreter(seed, name, monkeypatch):
         return sizes | {"programs": 7} if "programs" in sizes else sizes  # interpreted one by one
 
     monkeypatch.setattr(attention, "block_sizes", few_programs)
-    monkeypatch.setattr(work, "ITEM_LEVELS", (4, 8))
+    monkeypatch.setattr(attention, "ITEM_LEVELS", (4, 8))
     # With float8 the factors are float16.
     if case.dtype == BFLOAT16 and case.query_dtype is None and not case.float8:
         case = dataclasses.replace(case, dtype=HALF)
@@ -58,7 +59,7 @@ def test_attention_by_interpreter(seed, name, monkeypatch):
     for max_query_len in (None, 1) if longest <= 1 else (None,):
         with interpreted(attention):
             sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len, "tokens_per_row": case.tokens_per_row}
-            plan = attention.plan(*map(jnp.asarray, ragged), **sizes)
+            plan = attention.plan(*map(jnp.asarray, ragged), num_kv_heads=case.kv_heads, **sizes)
             out = attention.paged_attention(
                 jnp.asarray(q), jnp.asarray(pool), case.layer, plan, num_kv_heads=case.kv_heads, scale=0.3
             )
@@ -84,8 +85,10 @@ def test_rotary_write_by_interpreter(seed, name):
     case.check((q, written), qkv, cos, sin, pool, rows)
 
 
-jitted_plan = jax.jit(
-    attention.plan, static_argnames=("num_tokens", "max_query_len"), compiler_options=COMPILER_OPTIONS
+jitted_cut = jax.jit(
+    partial(work.cut, query_tile=64, min_chunk=64, levels=work.ITEM_LEVELS),
+    static_argnames=("num_tokens", "max_query_len"),
+    compiler_options=COMPILER_OPTIONS,
 )
 
 
@@ -97,13 +100,13 @@ def test_every_key_of_a_decoding_token_is_in_one_item(seed, max_query_len):
     lengths = (counts + rng.integers(0, 40000 if seed % 2 else 900, 12)).astype(np.int32)
     query_start = np.cumsum([0, *counts]).astype(np.int32)
     num_tokens = 3 * 12 + 2  # the same for all, which is compiled once
-    cut = jitted_plan(
+    cut = jitted_cut(
         jnp.zeros((12, 3), jnp.int32),
         jnp.asarray(query_start),
         jnp.asarray(lengths),
         num_tokens=num_tokens,
         max_query_len=max_query_len,
-    ).work
+    )
     decoding = {int(query_start[s]): s for s in range(12) if counts[s] == 1}
     for decode in cut.decode:
         keys = {token: [] for token in decoding}
@@ -157,7 +160,9 @@ def test_attention_compiles(name, capability, monkeypatch):
 
     def step(qkv, rope, pool, layer, rows, page_table, query_start, context_len):
         per_row = {"tokens_per_row": tokens_per_row}
-        plan = attention.plan(page_table, query_start, context_len, num_tokens=num_tokens, **per_row)
+        plan = attention.plan(
+            page_table, query_start, context_len, num_tokens=num_tokens, num_kv_heads=num_kv_heads, **per_row
+        )
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim} | per_row
         q, pool = rotary_triton.rotary_write_kv(qkv, rope, pool, layer, rows, **sizes)
         return pool, attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=0.1)
@@ -196,7 +201,9 @@ def test_what_only_the_reference_does(change):
     pool = jnp.zeros((1, 2, 16, sizes["head_dim"]), sizes["pool_dtype"])
 
     def attend(q, pool):
-        plan = attention.plan(jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2)
+        plan = attention.plan(
+            jnp.zeros((1, 1), jnp.int32), jnp.array([0, 2]), jnp.array([2]), num_tokens=2, num_kv_heads=1
+        )
         return attention.paged_attention(q, pool, 0, plan, num_kv_heads=1, scale=sizes["scale"])
 
     with pytest.raises(NotImplementedError, match="use the reference"):
@@ -210,7 +217,7 @@ def test_float8_is_seen_in_the_memory_of_the_pool(tokens_per_row):
     """As XLA gets it: there is no array of float8, only pointers to it inside of kernels."""
 
     def step(qkv, rope, pool, rows, *ragged):
-        plan = attention.plan(*ragged, num_tokens=20, tokens_per_row=tokens_per_row)
+        plan = attention.plan(*ragged, num_tokens=20, num_kv_heads=2, tokens_per_row=tokens_per_row)
         sizes = {"num_kv_heads": 2, "head_dim": 64, "tokens_per_row": tokens_per_row}
         q, pool = rotary_triton.rotary_write_kv(qkv, rope, pool, 1, rows, **sizes)
         return attention.paged_attention(q, pool, 1, plan, num_kv_heads=2, scale=0.1), pool

@@ -47,7 +47,7 @@ def attend(
     q, pool, layer, page_table, query_start, context_len, *, num_kv_heads, scale, max_query_len=None, tokens_per_row=1
 ):
     sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len, "tokens_per_row": tokens_per_row}
-    plan = attention.plan(page_table, query_start, context_len, **sizes)
+    plan = attention.plan(page_table, query_start, context_len, num_kv_heads=num_kv_heads, **sizes)
     return attention.paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
@@ -168,7 +168,7 @@ def test_layers_write_and_attend_in_place():
 
     @partial(jax.jit, donate_argnums=1)
     def step(q, pool, rope, rows, *ragged):
-        plan = attention.plan(*ragged, num_tokens=num_tokens)
+        plan = attention.plan(*ragged, num_tokens=num_tokens, num_kv_heads=4)
         outs = []
         for layer in range(layers):
             q, pool = run_layer(q, pool, np.int32(layer), plan, rows, rope)

@@ -123,7 +123,7 @@ def attend(
     tokens_per_row=1,
 ):
     sizes = {"num_tokens": q.shape[0], "max_query_len": max_query_len, "tokens_per_row": tokens_per_row}
-    plan = plan_attention(page_table, query_start, context_len, backend=backend, **sizes)
+    plan = plan_attention(page_table, query_start, context_len, num_kv_heads=num_kv_heads, backend=backend, **sizes)
     return paged_attention(q, pool, layer, plan, num_kv_heads=num_kv_heads, scale=scale)
 
 
@@ -317,7 +317,7 @@ def test_layers_that_write_and_attend_never_copy_a_donated_pool(dtype, float8, b
     segments, *_ = adapters.build(0)
 
     def step(pool, x, rope, rows, table, query_start, context_len, segments):
-        sizes = {"num_tokens": tokens, "max_query_len": 1, "tokens_per_row": per_row}
+        sizes = {"num_tokens": tokens, "num_kv_heads": kv_heads, "max_query_len": 1, "tokens_per_row": per_row}
         attention = plan_attention(table, query_start, context_len, **sizes, backend=backend)
         lora = plan_lora(segments, num_tokens=tokens, row_width=width, widths=adapters.widths, backend=backend)
         for layer in range(layers):

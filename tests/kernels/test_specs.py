@@ -41,7 +41,7 @@ def test_attention_specs(name):
     assert len(np.unique(inputs.page_table)) == inputs.page_table.size and inputs.page_table.min() > 0
     assert inputs.page_table.max() < inputs.pool.shape[2] // PAGE_SIZE
     sizes = {"num_tokens": spec.num_tokens, "max_query_len": spec.queries, "tokens_per_row": spec.tokens_per_row}
-    plan = plan_attention(*inputs[2:], **sizes, backend="reference")
+    plan = plan_attention(*inputs[2:], **sizes, num_kv_heads=spec.kv_heads, backend="reference")
     out = jax.jit(partial(paged_attention, num_kv_heads=spec.kv_heads, scale=0.1), static_argnums=2)(
         inputs.qs[1].astype("float32"), inputs.pool, 1, plan
     )

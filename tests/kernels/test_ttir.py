@@ -84,8 +84,8 @@ def test_attention_and_the_write(decode_only, tokens_per_row):
         sizes = {"num_kv_heads": 512 // 128, "head_dim": 128, "tokens_per_row": tokens_per_row}
         q, pool = rotary_write_kv(qkv, (angles, angles), pool, 1, rows, backend="triton", **sizes)
         plan = plan_attention(
-            pages, starts, lengths, num_tokens=64, backend="triton", max_query_len=1 if decode_only else None,
-            tokens_per_row=tokens_per_row,
+            pages, starts, lengths, num_tokens=64, num_kv_heads=4, backend="triton",
+            max_query_len=1 if decode_only else None, tokens_per_row=tokens_per_row,
         )  # fmt: skip
         return paged_attention(q, pool, 1, plan, num_kv_heads=4, scale=0.1), pool
 
