@@ -416,7 +416,25 @@ class _Task(waitress.task.WSGITask):
         """
         if not self.wrote_header:
             self.write(b"")
-        self.channel.send_now(b"%X\r\n%b\r\n" % (len(data), data) if self.chunked_response else data)
+        self.channel.send_now(self.framed(data))
+
+    def framed(self, data: bytes) -> bytes:
+        """The bytes that ``send`` writes for these, behind the header."""
+        return b"%X\r\n%b\r\n" % (len(data), data) if self.chunked_response else data
+
+    def fileno(self) -> int:
+        """The descriptor of the client's socket.
+
+        Raises:
+          ClientDisconnected: it is closed.
+        """
+        if not self.channel.connected:
+            raise self.gone()
+        return self.channel.socket.fileno()
+
+    def gone(self) -> Exception:
+        """What says that nobody reads the answer any more."""
+        return waitress.channel.ClientDisconnected()
 
 
 class _Channel(waitress.channel.HTTPChannel):

@@ -2,21 +2,26 @@
 
 Hundreds of threads that wake at every step of the engine, each to send one event, hold its loop up: all of them and the
 loop share one interpreter lock. So under a server that lets an application send from a thread of its choice (a
-``Wire``), one thread sends the events of all streams: it wakes once a step, and looks at each of them. A stream's own
-thread sleeps until its stream has ended. Under any other WSGI server it sends its events itself.
+``Wire``), one thread sends the events of all streams: it wakes once a step, looks at each of them, and hands what it
+finds to a process that writes to their sockets (``relay``). A stream's own thread sleeps until its stream has ended.
+Under any other WSGI server it sends its events itself.
 
 Either way the events are an iterator that never waits: it yields b"" where there is nothing to send yet.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from slora_jax.api.deltas import POLL_SECONDS, News
+from slora_jax.api.relay import Relay, RelayedStream
 
 if TYPE_CHECKING:
     from slora_jax.engine.generation import Generation
+
+_log = logging.getLogger(__name__)
 
 WIRE = "slora_jax.wire"
 """Where the environment of a WSGI request has the ``Wire`` to its client, if its server has such."""
@@ -41,6 +46,22 @@ class Wire(Protocol):
         """
         ...
 
+    def framed(self, data: bytes) -> bytes:
+        """The bytes that ``send`` would write for these, once it has written something."""
+        ...
+
+    def fileno(self) -> int:
+        """The descriptor of its socket, to which ``framed`` bytes can be written while the wire is not full.
+
+        Raises:
+          Exception: the client is gone.
+        """
+        ...
+
+    def gone(self) -> Exception:
+        """What ``send`` raises when the client is gone."""
+        ...
+
 
 def pulled(events: Iterator[bytes], generations: Sequence["Generation"], pause: Callable[[], float]) -> Iterator[bytes]:
     """The body of a stream whose server asks for its parts, with a rest of ``pause()`` seconds after each."""
@@ -53,6 +74,35 @@ def pulled(events: Iterator[bytes], generations: Sequence["Generation"], pause: 
             news.wait()
 
 
+class _Bell:
+    """What wakes the thread that sends. It knows nothing of it, so that what rings it keeps no sender alive."""
+
+    def __init__(self) -> None:
+        self._rung = threading.Event()
+        self._has_rung = False
+
+    def ring(self) -> None:
+        """Says that there is news."""
+        if not self._has_rung:  # which costs less than to wake again, for every token
+            self._has_rung = True
+            self._rung.set()
+
+    def call(self) -> None:
+        """Wakes the thread without news."""
+        self._rung.set()
+
+    def wait(self, seconds: float) -> tuple[bool, bool]:
+        """Waits to be woken. Returns whether that came in time, and whether there is news since the last call."""
+        was_woken = self._rung.wait(seconds)
+        self._rung.clear()
+        if not self._has_rung:
+            return was_woken, False
+        # Before the streams are looked at: what comes meanwhile is news again. Never else, or news that come between
+        # the two lines were forgotten.
+        self._has_rung = False
+        return was_woken, True
+
+
 class Sender:
     """Sends the events of any number of streams, in one thread that runs while there are any. Thread-safe."""
 
@@ -60,8 +110,8 @@ class Sender:
         self._lock = threading.Lock()
         self._new: list[_Stream] = []
         self._runs = False
-        self._wake = threading.Event()
-        self._has_news = False
+        self._bell = _Bell()
+        self._relay: Relay | None = None
 
     def sent(self, events: Iterator[bytes], generations: Sequence["Generation"], wire: Wire) -> Iterator[bytes]:
         """The body of a stream whose parts are sent meanwhile: it has none left for its server, and ends with them.
@@ -71,13 +121,13 @@ class Sender:
         """
         stream = _Stream(events, generations, wire)
         for generation in generations:
-            generation.tell(self._tell)
+            generation.tell(self._bell.ring)
         with self._lock:
             self._new.append(stream)
             if not self._runs:
                 self._runs = True
                 threading.Thread(target=self._run, name="slora-jax-streams", daemon=True).start()
-        self._wake.set()
+        self._bell.call()
         stream.ended.wait()
         failure, stream.failure = stream.failure, None  # or each would keep the other alive
         if failure is not None:
@@ -86,11 +136,6 @@ class Sender:
             finally:
                 del failure
         yield from ()
-
-    def _tell(self) -> None:
-        if not self._has_news:  # which costs less than to wake again, for every token
-            self._has_news = True
-            self._wake.set()
 
     def _run(self) -> None:
         streams: list[_Stream] = []
@@ -101,19 +146,28 @@ class Sender:
                 if not (streams or new):
                     self._runs = False
                     return
+            relay = self._running_relay()
             # All are looked at once a step, or when some were full; in between, only those that are new.
             if has_news:
-                streams = [stream for stream in streams if stream.advance()]
+                streams = [stream for stream in streams if stream.advance(relay)]
             # Of what came before ``tell`` there is no news, and a look may take a part: new ones are looked at twice.
-            streams += [stream for stream in new if stream.advance() and stream.advance()]
-            waits = any(stream.wire.is_full for stream in streams)
-            was_woken = not streams or self._wake.wait(_FULL_SECONDS if waits else POLL_SECONDS)
-            self._wake.clear()
-            has_news = waits or not was_woken
-            if self._has_news:
-                # Before they are looked at: what comes meanwhile is news again. Never else, or news that come between
-                # the two lines were forgotten.
-                self._has_news, has_news = False, True
+            streams += [stream for stream in new if stream.advance(relay) and stream.advance(relay)]
+            if relay is not None:
+                relay.flush()
+            waits = any(stream.is_full for stream in streams)
+            seconds = 0.0 if not streams else _FULL_SECONDS if waits else POLL_SECONDS
+            was_woken, was_told = self._bell.wait(seconds)
+            has_news = waits or was_told or not was_woken
+
+    def _running_relay(self) -> Relay | None:
+        """The relay, a new one if there is none or its process has ended; None where none can be had."""
+        if self._relay is None or self._relay.is_lost:
+            try:
+                self._relay = Relay(self._bell.ring)
+            except OSError as error:
+                _log.error("streams are written by the server's own process, for another cannot be started: %s", error)
+                return None
+        return self._relay
 
 
 class _Stream:
@@ -127,24 +181,49 @@ class _Stream:
     def __init__(self, events: Iterator[bytes], generations: Sequence["Generation"], wire: Wire):
         self._events = events
         self._generations = generations
-        self.wire = wire
+        self._wire = wire
+        self._has_begun = False
+        self._relayed: RelayedStream | None = None
         self.ended = threading.Event()
         self.failure: Exception | None = None
 
-    def advance(self) -> bool:
+    @property
+    def is_full(self) -> bool:
+        """Whether something that was sent before has not got to the client's side yet."""
+        return self._wire.is_full if self._relayed is None else self._relayed.is_full
+
+    def advance(self, relay: Relay | None) -> bool:
         """Sends what there is; returns whether more will come."""
         try:
-            while not self.wire.is_full:
+            while not self.is_full:
                 if event := next(self._events):
-                    self.wire.send(event)
+                    self._send(event, relay)
                 for generation in self._generations:
                     if not generation.finished:
                         return True
         except StopIteration:
-            self.ended.set()
+            self._end()
             return False
         except Exception as failure:  # the client is gone, as a rule; one stream's end must not be that of all
             self.failure = failure
-            self.ended.set()
+            self._end()
             return False
         return True
+
+    def _send(self, event: bytes, relay: Relay | None) -> None:
+        if self._relayed is None and self._has_begun and relay is not None:
+            # The header has gone, and whatever was sent with it: the wire is not full.
+            self._relayed = relay.open(self._wire.fileno())
+        self._has_begun = True
+        if self._relayed is None:
+            self._wire.send(event)
+        elif self._relayed.is_gone:
+            raise self._wire.gone()
+        else:
+            self._relayed.send(self._wire.framed(event))
+
+    def _end(self) -> None:
+        if self._relayed is None:
+            self.ended.set()
+        else:
+            self._relayed.end(self.ended.set)

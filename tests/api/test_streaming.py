@@ -1,10 +1,15 @@
 """How the events of many streams are sent by one thread, and that events written in two ways are the same."""
 
+import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
+from functools import partial
 
+import psutil
 import pytest
 
 from slora_jax.api.app import create_app
@@ -18,23 +23,58 @@ THREAD = "slora-jax-streams"
 
 
 class Wire:
-    """Keeps what is sent.
+    """Keeps what is sent, straight away and by its socket.
 
     Attributes:
       fails: raise when something is sent.
+      client: the other end of its socket.
     """
 
     def __init__(self, fails=False):
         self.is_full = False
         self.fails = fails
-        self.got = []
         self.senders = set()
+        self._socket, self.client = socket.socketpair()
+        self.client.setblocking(False)
+        self._got = b""
+
+    @property
+    def got(self):
+        """All of it."""
+        with contextlib.suppress(BlockingIOError):
+            while data := self.client.recv(1 << 16):
+                self._got += data
+        return self._got
 
     def send(self, data):
         if self.fails:
-            raise ConnectionError("gone")
-        self.got.append(data)
+            raise self.gone()
+        self._socket.sendall(self.framed(data))
         self.senders.add(threading.current_thread().name)
+
+    def framed(self, data):
+        return data
+
+    def fileno(self):
+        return self._socket.fileno()
+
+    def gone(self):
+        return ConnectionError("gone")
+
+    def close(self):
+        self._socket.close()
+        self.client.close()
+
+
+@pytest.fixture
+def new_wire():
+    """Makes wires."""
+    with contextlib.ExitStack() as closing:
+
+        def make(**options):
+            return closing.enter_context(contextlib.closing(Wire(**options)))
+
+        yield make
 
 
 def generation():
@@ -78,26 +118,26 @@ def num_senders():
     return sum(thread.name == THREAD for thread in threading.enumerate())
 
 
-def test_one_thread_sends_all_and_is_gone_with_the_last():
-    sender, made, wires = Sender(), [generation() for _ in range(20)], [Wire() for _ in range(20)]
+def test_one_thread_sends_all_and_is_gone_with_the_last(new_wire):
+    sender, made, wires = Sender(), [generation() for _ in range(20)], [new_wire() for _ in range(20)]
     threads = [begin(sender, one, wire)[0] for one, wire in zip(made, wires, strict=True)]
     for token in range(5):
         for one in made:
             put(one, token, "length" if token == 4 else None)
-        eventually(lambda token=token: all(f"{token} ".encode() in b"".join(wire.got) for wire in wires))
+        eventually(lambda token=token: all(f"{token} ".encode() in wire.got for wire in wires))
         assert num_senders() == (token < 4) or token == 4
     for thread in threads:
         thread.join(10)
-    assert {b"".join(wire.got) for wire in wires} == {b"0 1 2 3 4 end"}
+    assert {wire.got for wire in wires} == {b"0 1 2 3 4 end"}
     assert {name for wire in wires for name in wire.senders} == {THREAD}
     eventually(lambda: num_senders() == 0)
-    again, _ = begin(sender, made[0], Wire())  # of a stream that has ended already
+    again, _ = begin(sender, made[0], new_wire())  # of a stream that has ended already
     again.join(10)
     assert not again.is_alive()
 
 
-def test_what_came_before_is_sent_without_further_news():
-    sender, made, wire = Sender(), generation(), Wire()
+def test_what_came_before_is_sent_without_further_news(new_wire):
+    sender, made, wire = Sender(), generation(), new_wire()
     put(made, 1)
     start = time.monotonic()
     thread, _ = begin(sender, made, wire)
@@ -105,38 +145,135 @@ def test_what_came_before_is_sent_without_further_news():
     assert time.monotonic() - start < 0.3
     put(made, 2, "length")
     thread.join(10)
-    assert wire.got == [b"1 ", b"2 ", b"end"]
+    assert wire.got == b"1 2 end"
 
 
-def test_a_full_wire_gets_all_that_piled_up_at_once_and_keeps_nobody_waiting():
-    sender, (slow, quick), (full, free) = Sender(), (generation(), generation()), (Wire(), Wire())
+def test_a_full_wire_gets_all_that_piled_up_at_once_and_keeps_nobody_waiting(new_wire):
+    sender, (slow, quick), (full, free) = Sender(), (generation(), generation()), (new_wire(), new_wire())
     full.is_full = True
     threads = [begin(sender, slow, full)[0], begin(sender, quick, free)[0]]
     for token in range(3):
         put(slow, token)
         put(quick, token)
-        eventually(lambda token=token: b"".join(free.got).endswith(f"{token} ".encode()))
-    assert full.got == []
+        eventually(lambda token=token: free.got.endswith(f"{token} ".encode()))
+    assert full.got == b""
     full.is_full = False
     eventually(lambda: full.got)
-    assert full.got == [b"0 1 2 "]
+    assert full.got == b"0 1 2 "
     for one in (slow, quick):
         put(one, 3, "length")
     for thread in threads:
         thread.join(10)
-    assert full.got[1:] == [b"3 ", b"end"]
+    assert full.got == b"0 1 2 3 end"
 
 
-def test_a_client_that_is_gone_ends_its_own_stream_only():
-    sender, (lost, good), wire = Sender(), (generation(), generation()), Wire()
-    gone, raised = begin(sender, lost, Wire(fails=True))
+def test_a_client_that_is_gone_ends_its_own_stream_only(new_wire):
+    sender, (lost, good), wire = Sender(), (generation(), generation()), new_wire()
+    gone, raised = begin(sender, lost, new_wire(fails=True))
     thread, none = begin(sender, good, wire)
     put(lost, 1)
     gone.join(10)
     assert [str(failure) for failure in raised] == ["gone"]
     put(good, 2, "length")
     thread.join(10)
-    assert (b"".join(wire.got), none) == (b"2 end", [])
+    assert (wire.got, none) == (b"2 end", [])
+
+
+def writers():
+    """The processes that write to clients, by their numbers."""
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if any("relay_process" in part for part in child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+def test_a_process_writes_all_but_the_first_event(new_wire, monkeypatch):
+    sent = []
+    monkeypatch.setattr(Wire, "send", lambda self, data: sent.append(data) or self._socket.sendall(data))
+    before = writers()
+    sender, made, wire = Sender(), generation(), new_wire()
+    thread, _ = begin(sender, made, wire)
+    for token in range(4):
+        put(made, token, "length" if token == 3 else None)
+        eventually(lambda token=token: wire.got.endswith((b"%d " % token, b"end")))
+    thread.join(10)
+    assert (wire.got, sent) == (b"0 1 2 3 end", [b"0 "])
+    assert len(writers() - before) == 1
+    del sender
+    eventually(lambda: writers() <= before)
+
+
+def test_a_client_that_leaves_ends_its_own_stream_only(new_wire):
+    sender, (lost, good), (left, wire) = Sender(), (generation(), generation()), (new_wire(), new_wire())
+    gone, raised = begin(sender, lost, left)
+    thread, none = begin(sender, good, wire)
+    for token in range(2):
+        put(lost, token)
+        put(good, token)
+        eventually(lambda token=token: left.got == wire.got == b"0 1 "[: 2 * token + 2])
+    left.client.close()
+    while gone.is_alive():  # what is sent to nobody is noticed, and told of, a little later
+        put(lost, 2)
+        gone.join(0.05)
+    assert [str(failure) for failure in raised] == ["gone"]
+    put(good, 2, "length")
+    thread.join(10)
+    assert (wire.got, none) == (b"0 1 2 end", [])
+
+
+def test_a_client_that_reads_nothing_keeps_only_itself_waiting(new_wire):
+    sender, (slow, quick), (full, free) = Sender(), (generation(), generation()), (new_wire(), new_wire())
+    much = [b"." * 4096 + b"%d " % token for token in range(2000)]  # several times what a socket holds
+
+    def events(made, looks):
+        while not made.finished:
+            tokens = [delta.token_ids[0] for delta in made.take()]
+            looks.append(len(tokens))
+            yield b"".join(much[token] for token in tokens)
+
+    looks = {slow: [], quick: []}
+    threads = []
+    for made, wire in ((slow, full), (quick, free)):
+        own = partial(lambda made, wire: list(sender.sent(events(made, looks[made]), [made], wire)), made, wire)
+        threads.append(threading.Thread(target=own))
+        threads[-1].start()
+    for token in range(len(much)):
+        for made in (slow, quick):
+            put(made, token, "length" if token == len(much) - 1 else None)
+        if token % 20 == 0:
+            eventually(lambda token=token: len(free.got) >= sum(map(len, much[: token + 1])))
+    threads[1].join(10)
+    assert not threads[1].is_alive() and threads[0].is_alive()
+    waiting = sum(looks[slow])
+    assert waiting < len(much) / 2, "what the client does not take stays where deltas are merged"
+    eventually(lambda: len(full.got) == sum(map(len, much)))
+    threads[0].join(10)
+    assert full.got == free.got == b"".join(much)
+
+
+def test_streams_end_with_the_process_that_writes_them_and_others_get_another(new_wire, caplog):
+    sender, (lost, good), (broken, wire) = Sender(), (generation(), generation()), (new_wire(), new_wire())
+    before = writers()
+    gone, raised = begin(sender, lost, broken)
+    for token in range(2):
+        put(lost, token)
+        eventually(lambda token=token: broken.got == b"0 1 "[: 2 * token + 2])
+    (process,) = writers() - before
+    os.kill(process, signal.SIGKILL)
+    gone.join(1)
+    put(lost, 2)
+    gone.join(10)
+    assert [str(failure) for failure in raised] == ["gone"]
+    assert "the process that writes to clients has ended; 1 streams end with it" in caplog.text
+    thread, none = begin(sender, good, wire)
+    for token in range(3):
+        put(good, token, "length" if token == 2 else None)
+        eventually(lambda token=token: f"{token} ".encode() in wire.got)
+    thread.join(10)
+    assert (wire.got, none) == (b"0 1 2 end", [])
+    assert len(writers() - before - {process}) == 1
 
 
 def test_a_server_that_asks_gets_the_same():
