@@ -58,7 +58,6 @@ class Relay:
         Raises:
           OSError: there is no such socket any more, or the process has ended.
         """
-        self.flush()
         self._last = (self._last + 1) % 2**32
         stream = self._streams[self._last] = RelayedStream(self, self._last)
         socket.send_fds(self._server, [ORDER.pack(self._last, OPEN, 0)], [descriptor])

@@ -697,6 +697,13 @@ def serve(url, requests, clients, trace, rate, cv, models, model_prefix, choice,
 
 @main.command()
 @click.option("--step-ms", type=_ABOVE_0, default=20.0, show_default=True, help="Of the device that only sleeps.")
+@click.option(
+    "--launch-ms",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="For which the host is busy launching a step; 5 is what Llama-3.1-8B takes on an H200.",
+)
 @click.option("--requests", type=_COUNT, default=1000, show_default=True)
 @click.option("--clients", type=_COUNT, default=512, show_default=True, help="At a time; the device has room for all.")
 @_LONGEST
@@ -704,13 +711,13 @@ def serve(url, requests, clients, trace, rate, cv, models, model_prefix, choice,
 @click.option("--max-batch-tokens", type=_COUNT, default=1024, show_default=True)
 @click.option("--processes", type=_COUNT, default=1, show_default=True, help="That the clients are shared among.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON.")
-def standin(step_ms, requests, clients, longest, lengths, max_batch_tokens, processes, out):
+def standin(step_ms, launch_ms, requests, clients, longest, lengths, max_batch_tokens, processes, out):
     """What streaming over HTTP costs the engine's loop, without a GPU: over a device that only sleeps."""
     from slora_jax.bench.serve import Load
-    from slora_jax.bench.standin import run_standin, table
+    from slora_jax.bench.standin import Pace, run_standin, table
 
     load = Load(requests, clients, 1.0, 1.0, "uniform", 1.0, lengths or Lengths.below(longest), 2, "completions", 42)
-    result = run_standin(step_ms / 1e3, load, max_batch_tokens, processes, command_line())
+    result = run_standin(Pace(step_ms / 1e3, launch_ms / 1e3), load, max_batch_tokens, processes, command_line())
     click.echo(table(result), err=True)
     _print_or_write(result, out)
 

@@ -1,8 +1,8 @@
 """What HTTP costs the engine, without a GPU: the real loop, tokenizer and server over a device that only sleeps.
 
-A step of the device takes a given time and gives random tokens. Batches are laid out as for a GPU, and waiting for the
-device lets other threads run, as it does there. So it shows what streaming takes from the engine's loop, and nothing of
-what a GPU does.
+A step of the device takes a given time and gives random tokens. Batches are laid out as for a GPU, launching a step
+keeps Python's interpreter lock for a given time, and waiting for the device lets other threads run, as it does there.
+So it shows what streaming takes from the engine's loop, and nothing of what a GPU does.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +45,18 @@ _PAGES = 2**16
 _START_SECONDS = 300
 
 
+class Pace(NamedTuple):
+    """How long a step takes, in seconds.
+
+    Attributes:
+      step: of the device.
+      launch: of the host, which starts it.
+    """
+
+    step: float
+    launch: float
+
+
 class SleepingDevice:
     """A ``Device`` that runs one step after the other, each for so many seconds, and samples tokens at random.
 
@@ -55,7 +67,7 @@ class SleepingDevice:
 
     def __init__(
         self,
-        step_seconds: float,
+        pace: Pace,
         sequences: int,
         batch_tokens: int,
         vocab_size: int,
@@ -63,7 +75,7 @@ class SleepingDevice:
         sampled: Sequence[int],
     ):
         self._sampled = np.array(sampled)
-        self._step_seconds = step_seconds
+        self._pace = pace
         self._buckets = Buckets.fine(batch_tokens, sequences)
         self._vocab_size = vocab_size
         self._table_width = table_width
@@ -94,7 +106,10 @@ class SleepingDevice:
 
     def launch(self, batch: HostBatch) -> "_Sleep":
         self._rows = {e.sequence.sequence_id: row for row, e in enumerate(batch.entries) if e.samples}
-        self._free_at = max(self._free_at, time.monotonic()) + self._step_seconds
+        end = time.perf_counter() + self._pace.launch
+        while time.perf_counter() < end:
+            """Other threads get the lock only when they have waited for it long enough."""
+        self._free_at = max(self._free_at, time.monotonic()) + self._pace.step
         return _Sleep(self, self._free_at, self._rng.choice(self._sampled, len(batch.entries)).tolist())
 
     def reset(self) -> None:
@@ -121,7 +136,7 @@ class _Sleep:
         return StepResult(self.tokens, {}, {})
 
 
-def make_engine(step_seconds: float, sequences: int, batch_tokens: int) -> Engine:
+def make_engine(pace: Pace, sequences: int, batch_tokens: int) -> Engine:
     """An engine of the Llama-3.1-8B shape over a ``SleepingDevice``, with the embedded model's tokenizer."""
     tokenizer = Tokenizer.from_folder(demo_model_path())
     shape = ModelConfig.from_hf(read_yaml(shape_file("llama-3.1-8b")), _MAX_LEN)
@@ -143,9 +158,7 @@ def make_engine(step_seconds: float, sequences: int, batch_tokens: int) -> Engin
     )
     wake = threading.Event()
     width = layout.token_pages(_MAX_LEN)
-    device: Any = SleepingDevice(
-        step_seconds, sequences, batch_tokens, model.vocab_size, width, _whole_texts(tokenizer)
-    )
+    device: Any = SleepingDevice(pace, sequences, batch_tokens, model.vocab_size, width, _whole_texts(tokenizer))
     return Engine(
         EngineParts(
             config=config,
@@ -210,11 +223,11 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def stand_in(step_seconds: float, sequences: int, batch_tokens: int) -> Iterator[StandIn]:
+def stand_in(pace: Pace, sequences: int, batch_tokens: int) -> Iterator[StandIn]:
     """A server until the context ends."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, step_seconds, sequences, batch_tokens), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, pace, sequences, batch_tokens), daemon=True)
     process.start()
     theirs.close()  # or the end of that process would not be the end of the pipe
     assert process.pid is not None
@@ -225,8 +238,8 @@ def stand_in(step_seconds: float, sequences: int, batch_tokens: int) -> Iterator
         process.join()
 
 
-def _serve(pipe: Any, step_seconds: float, sequences: int, batch_tokens: int) -> None:
-    engine = make_engine(step_seconds, sequences, batch_tokens)
+def _serve(pipe: Any, pace: Pace, sequences: int, batch_tokens: int) -> None:
+    engine = make_engine(pace, sequences, batch_tokens)
     device: Any = engine.device
     app = create_app(engine, max_streams=sequences)
     server = Server(app, listen("127.0.0.1", 0, sequences), max_streams=sequences)
@@ -282,24 +295,28 @@ def _figures(ends: list[float], before: Counter[str]) -> dict[str, Any]:
     }
 
 
-def run_standin(step_seconds: float, load: Load, batch_tokens: int, processes: int, command: str) -> dict[str, Any]:
+def run_standin(pace: Pace, load: Load, batch_tokens: int, processes: int, command: str) -> dict[str, Any]:
     """Has the engine answer a load alone, and then through HTTP, and compares.
 
     Returns:
       ``alone`` and ``http``, and ``ratio``: tokens a second of the one over those of the other.
     """
     assert load.clients is not None, "the engine alone is saturated"
-    with stand_in(step_seconds, load.clients, batch_tokens) as server:
+    with stand_in(pace, load.clients, batch_tokens) as server:
         load = dataclasses.replace(load, vocab_size=server.vocab_size)
         alone = server.alone(load)
         with server.measured() as steps:
             http = run_serve(server.url, load, (), None, processes, 0, False, None, command)
         http["server"] = steps
-        http["server"]["rss_bytes"] = psutil.Process(server.pid).memory_info().rss
+        process = psutil.Process(server.pid)
+        http["server"]["rss_bytes"] = process.memory_info().rss
+        # Of the process that writes to clients, which the first stream started.
+        writers = [child.cpu_times() for child in process.children()]
+        http["server"]["writer_cpu_seconds"] = sum(times.user + times.system for times in writers)
     for figures, side in ((alone, alone), (steps, http)):
         figures["cpu_seconds_per_1000_tokens"] = 1000 * figures["cpu_seconds"] / side["output_tokens"]
     ratio = http["output_tokens_per_second"] / alone["output_tokens_per_second"]
-    return {"step_seconds": step_seconds, "alone": alone, "http": http, "ratio": ratio}
+    return {"step_seconds": pace.step, "launch_seconds": pace.launch, "alone": alone, "http": http, "ratio": ratio}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -320,6 +337,7 @@ def table(result: dict[str, Any]) -> str:
         f"HTTP over the engine alone: {result['ratio']:.3f}; {http['tokens_per_event']:.2f} tokens an event",
         f"gaps: median {gaps['p50']:.1f} ms, p99 {gaps['p99']:.1f} ms, {http['gap_p99_over_median']:.2f} times that; "
         f"first token p50 {http['first_token_seconds']['p50']:.2f} s",
-        f"clients: {http['generator']['cpu_seconds']:.1f} s of CPU; errors {http['errors'] or 'none'}",
+        f"writing to clients: {http['server']['writer_cpu_seconds']:.1f} s of CPU in a process of its own; "
+        f"clients: {http['generator']['cpu_seconds']:.1f} s; errors {http['errors'] or 'none'}",
     ]
     return "\n".join(lines)
