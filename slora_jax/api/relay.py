@@ -35,16 +35,14 @@ class Relay:
         Raises:
           OSError: the process cannot be started.
         """
+        if not hasattr(socket, "send_fds"):
+            raise OSError("this system has no way to hand a socket to another process")
         self._on_news = on_news
         self._streams: dict[int, RelayedStream] = {}
         self._last = 0
         self._orders: list[bytes] = []
         self.is_lost = False
-        self._server, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-I", str(Path(relay_process.__file__)), str(theirs.fileno())]
-            # Not in the terminal's group: Ctrl-C is for the server, which then lets its streams end.
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+        self._server, process = _started()
         threading.Thread(
             target=_listen, args=(weakref.ref(self), self._server), name="slora-jax-relay", daemon=True
         ).start()
@@ -129,6 +127,23 @@ class RelayedStream:
     def ended(self) -> None:
         """For the relay."""
         self._on_end()
+
+
+def _started() -> tuple[socket.socket, subprocess.Popen]:
+    """A new process, and the connection to it."""
+    server, theirs = socket.socketpair()
+    with contextlib.ExitStack() as on_failure, theirs:
+        on_failure.callback(server.close)
+        # Not in the terminal's group: Ctrl-C is for the server, which then lets its streams end.
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(Path(relay_process.__file__)), str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        on_failure.pop_all()
+    return server, process
 
 
 def _listen(relay: weakref.ref[Relay], server: socket.socket) -> None:

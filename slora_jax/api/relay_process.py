@@ -5,12 +5,14 @@ It ends when the server's process does, however that ends, for its own end of th
 """
 
 import contextlib
-import resource
 import select
 import socket
 import struct
 import sys
 from collections.abc import Iterator
+
+with contextlib.suppress(ImportError):  # not on Windows
+    import resource
 
 ORDER = struct.Struct("<IBI")
 """What the server says: a stream's number, one of OPEN, DATA and CLOSE, and the bytes that follow."""

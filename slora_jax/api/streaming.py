@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 WIRE = "slora_jax.wire"
 """Where the environment of a WSGI request has the ``Wire`` to its client, if its server has such."""
 
+_MOST_RELAYS = 5
+"""A process that writes to clients and has ended is followed by another, but not for ever: then it is a fault."""
+
 _FULL_SECONDS = 0.02
 """How long a client that reads slowly may have taken what was sent before it gets more."""
 
@@ -112,6 +115,7 @@ class Sender:
         self._runs = False
         self._bell = _Bell()
         self._relay: Relay | None = None
+        self._relays_left = _MOST_RELAYS
 
     def sent(self, events: Iterator[bytes], generations: Sequence["Generation"], wire: Wire) -> Iterator[bytes]:
         """The body of a stream whose parts are sent meanwhile: it has none left for its server, and ends with them.
@@ -161,12 +165,19 @@ class Sender:
 
     def _running_relay(self) -> Relay | None:
         """The relay, a new one if there is none or its process has ended; None where none can be had."""
-        if self._relay is None or self._relay.is_lost:
+        if self._relay is not None and not self._relay.is_lost:
+            return self._relay
+        self._relay = None
+        if self._relays_left:
+            self._relays_left -= 1
             try:
                 self._relay = Relay(self._bell.ring)
             except OSError as error:
-                _log.error("streams are written by the server's own process, for another cannot be started: %s", error)
-                return None
+                self._relays_left = 0
+                _log.error("the server writes to clients itself, for no process can be started to do so: %s", error)
+            else:
+                if not self._relays_left:
+                    _log.warning("a process that writes to clients is started for the last time; all others have ended")
         return self._relay
 
 

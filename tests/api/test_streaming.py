@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from functools import partial
@@ -274,6 +275,23 @@ def test_streams_end_with_the_process_that_writes_them_and_others_get_another(ne
     thread.join(10)
     assert (wire.got, none) == (b"0 1 2 end", [])
     assert len(writers() - before - {process}) == 1
+
+
+def test_without_a_process_the_server_writes_itself(new_wire, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    sender = Sender()
+    for _ in range(2):
+        made, wire = generation(), new_wire()
+        thread, none = begin(sender, made, wire)
+        for token in range(3):
+            put(made, token, "length" if token == 2 else None)
+            eventually(lambda token=token, wire=wire: f"{token} ".encode() in wire.got)
+        thread.join(10)
+        assert (wire.got, none) == (b"0 1 2 end", [])
+    assert caplog.text.count("no process can be started to do so: no more processes") == 1
 
 
 def test_a_server_that_asks_gets_the_same():
