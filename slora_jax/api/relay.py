@@ -92,7 +92,7 @@ class Relay:
         if self.close.alive:
             _log.error("the process that writes to clients has ended; %d streams end with it", len(self._streams))
         for stream in list(self._streams.values()):
-            stream.is_gone = True
+            stream.is_gone, stream.is_full = True, False  # nothing waits any more: who would send learns of the end
             stream.ended()
         self._streams.clear()
         self._on_news()
@@ -118,15 +118,20 @@ class RelayedStream:
         self._relay.order(self._number, DATA, data)
 
     def end(self, on_end: Callable[[], None]) -> None:
-        """Has ``on_end`` called when the socket has taken all, or cannot: then others may write to it again."""
+        """Has ``on_end`` called when the socket has taken all, or cannot: then others may write to it again.
+
+        In the second case ``is_gone`` is set before.
+        """
         self._on_end = on_end
         self._relay.order(self._number, CLOSE)
         if self._relay.is_lost:
-            on_end()
+            self.is_gone = True
+            self.ended()
 
     def ended(self) -> None:
         """For the relay."""
-        self._on_end()
+        on_end, self._on_end = self._on_end, lambda: None  # it may know of this stream: or each kept the other alive
+        on_end()
 
 
 def _started() -> tuple[socket.socket, subprocess.Popen]:

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from slora_jax.api.deltas import POLL_SECONDS, News
@@ -237,4 +238,10 @@ class _Stream:
         if self._relayed is None:
             self.ended.set()
         else:
-            self._relayed.end(self.ended.set)
+            self._relayed.end(partial(self._end_relayed, self._relayed))
+
+    def _end_relayed(self, relayed: RelayedStream) -> None:
+        if relayed.is_gone and self.failure is None:
+            # Part of the answer has not got there. Its server must close the connection, not end the body as if whole.
+            self.failure = self._wire.gone()
+        self.ended.set()

@@ -277,6 +277,39 @@ def test_streams_end_with_the_process_that_writes_them_and_others_get_another(ne
     assert len(writers() - before - {process}) == 1
 
 
+@pytest.mark.parametrize("is_over", [False, True], ids=["goes-on", "is-over"])
+def test_a_stream_whose_client_is_slow_fails_with_the_process_that_writes_it(new_wire, is_over):
+    sender, made, wire = Sender(), generation(), new_wire()
+    before = writers()
+
+    def events():
+        yield b"first"
+        yield b"." * 2_000_000  # several times what a socket holds
+        while not is_over:
+            yield b"more"
+
+    raised = []
+
+    def run():
+        try:
+            list(sender.sent(events(), [made], wire))
+        except ConnectionError as failure:
+            raised.append(failure)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    put(made, 1)
+    put(made, 2, "length" if is_over else None)
+    eventually(lambda: len(wire.got) > 5)
+    (process,) = writers() - before
+    os.kill(process, signal.SIGSTOP)  # so that nothing of the rest gets to the client meanwhile
+    os.kill(process, signal.SIGKILL)
+    thread.join(10)
+    assert not thread.is_alive(), "what is full for ever must not keep a stream for ever"
+    assert [str(failure) for failure in raised] == ["gone"], "a body that was cut must not end as if whole"
+    assert len(wire.got) < 2_000_000
+
+
 def test_without_a_process_the_server_writes_itself(new_wire, monkeypatch, caplog):
     def fail(*_, **__):
         raise OSError("no more processes")
