@@ -3,13 +3,13 @@
 import pytest
 
 from slora_jax.bench.serve import Load
-from slora_jax.bench.standin import run_standin, table
+from slora_jax.bench.standin import Pace, run_standin, table
 from slora_jax.bench.workload import Lengths
 
 
 def test_alone_and_through_http_the_same_tokens_come():
     load = Load(24, 6, 1.0, 1.0, "uniform", 1.0, Lengths.below(20), 2, "completions", 1)
-    result = run_standin(0.01, load, 64, 1, "the command")
+    result = run_standin(Pace(0.01, 0.001), load, 64, 1, "the command")
     alone, http = result["alone"], result["http"]
     assert http["errors"] == {} and http["answered"] == 24
     assert alone["output_tokens"] == http["output_tokens"]
