@@ -73,9 +73,9 @@ class Transfer:
     def read(result: jax.Array) -> np.ndarray:
         """The values of one of the results that ``give`` gave, when they are there.
 
-        As an array NumPy would get a view of the page-locked memory, and JAX counts who uses a buffer in that way. Once
-        in some 10⁵ steps its count was wrong when the buffer was freed, which ends the process (jax 0.11.2, "Non-zero
-        type 1 hold on destruction"). So nothing is left that looks there: the few kilobytes are copied.
+        NumPy would get a view of the page-locked memory, and JAX counts who uses a buffer in that way. One run of many
+        ended when a buffer was freed whose count was not 0 (jax 0.11.2, "Non-zero type 1 hold on destruction"); why is
+        not known. So nothing is left that looks there: the few kilobytes are copied.
         """
         if result.sharding.memory_kind != _PINNED:
             return np.asarray(result)
