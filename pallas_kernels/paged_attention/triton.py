@@ -139,8 +139,8 @@ def attend_decoding(
     if tokens_per_row > 1 and key != "float32":
         key += "_float8"
     sizes = block_sizes("decode_attention", device_kind(), key)
-    level = _level([decode.level for decode in work.decode], num_kv_heads, sizes["programs"])
-    (decode,) = (decode for decode in work.decode if decode.level == level)
+    cuts = {decode.level: decode for decode in work.decode}
+    decode = cuts[_level(tuple(cuts), num_kv_heads, sizes["programs"])]
     num_items = decode.items.shape[0]
     partial_types = (
         jax.ShapeDtypeStruct((num_items, num_heads, q.shape[2]), jnp.float32),

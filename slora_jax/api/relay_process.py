@@ -9,7 +9,6 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Iterator
 
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
@@ -59,45 +58,43 @@ class _Writer:
         self._poll = select.poll()
         self._poll.register(server, select.POLLIN)
         self._sockets: list[int] = []
+        self._heard = bytearray()
         self._told = bytearray()
 
     def run(self) -> None:
         """Until the server closes its end."""
-        orders = self._orders()
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor != self._server.fileno():
                     self._go_on(self._of_descriptor[descriptor])
-                elif next(orders, None) is None:
+                elif not self._hear():
                     return
             if self._told:
                 told, self._told = self._told, bytearray()
                 self._server.sendall(told)
 
-    def _orders(self) -> Iterator[bool]:
-        """Does what the server has said by now, whenever it is asked, until there is no server."""
-        rest = bytearray()
-        while True:
-            data, sockets, *_ = socket.recv_fds(self._server, _MOST_BYTES, _MOST_SOCKETS)
-            if not data:
-                return
-            self._sockets += sockets
-            rest += data
-            begin, changed = 0, {}
-            while len(rest) - begin >= ORDER.size:
-                number, order, size = ORDER.unpack_from(rest, begin)
-                end = begin + ORDER.size + size
-                if len(rest) < end:
-                    break
-                stream = self._do(number, order, rest[begin + ORDER.size : end])
-                if stream is not None:
-                    changed[number] = stream
-                begin = end
-            del rest[:begin]
-            for stream in changed.values():
-                if stream.number in self._streams and stream.socket.fileno() not in self._of_descriptor:
-                    self._go_on(stream)
-            yield True
+    def _hear(self) -> bool:
+        """Does what the server has said by now. Returns whether there is a server."""
+        data, sockets, *_ = socket.recv_fds(self._server, _MOST_BYTES, _MOST_SOCKETS)
+        if not data:
+            return False
+        self._sockets += sockets
+        self._heard += data
+        begin, changed = 0, {}
+        while len(self._heard) - begin >= ORDER.size:
+            number, order, size = ORDER.unpack_from(self._heard, begin)
+            end = begin + ORDER.size + size
+            if len(self._heard) < end:
+                break
+            stream = self._do(number, order, self._heard[begin + ORDER.size : end])
+            if stream is not None:
+                changed[number] = stream
+            begin = end
+        del self._heard[:begin]
+        for stream in changed.values():
+            if stream.socket.fileno() not in self._of_descriptor:
+                self._go_on(stream)
+        return True
 
     def _do(self, number: int, order: int, data: bytearray) -> _Stream | None:
         if order == OPEN:
